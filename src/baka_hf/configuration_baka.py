@@ -1,0 +1,204 @@
+"""The configuration of BakaLLM: every variant of the architecture is a choice of these fields."""
+
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_baka.BakaConfig",
+    "AutoModel": "modeling_baka.BakaModel",
+    "AutoModelForCausalLM": "modeling_baka.BakaForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_baka.BakaForSequenceClassification",
+}
+MEMORY_WRITES = ("carry", "tokens")
+MEMORY_SOLIDIFIERS = ("none", "glu", "gelephant", "mlp", "layer")
+PAUSE_PLACEMENTS = ("fixed", "random")
+
+
+class BakaConfig(PreTrainedConfig):
+    r"""
+    Configuration of a BakaLLM, a decoder-only language model that reads text in chunks and carries memory tokens
+    (Recurrent Memory Transformer, arXiv 2207.06881) and the previous chunk's keys and values (Transformer-XL,
+    arXiv 1901.02860) from chunk to chunk.
+
+    With n = `chunk_size`, R = `num_memory_tokens` and P = `num_pause_tokens`, one chunk is a stream of
+    S = R + n + P + R positions: read memory, the text with its pauses, write memory.
+
+    Args:
+        vocab_size (`int`, defaults to 32000): Number of token ids.
+        hidden_size (`int`, defaults to 768): Width D of the residual stream.
+        intermediate_size (`int`, defaults to 3072): Width of the gated feed-forward layers.
+        num_hidden_layers (`int`, defaults to 12): Number of blocks.
+        num_attention_heads (`int`, defaults to 12): Number of query heads.
+        num_key_value_heads (`int`, *optional*): Number of key and value heads (grouped-query attention). It divides
+            `num_attention_heads`, which is the default.
+        head_dim (`int`, *optional*): Width of a head, even (RoPE turns pairs). Defaults to
+            `hidden_size // num_attention_heads`.
+        hidden_act (`str`, defaults to `"elephant"`): Gate of the feed-forward layers: `"elephant"`,
+            1 / (1 + |x|^8) (arXiv 2310.01365), or any name in `transformers.activations.ACT2FN`.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        rope_parameters (`dict`, *optional*): `{"rope_type": "default", "rope_theta": 10000.0}`. Positions are
+            re-based every chunk and stay below 2S, so the types that stretch a context have nothing to do here
+            and are refused.
+        chunk_size (`int`, defaults to 512): Tokens of text in a chunk.
+        num_memory_tokens (`int`, defaults to 16): Memory vectors; 0 for none.
+        memory_write (`str`, defaults to `"carry"`): What stands at the write positions of a chunk: `"carry"`, the
+            memory of the chunks before it, or `"tokens"`, the learned vectors again (an ablation).
+        memory_solidifier (`str`, defaults to `"none"`): What a memory passes through on its way into the next
+            chunk: `"none"`, `"glu"`, `"gelephant"`, `"mlp"` or `"layer"`.
+        separate_solidifiers (`bool`, defaults to `False`): One solidifier for reading and one for writing.
+        memory_norm (`bool`, defaults to `False`): LayerNorm on each new memory.
+        num_pause_tokens (`int`, defaults to 8): Pauses in a chunk (arXiv 2310.02226), at most `chunk_size`.
+        pause_placement (`str`, defaults to `"fixed"`): `"fixed"`, before every (n // P)-th token, or `"random"`
+            while training.
+        use_xl_cache (`bool`, defaults to `True`): Attend to the previous chunk's keys and values.
+        bptt_chunks (`int`, *optional*): Gradients reach this many chunks before the one a loss stands in; `None`
+            for all chunks of the call.
+        tie_word_embeddings (`bool`, defaults to `False`): One matrix for `embed_tokens` and `lm_head`.
+        use_cache (`bool`, defaults to `True`): Return the recurrent state when not training.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special token ids.
+
+    Raises:
+        ValueError: a field has a value outside what is allowed; the message names the field and the value.
+    """
+
+    model_type = "baka"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - a class attribute of every HF config
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "elephant"
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    rope_parameters: RopeParameters | dict | None = None
+    chunk_size: int = 512
+    num_memory_tokens: int = 16
+    memory_write: str = "carry"
+    memory_solidifier: str = "none"
+    separate_solidifiers: bool = False
+    memory_norm: bool = False
+    num_pause_tokens: int = 8
+    pause_placement: str = "fixed"
+    use_xl_cache: bool = True
+    bptt_chunks: int | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        # Every Auto class must find its model in a checkpoint, whichever of them was saved.
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and _is_int(self.hidden_size, 1) and _is_int(self.num_attention_heads, 1):
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"`hidden_size` must be a multiple of `num_attention_heads` ({self.num_attention_heads}) when "
+                    f"`head_dim` is not given, got {self.hidden_size}."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    @property
+    def stream_length(self) -> int:
+        """S = R + n + P + R, the positions of one chunk's stream."""
+        return 2 * self.num_memory_tokens + self.chunk_size + self.num_pause_tokens
+
+    @property
+    def uses_random_pauses(self) -> bool:
+        """Whether a chunk's pauses may stand elsewhere than at their fixed positions."""
+        return self.pause_placement == "random" and self.num_pause_tokens > 1
+
+    def validate_architecture(self) -> None:
+        """Raise a `ValueError` for the first field whose value is not allowed."""
+        for name, least in (
+            ("vocab_size", 1),
+            ("hidden_size", 1),
+            ("intermediate_size", 1),
+            ("num_hidden_layers", 1),
+            ("num_attention_heads", 1),
+            ("num_key_value_heads", 1),
+            ("head_dim", 2),
+            ("chunk_size", 1),
+            ("num_memory_tokens", 0),
+            ("num_pause_tokens", 0),
+        ):
+            if not _is_int(getattr(self, name), least):
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {getattr(self, name)!r}.")
+        if self.bptt_chunks is not None and not _is_int(self.bptt_chunks, 1):
+            raise ValueError(f"`bptt_chunks` must be None or an integer of at least 1, got {self.bptt_chunks!r}.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+        for name in ("separate_solidifiers", "memory_norm", "use_xl_cache", "tie_word_embeddings", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        for name, allowed in (
+            ("memory_write", MEMORY_WRITES),
+            ("memory_solidifier", MEMORY_SOLIDIFIERS),
+            ("pause_placement", PAUSE_PLACEMENTS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.hidden_act != "elephant" and self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`hidden_act` must be 'elephant' or a name in transformers' ACT2FN ({', '.join(ACT2FN)}), "
+                f"got {self.hidden_act!r}."
+            )
+
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even, because RoPE turns pairs of features, got {self.head_dim}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_key_value_heads` must divide `num_attention_heads` ({self.num_attention_heads}), "
+                f"got {self.num_key_value_heads}."
+            )
+        if self.num_pause_tokens > self.chunk_size:
+            raise ValueError(
+                f"`num_pause_tokens` must be at most `chunk_size` ({self.chunk_size}), got {self.num_pause_tokens}."
+            )
+        if self.separate_solidifiers and self.memory_solidifier == "none":
+            raise ValueError("`separate_solidifiers` must be False when `memory_solidifier` is 'none', got True.")
+
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(
+                f"`rope_parameters` must have rope_type 'default', got {rope_type!r}: positions are re-based every "
+                f"chunk and stay below {2 * self.stream_length}, so there is no context to stretch."
+            )
+        unknown = set(self.rope_parameters) - {"rope_type", "rope_theta"}
+        if unknown:
+            raise ValueError(f"`rope_parameters` may hold rope_type and rope_theta, got {sorted(unknown)}.")
+        theta = self.rope_parameters["rope_theta"]
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+            raise ValueError(f"`rope_parameters` must have a positive rope_theta, got {theta!r}.")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+BakaConfig.register_for_auto_class()
+
+__all__ = ["BakaConfig"]

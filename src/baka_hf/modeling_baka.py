@@ -1,0 +1,1418 @@
+"""BakaLLM, top to bottom: activation, RoPE, attention, block, solidifiers, the chunk loop, heads.
+
+A text is read in chunks of n tokens. One chunk is a stream of S = R + n + P + R positions, called slots:
+
+    slot     0 … R-1         R … S-R-1                  S-R … S-1
+             read memory     text with its P pauses     write memory
+
+Attention sees the slots of the previous chunk, 0 … S-1, and the own ones, S … 2S-1. What the blocks give at the write
+slots of a full chunk is the memory the next chunk reads. `BakaModel.forward` cuts a call into spans, pieces of one
+chunk that are read in one pass, and gives each row its place; everything recurrent goes through `BakaCache`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .cache_baka import BakaCache, BakaCacheLayer, Placement, check_signature, hash_tokens, pad_slots, signature_of
+from .configuration_baka import BakaConfig
+
+
+class _Elephant(torch.autograd.Function):
+    """elephant(x) = 1 / (1 + |x|^8), computed in float32 so that neither pass overflows in fp16.
+
+    Its derivative -8 x^7 / (1 + x^8)^2 is ∞/∞ for large x; with g = elephant(x) it is also -8 g (1 - g) / x.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (1 / (1 + wide.pow(2).pow(2).pow(2))).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        wide = x if x.dtype == torch.float64 else x.float()
+        gate = 1 / (1 + wide.pow(2).pow(2).pow(2))
+        near = wide.clamp(-1, 1)
+        far = torch.where(wide.abs() > 1, wide, 1)
+        slope = torch.where(wide.abs() > 1, -8 * gate * (1 - gate) / far, -8 * near.pow(7) * gate.square())
+        return (grad_output * slope).to(x.dtype)
+
+
+class ElephantActivation(nn.Module):
+    """elephant(x) = 1 / (1 + |x / a|^d) with a = 1, d = 8 (arXiv 2310.01365): a bump that opens around zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Elephant.apply(x)
+
+
+def get_activation(name: str) -> nn.Module:
+    return ElephantActivation() if name == "elephant" else ACT2FN[name]
+
+
+@lru_cache(maxsize=32)
+def rotary_table(
+    theta: float, head_dim: int, num_slots: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [num_slots, head_dim] of RoPE's angles (arXiv 2104.09864) in Llama's rotate-half layout.
+
+    The angles are computed in float64: no buffer that a cast of the model to half precision could spoil.
+    """
+    with torch.inference_mode(False):
+        inverse_frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.arange(num_slots, dtype=torch.float64)[:, None] * inverse_frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(device=device, dtype=dtype), angles.sin().to(device=device, dtype=dtype)
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn queries or keys [B, H, T, head_dim] by the angles of `cos` and `sin`, broadcastable to them."""
+    cos, sin = cos.to(x), sin.to(x)
+    return x * cos + rotate_half(x) * sin
+
+
+def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
+    """[B, key-value heads, T, head_dim] to [B, heads, T, head_dim]."""
+    return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as the formula says, for those who want its weights."""
+    key = repeat_kv(key, module.num_key_value_groups)
+    value = repeat_kv(value, module.num_key_value_groups)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=_at_least_float32(query.dtype)).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, num_slots: int) -> torch.Tensor:
+    """Keys or values of a span, `new` [B, H, Q, head_dim], among those kept from before; nothing is written in place.
+
+    In step `past` ends where the span starts. Out of step it has all `num_slots` slots.
+    """
+    if placement.index is None:
+        return new if past is None else torch.cat([past.to(new), new], dim=2)
+    past = new.new_zeros(*new.shape[:2], num_slots, new.shape[3]) if past is None else past.to(new)
+    index = placement.index.expand_as(new)
+    return past.scatter(2, index, torch.where(placement.valid, new, past.gather(2, index)))
+
+
+class BakaAttention(nn.Module):
+    """Multi-head attention over the previous stream and the own one."""
+
+    def __init__(self, config: BakaConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False  # the mask says it all
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key: torch.Tensor | None,
+        past_value: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        placement: Placement,
+        cache_layer: BakaCacheLayer | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns the output [B, Q, D], the new keys and values [B, H_kv, Q, head_dim], the weights (eager only)."""
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        new_key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        new_value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query_states = apply_rotary(query_states, *position_embeddings)
+        new_key = apply_rotary(new_key, *position_embeddings)
+
+        if cache_layer is not None:
+            key_states, value_states = cache_layer.update(new_key, new_value, placement)
+        else:
+            num_slots = self.config.stream_length * (1 + self.config.use_xl_cache)
+            key_states = place(past_key, new_key, placement, num_slots)
+            value_states = place(past_value, new_value, placement, num_slots)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), new_key, new_value, weights
+
+
+class BakaMLP(nn.Module):
+    """W_down(W_up h ⊙ act(W_gate h))."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = get_activation(config.hidden_act)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class BakaDecoderLayer(GradientCheckpointingLayer):
+    """y = x + attention(LN x) + mlp(LN x): one LayerNorm for both branches."""
+
+    def __init__(self, config: BakaConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = BakaAttention(config, layer_idx)
+        self.mlp = BakaMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key: torch.Tensor | None,
+        past_value: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        placement: Placement,
+        cache_layer: BakaCacheLayer | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        normed = self.input_layernorm(hidden_states)
+        attended, key, value, weights = self.self_attn(
+            normed, past_key, past_value, position_embeddings, attention_mask, placement, cache_layer
+        )
+        return hidden_states + attended + self.mlp(normed), key, value, weights
+
+
+class BakaGatedSolidifier(nn.Module):
+    """x + W x ⊙ gate(W_g x) on each memory vector: "glu" with a sigmoid, "gelephant" with elephant."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate = ElephantActivation() if config.memory_solidifier == "gelephant" else nn.Sigmoid()
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory + self.proj(memory) * self.gate(self.gate_proj(memory))
+
+    @property
+    def output_weights(self) -> list[torch.Tensor]:
+        return [self.proj.weight]
+
+
+class BakaMLPSolidifier(nn.Module):
+    """x + MLP(LN x) on each memory vector."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = BakaMLP(config)
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory + self.mlp(self.norm(memory))
+
+    @property
+    def output_weights(self) -> list[torch.Tensor]:
+        return [self.mlp.down_proj.weight]
+
+
+class BakaLayerSolidifier(BakaDecoderLayer):
+    """A block over the R memory vectors, all attending to all, in RoPE slots 0 … R-1."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__(config, layer_idx=config.num_hidden_layers)
+        self.config = config
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        cos, sin = rotary_table(*_rotary_key(self.config), memory.device, _at_least_float32(memory.dtype))
+        length = memory.shape[1]
+        hidden_states, *_ = super().forward(memory, None, None, (cos[:length], sin[:length]), None, Placement())
+        return hidden_states
+
+    @property
+    def output_weights(self) -> list[torch.Tensor]:
+        return [self.self_attn.o_proj.weight, self.mlp.down_proj.weight]
+
+
+SOLIDIFIERS: dict[str, type[nn.Module]] = {
+    "glu": BakaGatedSolidifier,
+    "gelephant": BakaGatedSolidifier,
+    "mlp": BakaMLPSolidifier,
+    "layer": BakaLayerSolidifier,
+}
+
+
+def _rotary_key(config: BakaConfig) -> tuple[float, int, int]:
+    return float(config.rope_parameters["rope_theta"]), config.head_dim, 2 * config.stream_length
+
+
+# Spans: which piece of its chunk each row reads in one pass
+
+
+class Span(NamedTuple):
+    """For every row, a piece of one chunk, read in one pass.
+
+    Numbers when all rows are in step, CPU tensors [B] when they are not.
+    """
+
+    column: Any  # its first token among the call's tokens
+    start: Any  # that token's position in the chunk
+    count: Any  # how many tokens; 0 for a row that sits this span out
+    first: Any  # the chunk has no memory to read but the learned one
+    has_previous: Any  # there is a previous chunk whose keys and values can be seen
+    num_tokens: Any  # tokens the row has read after it
+
+    @property
+    def in_step(self) -> bool:
+        return isinstance(self.start, int)
+
+
+def plan_aligned(length: int, chunk_size: int) -> list[Span]:
+    """Spans of a call in which every row begins its text and reads `length` tokens: whole chunks and a rest."""
+    spans = []
+    for column in range(0, length, chunk_size):
+        count = min(chunk_size, length - column)
+        spans.append(Span(column, 0, count, column == 0, column > 0, column + count))
+    return spans
+
+
+def plan_spans(
+    lengths: torch.Tensor,
+    num_tokens: torch.Tensor,
+    seeded: torch.Tensor,
+    restarts: torch.Tensor | None,
+    chunk_size: int,
+) -> tuple[list[Span], torch.Tensor]:
+    """Spans of a call in which rows may be anywhere in their chunks; all tensors on the CPU.
+
+    Args:
+        lengths: [B] int64, tokens each row reads in this call.
+        num_tokens: [B] int64, tokens it has read before.
+        seeded: [B] bool, rows whose text began with another stream's memory.
+        restarts: [B, L] bool, tokens with which a new text begins, or None.
+        chunk_size: n.
+
+    Returns:
+        The spans, and `seeded` as it stands after them.
+    """
+    column = torch.zeros_like(lengths)
+    if restarts is not None:
+        length = restarts.shape[1]
+        following = torch.where(restarts, torch.arange(length), length).flip(1).cummin(1).values.flip(1)
+        following = nn.functional.pad(following, (0, 2), value=length)  # [b, c]: the first restart at or after c
+    spans = []
+    while bool((column < lengths).any()):
+        stop = lengths
+        if restarts is not None:
+            anew = (following.gather(1, column[:, None])[:, 0] == column) & (column < lengths)
+            num_tokens, seeded = num_tokens.masked_fill(anew, 0), seeded & ~anew
+            stop = torch.minimum(lengths, following.gather(1, column[:, None] + 1)[:, 0])
+        start = num_tokens % chunk_size
+        count = torch.minimum(chunk_size - start, stop - column)
+        has_previous = num_tokens >= chunk_size
+        num_tokens = num_tokens + count
+        span = Span(column, start, count, ~(has_previous | seeded), has_previous, num_tokens)
+        spans.append(_collapse(span))
+        column = column + count
+    return spans, seeded
+
+
+def _collapse(span: Span) -> Span:
+    """Tensors of a span to numbers, where all rows agree on its place."""
+    if not all(bool((t == t[0]).all()) for t in (span.column, span.start, span.count)):
+        return span
+    first, has_previous = (bool(t[0]) if bool((t == t[0]).all()) else t for t in (span.first, span.has_previous))
+    return Span(int(span.column[0]), int(span.start[0]), int(span.count[0]), first, has_previous, span.num_tokens)
+
+
+@dataclass
+class Layout:
+    """Where a span's tokens stand in the stream, and what the blocks need to know of it.
+
+    In step, the span takes slots lo … hi-1 and `pieces` names them in order. Out of step, each row takes its own
+    slots lo … hi-1, at the beginning of Q positions, and indices say which vector stands where.
+    """
+
+    begins: Any  # the chunk's read memory is in it
+    completes: Any  # the chunk's write memory is in it
+    followed: bool  # another span, or another call, reads what this one leaves behind
+    lo: Any
+    hi: Any
+    pieces: list[tuple[str, int]] = field(default_factory=list)
+    slots: Any = None  # [B, Q] slot of each position
+    valid: Any = None  # [B, Q] positions that count
+    sources: Any = None  # [B, Q] where each vector comes from: read | pause | text | write
+    text: Any = None  # [B, T] position of each text token
+    write: Any = None  # [B, R] position of each write slot
+
+    @property
+    def in_step(self) -> bool:
+        return isinstance(self.lo, int)
+
+
+def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layout:
+    """The layout of a span.
+
+    Args:
+        span: the span.
+        config: the model's configuration.
+        pauses: the text positions before which the pauses stand, ascending: P numbers (in step) or [B, P].
+        followed: whether another span, or another call, reads what this one leaves behind.
+    """
+    n, R, S = config.chunk_size, config.num_memory_tokens, config.stream_length
+    end = span.start + span.count
+    if span.in_step:
+        begins, completes = span.start == 0, followed and end == n
+        lo = 0 if begins else R + span.start + sum(p < span.start for p in pauses)
+        hi = S if completes else R + end + sum(p < end for p in pauses)
+        pieces: list[tuple[str, int]] = [("read", R)] if begins and R else []
+        position = span.start
+        for pause in pauses:
+            if span.start <= pause < end:
+                if pause > position:
+                    pieces.append(("text", pause - position))
+                pieces.append(("pause", 1))
+                position = pause
+        pieces.append(("text", end - position))
+        if completes and R:
+            pieces.append(("write", R))
+        return Layout(begins, completes, followed, lo, hi, pieces)
+
+    reads = span.count > 0
+    begins, completes = (span.start == 0) & reads, (end == n) & reads & followed
+    before = lambda position: (pauses < position[:, None]).sum(1)  # noqa: E731
+    lo = torch.where(begins, 0, R + span.start + before(span.start))
+    hi = torch.where(completes, S, torch.where(reads, R + end + before(end), lo))
+    slots = lo[:, None] + torch.arange(int((hi - lo).max()))
+    valid = slots < hi[:, None]
+    slots = slots % S
+
+    pause_slots = R + pauses + torch.arange(pauses.shape[1])
+    pauses_before = (pause_slots[:, None, :] < slots[:, :, None]).sum(2)
+    is_pause = (pause_slots[:, None, :] == slots[:, :, None]).any(2)
+    # The vectors of a span stand side by side as read [R] | pause [1] | text [T] | write [R].
+    longest = int(span.count.max())
+    token = (slots - R - pauses_before - span.start[:, None]).clamp(0, longest - 1)
+    sources = torch.where(is_pause, R, R + 1 + token)
+    sources = torch.where(slots < R, slots, sources)
+    sources = torch.where(slots >= S - R, R + 1 + longest + slots - (S - R), sources)
+
+    positions = span.start[:, None] + torch.arange(longest)
+    text = R + positions + (pauses[:, None, :] <= positions[:, :, None]).sum(2) - lo[:, None]
+    text = text.clamp(0, slots.shape[1] - 1)
+    write = (S - R - lo[:, None] + torch.arange(R)).clamp(0, slots.shape[1] - 1)
+    return Layout(begins, completes, followed, lo, hi, [], slots, valid, sources, text, write)
+
+
+def gather_positions(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [B, T, D] at `index` [B, K]: [B, K, D]."""
+    return x.gather(1, index.to(x.device)[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+@dataclass
+class Stream:
+    """What a chunk finds when it begins or goes on, as tensors with gradients that nothing writes into.
+
+    Keys and values of each block stand for slots begin … begin + their length - 1 of the two halves.
+    """
+
+    memory: torch.Tensor | None
+    keys: list[torch.Tensor | None]
+    values: list[torch.Tensor | None]
+    begin: int = 0
+
+    def kept(self, layer: int, first: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values of slots first … stop-1 of a block."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None or stop <= first:
+            return None, None
+        if first < self.begin or stop > self.begin + keys.shape[2]:
+            left, right = self.begin - first, stop - self.begin - keys.shape[2]
+            return pad_slots(keys, left, right), pad_slots(values, left, right)
+        part = slice(first - self.begin, stop - self.begin)
+        return keys[:, :, part], values[:, :, part]
+
+    def detach(self, rows: torch.Tensor | None = None) -> "Stream":
+        """A copy without gradients, in all rows or where `rows` [B] is True."""
+
+        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None or rows is None:
+                return None if tensor is None else tensor.detach()
+            return torch.where(rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), tensor.detach(), tensor)
+
+        return Stream(cut(self.memory), [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin)
+
+
+class BakaPreTrainedModel(PreTrainedModel):
+    config: BakaConfig
+    config_class = BakaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BakaDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, tuple(SOLIDIFIERS.values())):
+            # A solidifier starts close to the identity.
+            for weight in module.output_weights:
+                init.normal_(weight, std=self.config.initializer_range / self.config.hidden_size**0.5)
+
+    def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None) -> BakaCache:
+        """An empty state of this model's own class, device and dtype.
+
+        Args:
+            batch_size: number of texts to read side by side.
+            memory: the `.memory` of another stream, [R, D] or [batch_size, R, D], for these texts to begin with. What
+                that stream held in keys and values, and of a chunk not yet full, does not come over.
+        """
+        cache = BakaCache(self.config, batch_size, self.device, self.dtype)
+        return cache if memory is None else cache.seed_memory(memory)
+
+
+class BakaModel(BakaPreTrainedModel):
+    """The decoder without a head. Its parameters are the union of what the configuration asks for."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__(config)
+        config.validate_architecture()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.num_pause_tokens:
+            self.pause_token = nn.Embedding(1, config.hidden_size)
+        if config.num_memory_tokens:
+            self.memory_tokens = nn.Embedding(config.num_memory_tokens, config.hidden_size)
+            if config.memory_norm:
+                self.memory_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.separate_solidifiers:
+                self.read_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
+                self.write_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
+            elif config.memory_solidifier != "none":
+                self.solidifier = SOLIDIFIERS[config.memory_solidifier](config)
+        self.layers = nn.ModuleList([BakaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BakaCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read text, from its beginning or on from a state.
+
+        Args:
+            input_ids: [B, L] int64 token ids; or `inputs_embeds`, [B, L, D].
+            attention_mask: [B, L], or [B, P + L] after P positions fed to the state; 0 means "not in the stream",
+                wherever it stands.
+            position_ids: [B, L]. A 0 at a real token, other than a row's first of this call, begins a new text there;
+                other values do not matter.
+            past_key_values: the state to go on from. It is changed in place.
+            use_cache: return the state; by default `config.use_cache`, and no when training.
+            output_hidden_states: also return the embeddings and each block's output over the text, [B, L, D] each,
+                the last one normed.
+            output_attentions: also return each block's weights (eager attention only), [B, heads, L, 2S]: over
+                the slots of the previous chunk's stream, then over those of the own one.
+
+        Returns:
+            `last_hidden_state` [B, L, D], zero where `attention_mask` is 0, and `past_key_values`.
+
+        Raises:
+            ValueError: an argument does not fit the others, the model or the state, which is left as it was.
+        """
+        config = self.config
+        cache = past_key_values
+        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with_weights = config.output_attentions if output_attentions is None else output_attentions
+        if with_weights and config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_attentions` needs attn_implementation='eager', got {config._attn_implementation!r}."
+            )
+        batch_size, length = self._check_text(input_ids, inputs_embeds)
+        self._check_cache(cache, batch_size, kwargs.get("within_beam_search", False))
+        fed = 0 if cache is None else cache.get_seq_length()
+        real = self._check_mask(attention_mask, batch_size, length, fed)
+        restarts = self._find_restarts(position_ids, batch_size, length, real)
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if use_cache and cache is None:
+            cache = self.new_cache(batch_size)
+
+        # Without a state every row begins here and nothing needs to be known on the host. With one, count.
+        lengths: torch.Tensor | None = None
+        if cache is not None or restarts is not None:
+            if real is not None and bool(real.all()):
+                real = None
+            lengths = torch.full((batch_size,), length) if real is None else real.sum(1).cpu()
+        ids = input_ids
+        if real is not None:
+            # Tokens that are not in the stream go behind those that are, where nothing sees them.
+            order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+            ids = None if ids is None else ids.gather(1, order)
+            inputs_embeds = None if inputs_embeds is None else gather_positions(inputs_embeds, order)
+            restarts = None if restarts is None else restarts.gather(1, order)
+        seeded = None
+        if lengths is None:
+            spans = plan_aligned(length, config.chunk_size)
+        else:
+            num_tokens = torch.zeros_like(lengths) if cache is None else cache._num_tokens
+            seeded = torch.zeros(batch_size, dtype=torch.bool) if cache is None else cache._seeded
+            restarts = None if restarts is None else restarts.cpu()
+            spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size)
+
+        if inputs_embeds is None and torch.is_grad_enabled():
+            inputs_embeds = self.embed_tokens(ids)
+        if self.training and torch.is_grad_enabled() and inputs_embeds is not None:
+            inputs_embeds = inputs_embeds + self._anchor(inputs_embeds)
+
+        pass_ = _Pass(self, cache, batch_size, with_states, with_weights)
+        for index, span in enumerate(spans):
+            text = self._text_of(span, ids, inputs_embeds, batch_size)
+            pass_.read(span, text, index, len(spans))
+        pass_.close(spans, seeded, length, aligned=real is None and restarts is None)
+        if cache is not None:
+            if input_ids is None:
+                cache._history = None
+            else:
+                cache._remember_ids(input_ids, real)
+
+        states, weights = pass_.outputs(spans, batch_size, length, real)
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=cache,
+            hidden_states=tuple(states) if with_states else None,
+            attentions=weights,
+        )
+
+    # What a call may hold
+
+    def _check_text(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is not None:
+            if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+                raise ValueError(
+                    f"expected `input_ids` to be integers of shape [batch, length], got {input_ids.dtype} "
+                    f"of shape {tuple(input_ids.shape)}."
+                )
+            shape = input_ids.shape
+        else:
+            shape = inputs_embeds.shape
+            if len(shape) != 3 or shape[2] != self.config.hidden_size:
+                raise ValueError(
+                    f"expected `inputs_embeds` of shape [batch, length, {self.config.hidden_size}], got {tuple(shape)}."
+                )
+        if shape[0] == 0 or shape[1] == 0:
+            raise ValueError(f"expected at least one row and one token, got an input of shape {tuple(shape)}.")
+        if input_ids is not None and self._can_look_at(input_ids):
+            least, most = (int(value) for value in torch.aminmax(input_ids))
+            if least < 0 or most >= self.embed_tokens.num_embeddings:
+                raise ValueError(
+                    f"expected token ids from 0 to {self.embed_tokens.num_embeddings - 1}, "
+                    f"got {least if least < 0 else most}."
+                )
+        return shape[0], shape[1]
+
+    @staticmethod
+    def _can_look_at(tensor: torch.Tensor) -> bool:
+        """Looking costs nothing on the CPU; on an accelerator it waits for the device, so only for prompts."""
+        if torch.compiler.is_compiling():
+            return False
+        return tensor.device.type == "cpu" or (tensor.shape[1] > 1 and not torch.is_grad_enabled())
+
+    def _check_cache(self, cache: BakaCache | None, batch_size: int, within_beam_search: bool = False) -> None:
+        if cache is None:
+            return
+        # By its own account, not by isinstance: a checkpoint's remote code has a class of its own.
+        signature = getattr(cache, "signature", None)
+        if signature is None or not hasattr(cache, "memory"):
+            raise ValueError(
+                f"expected `past_key_values` to be a BakaCache (see `new_cache`), got {type(cache).__name__}."
+            )
+        check_signature(signature, signature_of(self.config))
+        if cache.batch_size != batch_size:
+            raise ValueError(
+                f"expected a state of batch size {batch_size}, got one of {cache.batch_size}; "
+                "`batch_repeat_interleave` and `batch_select_indices` change it."
+            )
+        if cache._is_beam_search and not within_beam_search:
+            raise ValueError(
+                "expected a state that belongs to its rows' texts: beam search left this one with the state of its "
+                "running beams, not of the sequences it returned."
+            )
+
+    def _check_mask(self, mask: torch.Tensor | None, batch_size: int, length: int, fed: int) -> torch.Tensor | None:
+        """The mask [B, L] of this call's tokens that are in the stream."""
+        if mask is None:
+            return None
+        if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] not in (length, fed + length):
+            expected = f"[{batch_size}, {length}]" + (f" or [{batch_size}, {fed + length}]" if fed else "")
+            raise ValueError(f"expected an `attention_mask` of shape {expected}, got {list(mask.shape)}.")
+        return mask[:, -length:] != 0
+
+    def _find_restarts(
+        self, position_ids: torch.Tensor | None, batch_size: int, length: int, real: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """[B, L] bool, the tokens with which a new text begins inside a row, or None if there are none."""
+        if position_ids is None:
+            return None
+        if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
+            raise ValueError(
+                f"expected `position_ids` of shape [{batch_size}, {length}], got {list(position_ids.shape)}."
+            )
+        if length == 1:
+            return None
+        zeros = (position_ids == 0).expand(batch_size, length)
+        if real is None:
+            restarts = zeros.clone()
+            restarts[:, 0] = False
+        else:
+            restarts = zeros & real & (real.cumsum(1) > 1)
+        return restarts if bool(restarts.any()) else None
+
+    # How a call is read
+
+    def _text_of(
+        self, span: Span, ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor:
+        """Embeddings [B, T, D] of a span's tokens."""
+        source = inputs_embeds if ids is None or inputs_embeds is not None else ids
+        if span.in_step:
+            part = source[:, span.column : span.column + span.count]
+        else:
+            columns = span.column[:, None] + torch.arange(int(span.count.max()))
+            columns = columns.clamp(max=source.shape[1] - 1).to(source.device)
+            part = source.gather(1, columns) if source.ndim == 2 else gather_positions(source, columns)
+        return self.embed_tokens(part) if part.ndim == 2 else part
+
+    def learned_memory(self) -> torch.Tensor:
+        """m_0, [R, D]."""
+        return self.memory_tokens(torch.arange(self.config.num_memory_tokens, device=self._device_of("memory_tokens")))
+
+    def learned_pause(self) -> torch.Tensor:
+        """The pause vector, [1, D]."""
+        return self.pause_token(torch.zeros(1, dtype=torch.int64, device=self._device_of("pause_token")))
+
+    def _device_of(self, name: str) -> torch.device:
+        return next(getattr(self, name).parameters()).device
+
+    def solidify(self, memory: torch.Tensor, to: str) -> torch.Tensor:
+        """f_read (`to="read"`) or f_write (`to="write"`) of a memory [B, R, D]."""
+        if self.config.memory_solidifier == "none":
+            return memory
+        if self.config.separate_solidifiers:
+            return getattr(self, f"{to}_solidifier")(memory)
+        return self.solidifier(memory)
+
+    def _anchor(self, like: torch.Tensor) -> torch.Tensor:
+        """Zero, but it depends on every recurrent parameter, so that each gets a gradient even in a text of one chunk.
+
+        Distributed training waits for the gradient of every parameter.
+        """
+        total = like.new_zeros(())
+        if self.config.num_pause_tokens:
+            total = total + self.learned_pause().sum().to(like)
+        if self.config.num_memory_tokens:
+            learned = self.learned_memory()[None]
+            for to in ("read", "write"):
+                total = total + self.solidify(learned, to).sum().to(like)
+            if self.config.memory_norm:
+                total = total + self.memory_norm(learned).sum().to(like)
+        return 0 * total
+
+
+class _Pass:
+    """One call of `BakaModel`: reads its spans one after another and collects what they give."""
+
+    def __init__(
+        self, model: BakaModel, cache: BakaCache | None, batch_size: int, with_states: bool, with_weights: bool
+    ):
+        config = model.config
+        self.model, self.config, self.cache, self.batch_size = model, config, cache, batch_size
+        self.with_states, self.with_weights = with_states, with_weights
+        self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
+        self.in_place = cache is not None and not torch.is_grad_enabled()
+        self.bptt_chunks = config.bptt_chunks if torch.is_grad_enabled() else None
+        layers = config.num_hidden_layers
+        if cache is None:
+            stream = Stream(None, [None] * layers, [None] * layers, self.half)
+        elif self.in_place:
+            stream = Stream(cache.memory, [None] * layers, [None] * layers)
+        else:
+            stream = self._borrow(cache)
+        # By how many chunks their gradients reach back: one stream, unless `bptt_chunks` asks for a sliding window.
+        self.streams: dict[int, Stream] = {0: stream if self.bptt_chunks is None else stream.detach()}
+        self.last = stream
+        n, count = config.chunk_size, config.num_pause_tokens
+        self.pauses: Any = [p * (n // count) for p in range(count)]
+        if config.uses_random_pauses and cache is not None:
+            self.pauses = cache._pauses
+        self.masks: dict[Any, torch.Tensor | None] = {}
+        self.states: list[list[torch.Tensor]] = []
+        self.weights: list[list[torch.Tensor]] = []
+
+    def _borrow(self, cache: BakaCache) -> Stream:
+        """The cache's tensors for a pass whose autograd graph may hold on to them."""
+
+        def readable(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+        for layer in cache.layers:
+            layer.is_shared = True
+        keys, values = [readable(x.keys) for x in cache.layers], [readable(x.values) for x in cache.layers]
+        return Stream(readable(cache.memory), keys, values)
+
+    def read(self, span: Span, text: torch.Tensor, index: int, num_spans: int) -> None:
+        """Read span number `index`, whose embeddings are `text` [B, T, D]."""
+        span, pauses = self._place_pauses(span)
+        followed = self.cache is not None or index + 1 < num_spans
+        layout = lay_out(span, self.config, pauses, followed)
+        view = self._view(span, layout, text)
+
+        # `bptt_chunks=k`: the loss of chunk i may reach back k chunks, that of chunk i+1 as well, but one less of the
+        # same. So the chunk is read from copies of its state that differ in the reach of their gradients alone: reach
+        # d leads to d + 1. Copies nobody will read are dropped.
+        k = self.bptt_chunks
+        reach = 0 if k is None else min(index, k)
+        following: dict[int, Stream] = {}
+
+        def is_read(reach: int) -> bool:
+            return k is not None and (reach == min(index + 1, k) or (reach <= k and index + 1 + k - reach < num_spans))
+
+        for depth, stream in self.streams.items():
+            after, states, weights = self._read_stream(span, layout, view, text, stream)
+            if depth == reach:
+                self.states.append(states)
+                self.weights.append(weights)
+                self.last = after
+                if k is None:
+                    following[0] = after
+                elif is_read(0):
+                    following[0] = after.detach(None if layout.in_step else layout.completes)
+            if is_read(depth + 1):
+                following[depth + 1] = after
+        self.streams = following
+
+    def _place_pauses(self, span: Span) -> tuple[Span, Any]:
+        """The text positions of each row's pauses, as `lay_out` takes them; and the span, spread out if they differ."""
+        config = self.config
+        pauses = self.pauses
+        if config.uses_random_pauses:
+            kept = torch.as_tensor(pauses).expand(self.batch_size, -1)
+            drawn = torch.arange(config.num_pause_tokens) * (config.chunk_size // config.num_pause_tokens)
+            if self.model.training:
+                others = torch.randperm(config.chunk_size - 1)[: config.num_pause_tokens - 1].sort().values + 1
+                drawn = torch.cat([torch.zeros(1, dtype=torch.int64), others])
+            begins = torch.as_tensor((span.start == 0) & (span.count > 0)).expand(self.batch_size)
+            kept = self.pauses = torch.where(begins[:, None], drawn, kept)
+            pauses = kept[0].tolist() if bool((kept == kept[0]).all()) else kept
+        if span.in_step and isinstance(pauses, torch.Tensor):
+            rows = [torch.as_tensor(value).expand(self.batch_size) for value in span]
+            span = Span(*rows)
+        if not span.in_step and not isinstance(pauses, torch.Tensor):
+            pauses = torch.tensor(pauses, dtype=torch.int64).reshape(1, -1)
+        return span, pauses
+
+    def _view(self, span: Span, layout: Layout, text: torch.Tensor) -> dict[str, Any]:
+        """What all blocks share for a span: angles, mask, and the place of its keys and values."""
+        config, half, S, device = self.config, self.half, self.config.stream_length, text.device
+        cos, sin = rotary_table(*_rotary_key(config), device, _at_least_float32(text.dtype))
+        if layout.in_step:
+            own = slice(S + layout.lo, S + layout.hi)
+            angles = cos[own], sin[own]
+            has_previous = span.has_previous if isinstance(span.has_previous, bool) else True
+            first = 0 if has_previous and half else half
+            placement = Placement(first, half + layout.lo, half + layout.hi)
+            key = (layout.lo, layout.hi, first) if isinstance(span.has_previous, bool) else None
+            if key is None or key not in self.masks:
+                self.masks[key] = self._mask(span, layout, placement, text)
+            mask = self.masks[key]
+        else:
+            slots = layout.slots.to(device)
+            angles = cos[S + slots][:, None], sin[S + slots][:, None]
+            index = (half + slots)[:, None, :, None]
+            placement = Placement(index=index, valid=layout.valid.to(device)[:, None, :, None])
+            mask = self._mask(span, layout, placement, text)
+        return {"position_embeddings": angles, "attention_mask": mask, "placement": placement}
+
+    def _mask(self, span: Span, layout: Layout, placement: Placement, text: torch.Tensor) -> torch.Tensor | None:
+        """allowed(q, k) as one comparison: each key has a number, each query a horizon, and sees keys up to it.
+
+        Keys are numbered by their slots, 0 … S-1 in the previous stream and S … 2S-1 in the own one. The horizon of a
+        text query is its own slot, of a read query the last read slot, of a write query the last slot of all. Keys of
+        a previous stream that a row does not have are numbered beyond every horizon.
+        """
+        config, S, R, device = self.config, self.config.stream_length, self.config.num_memory_tokens, text.device
+        if layout.in_step and layout.hi - layout.lo == 1 and isinstance(span.has_previous, bool):
+            return None  # a single query, and every key before it is in its past
+        if layout.in_step:
+            slots = torch.arange(layout.lo, layout.hi, device=device)[None]
+            numbers = torch.arange(placement.first, placement.stop, device=device)[None]
+        else:
+            slots = layout.slots.to(device)
+            numbers = torch.arange(self.half + S, device=device)[None]
+        numbers = numbers + S - self.half
+        horizons = torch.where(slots < R, S + R - 1, torch.where(slots >= S - R, 2 * S - 1, S + slots))
+        if not isinstance(span.has_previous, bool):
+            hidden = (numbers < S) & ~span.has_previous.to(device)[:, None]
+            numbers = numbers.masked_fill(hidden, 2 * S)
+
+        batch_size = max(numbers.shape[0], horizons.shape[0])
+        if batch_size == 1:
+            numbers, horizons = numbers[0], horizons[0]
+
+            def allowed(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
+                return numbers[k] <= horizons[q]
+        else:
+            numbers, horizons = (rows.expand(batch_size, -1).contiguous() for rows in (numbers, horizons))
+
+            def allowed(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
+                return numbers[b, k] <= horizons[b, q]
+
+        return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+            batch_size=batch_size,
+            q_length=horizons.shape[-1],
+            kv_length=numbers.shape[-1],
+            q_offset=0,
+            kv_offset=0,
+            mask_function=allowed,
+            attention_mask=None,
+            allow_is_causal_skip=False,
+            use_vmap=False,
+            dtype=text.dtype,
+            config=config,
+            device=device,
+        )
+
+    def _read_stream(
+        self, span: Span, layout: Layout, view: dict[str, Any], text: torch.Tensor, stream: Stream
+    ) -> tuple[Stream, list[torch.Tensor], list[torch.Tensor]]:
+        """Run the blocks over one span: the state after it, hidden states [B, T, D] and weights of its text."""
+        model, config, half, S = self.model, self.config, self.half, self.config.stream_length
+        R = config.num_memory_tokens
+        memory, read, write = stream.memory, None, None
+        if R and (_any(layout.begins) or _any(layout.completes)):
+            learned = model.learned_memory().to(text).expand(self.batch_size, -1, -1)
+            memory = learned if memory is None else memory.to(text)
+            memory = _where(_and(layout.begins, span.first), learned, memory)
+            if _any(layout.begins):
+                read = learned if span.first is True else _where(span.first, learned, model.solidify(memory, "read"))
+            if _any(layout.completes):
+                write = learned
+                if config.memory_write == "carry" and span.first is not True:
+                    write = _where(span.first, learned, model.solidify(memory, "write"))
+        hidden_states = self._assemble(layout, text, read, write)
+
+        placement = view["placement"]
+        states = [self._text(layout, hidden_states)] if self.with_states else []
+        all_weights: list[torch.Tensor] = []
+        after = Stream(memory, [None] * len(model.layers), [None] * len(model.layers))
+        for index, layer in enumerate(model.layers):
+            cache_layer = self.cache.layers[index] if self.cache is not None and self.in_place else None
+            past = (None, None)
+            if cache_layer is None:
+                past = stream.kept(index, placement.first, placement.start if placement.index is None else half + S)
+            hidden_states, key, value, weights = layer(hidden_states, *past, **view, cache_layer=cache_layer)
+            if self.with_states:
+                states.append(self._text(layout, hidden_states))
+            if self.with_weights:
+                all_weights.append(self._text_weights(layout, placement, weights))
+            if cache_layer is None and layout.followed:
+                after.keys[index], after.values[index] = self._keep(layout, placement, past, key, value)
+        if not self.in_place:
+            after.begin = placement.first if layout.completes is False else 0
+
+        if self.in_place and self.cache is not None:
+            self.cache.memory = memory if memory is not None else self.cache.memory
+            if _any(layout.completes):
+                self._roll_over(self.cache, span, layout)
+        if R and _any(layout.completes):
+            new = hidden_states[:, -R:] if layout.in_step else gather_positions(hidden_states, layout.write)
+            after.memory = _where(layout.completes, model.memory_norm(new) if config.memory_norm else new, memory)
+        normed = model.norm(self._text(layout, hidden_states))
+        return after, [*states[:-1], normed] if self.with_states else [normed], all_weights
+
+    def _assemble(
+        self, layout: Layout, text: torch.Tensor, read: torch.Tensor | None, write: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The stream of a span, [B, Q, D]."""
+        R, P = self.config.num_memory_tokens, self.config.num_pause_tokens
+        pause = self.model.learned_pause().to(text).expand(self.batch_size, 1, -1) if P else None
+        if layout.in_step:
+            parts: list[torch.Tensor] = []
+            column = 0
+            for kind, length in layout.pieces:
+                if kind == "text":
+                    parts.append(text[:, column : column + length])
+                    column += length
+                else:
+                    part = {"read": read, "pause": pause, "write": write}[kind]
+                    assert part is not None
+                    parts.append(part)
+            return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        absent = text.new_zeros(self.batch_size, max(R, 1), text.shape[2])
+        sources = [absent[:, :R] if read is None else read, absent[:, :1] if pause is None else pause, text]
+        if write is not None:
+            sources.append(write)
+        stream = torch.cat(sources, dim=1)
+        return gather_positions(stream, layout.sources.clamp(max=stream.shape[1] - 1))
+
+    def _text(self, layout: Layout, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The positions of the text alone, [B, T, D]."""
+        if not layout.in_step:
+            return gather_positions(hidden_states, layout.text)
+        parts = hidden_states.split([length for _, length in layout.pieces], dim=1)
+        parts = [part for (kind, _), part in zip(layout.pieces, parts, strict=True) if kind == "text"]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _text_weights(self, layout: Layout, placement: Placement, weights: torch.Tensor) -> torch.Tensor:
+        """The weights [B, H, Q, K] of the text's queries over all 2S slots, as [B, T, H · 2S]."""
+        S = self.config.stream_length
+        left = S - self.half + placement.first
+        weights = nn.functional.pad(weights, (left, 2 * S - left - weights.shape[3]))
+        return self._text(layout, weights.transpose(1, 2).flatten(2))
+
+    def _keep(
+        self, layout: Layout, placement: Placement, past: Any, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values of a block after a span, for a `Stream`."""
+        S, half = self.config.stream_length, self.half
+        if layout.completes is True:
+            if not half:
+                return None, None
+            own = [
+                new if kept is None else place(kept, new, placement, half + S)[:, :, half - placement.first :]
+                for kept, new in zip(past, (key, value), strict=True)
+            ]
+            return self._turn_back(own[0]), own[1]
+        keys, values = (place(kept, new, placement, half + S) for kept, new in zip(past, (key, value), strict=True))
+        if layout.in_step or not half or not _any(layout.completes):
+            return keys, values
+        rolled = torch.cat([self._turn_back(keys[:, :, S:]), keys[:, :, S:]], dim=2)
+        keys = _where(layout.completes, rolled, keys)
+        values = _where(layout.completes, torch.cat([values[:, :, S:], values[:, :, S:]], dim=2), values)
+        return keys, values
+
+    def _turn_back(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys [B, H, S, head_dim] of the own stream as keys of a previous one: S slots earlier."""
+        S = self.config.stream_length
+        cos, sin = rotary_table(*_rotary_key(self.config), keys.device, _at_least_float32(keys.dtype))
+        return apply_rotary(keys, cos[S], -sin[S])
+
+    def _roll_over(self, cache: BakaCache, span: Span, layout: Layout) -> None:
+        """The own stream of the rows whose chunk is full becomes their previous one, in place."""
+        S = self.config.stream_length
+        if cache._is_recording:
+            completes = torch.as_tensor(layout.completes).expand(self.batch_size)
+            cache._record_boundary(span.num_tokens, completes, torch.as_tensor(self.pauses).expand(self.batch_size, -1))
+        if not self.half:
+            return
+        for layer in cache.layers:
+            for buffer, own in (
+                (layer.keys, self._turn_back(layer.keys[:, :, S:])),
+                (layer.values, layer.values[:, :, S:]),
+            ):
+                buffer[:, :, :S] = _where(layout.completes, own, buffer[:, :, :S])
+
+    def close(self, spans: list[Span], seeded: torch.Tensor | None, num_positions: int, aligned: bool) -> None:
+        """Leave the state behind in the cache."""
+        cache, stream = self.cache, self.last
+        if cache is None:
+            return
+        if spans:
+            cache.memory = stream.memory
+        if spans and not self.in_place:
+            total = self.half + self.config.stream_length
+            for index, layer in enumerate(cache.layers):
+                keys, values = stream.kept(index, 0, total)
+                if keys is None or values is None:  # nothing of a full chunk is kept without the XL cache
+                    keys, values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
+                layer.keys, layer.values, layer.is_shared = keys, values, True
+        num_tokens = spans[-1].num_tokens if spans else cache._num_tokens
+        pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
+        cache._advance(num_positions, num_tokens, seeded, pauses, aligned)
+
+    def outputs(
+        self, spans: list[Span], batch_size: int, length: int, real: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:
+        """Hidden states [B, L, D] and weights [B, H, L, 2S] of the call's tokens, each in its own column."""
+        config, S = self.config, self.config.stream_length
+        if not spans:
+            like = self.model.norm.weight
+            empty = like.new_zeros(batch_size, length, config.hidden_size)
+            blank = like.new_zeros(batch_size, config.num_attention_heads, length, 2 * S)
+            count = config.num_hidden_layers + 1 if self.with_states else 1
+            return [empty] * count, (blank,) * config.num_hidden_layers if self.with_weights else None
+
+        columns = _columns_of(spans, batch_size, length)
+        states = [_in_columns(parts, columns, real) for parts in zip(*self.states, strict=True)]
+        weights = None
+        if self.with_weights:
+            shape = (batch_size, length, config.num_attention_heads, 2 * S)
+            weights = tuple(
+                _in_columns(parts, columns, real).view(shape).transpose(1, 2)
+                for parts in zip(*self.weights, strict=True)
+            )
+        return states, weights
+
+
+def _columns_of(spans: list[Span], batch_size: int, length: int) -> torch.Tensor | None:
+    """[B, L] index: where the token of each column stands among the outputs of all spans; None if in its place."""
+    if all(span.in_step for span in spans):
+        return None
+    columns = torch.zeros(batch_size, length + 1, dtype=torch.int64)  # one more, for what is not a token
+    offset = 0
+    for span in spans:
+        count = torch.as_tensor(span.count).expand(batch_size)
+        steps = torch.arange(int(count.max()))
+        target = torch.as_tensor(span.column).expand(batch_size)[:, None] + steps
+        target = torch.where(steps < count[:, None], target, length)
+        columns.scatter_(1, target, (offset + steps).expand(batch_size, -1))
+        offset += len(steps)
+    return columns[:, :length]
+
+
+def _in_columns(
+    parts: tuple[torch.Tensor, ...], columns: torch.Tensor | None, real: torch.Tensor | None
+) -> torch.Tensor:
+    """Put the outputs [B, T, ·] of all spans into the columns of the call; zeros where there is no real token."""
+    joined = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    if columns is not None:
+        joined = gather_positions(joined, columns)
+    if real is None:
+        return joined
+    real = real.to(joined.device)
+    rank = (real.cumsum(1) - 1).clamp(0, joined.shape[1] - 1)
+    return gather_positions(joined, rank).masked_fill(~real[:, :, None], 0)
+
+
+def _any(rows: Any) -> bool:
+    return rows if isinstance(rows, bool) else bool(rows.any())
+
+
+def _and(left: Any, right: Any) -> Any:
+    if isinstance(left, bool):
+        return right if left else False
+    return left & right
+
+
+def _where(rows: Any, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    """`yes` in the rows that `rows`, a bool or a tensor [B], says and `no` in the others."""
+    if isinstance(rows, bool):
+        return yes if rows else no
+    return torch.where(rows.to(yes.device).view(-1, *[1] * (yes.ndim - 1)), yes, no.to(yes))
+
+
+class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
+    """BakaLLM with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: BakaConfig):
+        super().__init__(config)
+        self.model = BakaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BakaCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits and loss; arguments as in `BakaModel.forward`, and
+
+        Args:
+            labels: [B, L] int64 token ids, -100 where there is no target; they are shifted here.
+            logits_to_keep: only compute logits of the last so many positions (0: all), or of a 1-D tensor of positions.
+
+        Returns:
+            `loss` (if `labels` is given), `logits` [B, L, vocab_size], `past_key_values`.
+
+        Raises:
+            ValueError: as `BakaModel.forward`; or `labels` have another shape than the text.
+        """
+        text = input_ids if input_ids is not None else inputs_embeds
+        if labels is not None and text is not None and labels.shape != text.shape[:2]:
+            raise ValueError(f"expected `labels` of shape {list(text.shape[:2])}, got {list(labels.shape)}.")
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # What `generate` asks of a recurrent model. It gets the tokens new to the state or the whole history, and tells
+    # them apart by the length of the mask: as long as the tokens for the whole history, longer by what was fed before
+    # for new tokens. Without a mask, or with one for the tokens alone, the state itself knows what it has read.
+
+    def _prepare_model_inputs(
+        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
+        inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if cache is not None:
+            self.model._check_cache(cache, cache.batch_size if hasattr(cache, "signature") else 0)
+            if mask is not None:
+                model_kwargs["attention_mask"] = self._complete_mask(cache, inputs, mask)
+        return inputs, name, model_kwargs
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        cache = model_kwargs.get("past_key_values")
+        return mask if cache is None else self._complete_mask(cache, inputs_tensor, mask)
+
+    def _complete_mask(self, cache: BakaCache, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """A mask over all that `inputs` stands for: [B, L] if it is the whole history, [B, P + L] if it is new.
+
+        Raises:
+            ValueError: it cannot be told which, or nothing in it is new.
+        """
+        fed, length = cache.get_seq_length(), inputs.shape[1]
+        if mask.ndim != 2 or mask.shape[0] != inputs.shape[0] or mask.shape[1] not in (length, fed + length):
+            raise ValueError(
+                f"expected an `attention_mask` of shape {[inputs.shape[0], length]} or "
+                f"{[inputs.shape[0], fed + length]} for {length} tokens after the {fed} that the state has read, "
+                f"got {list(mask.shape)}."
+            )
+        if fed == 0 or mask.shape[1] == fed + length:
+            return mask
+        advice = (
+            f"For new tokens pass an `attention_mask` of shape {[inputs.shape[0], fed + length]}, ones for the {fed} "
+            "positions read before it."
+        )
+        if inputs.ndim == 3:
+            # Embeddings leave no trace to compare. transformers takes them for the whole history.
+            if length <= fed:
+                raise ValueError(
+                    f"expected `inputs_embeds` of the whole history, more than the {fed} positions that the state has "
+                    f"read, got {length}."
+                )
+            return mask
+        if length >= fed and self._is_history(cache, inputs[:, :fed], mask[:, :fed]):
+            if length == fed:
+                raise ValueError(f"the state has read all of these {length} tokens: nothing is new. {advice}")
+            return mask
+        if length > fed:
+            raise ValueError(
+                f"expected the whole history or new tokens, got {length} tokens of which the first {fed} are not "
+                f"what the state has read. {advice}"
+            )
+        return torch.cat([mask.new_ones(mask.shape[0], fed), mask], dim=1)
+
+    def _is_history(self, cache: BakaCache, input_ids: torch.Tensor, mask: torch.Tensor) -> bool:
+        """Whether these are the tokens that the state has read, as far as a 64-bit hash can tell."""
+        if cache._history is None or cache.batch_size % input_ids.shape[0]:
+            return False
+        start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
+        found = hash_tokens(input_ids, mask != 0, start)
+        found = found.repeat_interleave(cache.batch_size // input_ids.shape[0])
+        return bool((found.cpu() == cache._history.cpu()).all())
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *args: Any
+    ) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "expected `cache_implementation` to be None or 'dynamic' (the state is a BakaCache either way), "
+                f"got {generation_config.cache_implementation!r}."
+            )
+        generation_config.prefill_chunk_size = None  # a prompt is read chunk by chunk as it is
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            if generation_config.use_cache is False:
+                return
+            batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
+            cache = model_kwargs["past_key_values"] = self.new_cache(batch_size)
+        else:
+            cache._is_user_defined = True
+        cache._finished = None
+        cache._is_beam_search = generation_config.num_beams > 1
+        if cache.batch_size > 1 and not cache._is_beam_search:
+            model_kwargs["stop_token_ids"] = generation_config._eos_token_tensor
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: BakaCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        is_first_iteration: bool | None = False,
+        stop_token_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        cache = past_key_values
+        if cache is not None and not is_first_iteration:
+            # What was generated is in the stream, except that a row which has met EOS takes nothing any more: its
+            # state is that before its last token, as it is for the row that ends last.
+            attention_mask = None
+            kwargs.pop("position_ids", None)
+            if stop_token_ids is not None:
+                ended = torch.isin(input_ids[:, -1], stop_token_ids.to(input_ids.device))
+                cache._finished = ended if cache._finished is None else cache._finished | ended
+                attention_mask = ~cache._finished[:, None]
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=cache,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if cache is not None and cache._is_beam_search:
+            model_inputs["within_beam_search"] = True
+        return model_inputs
+
+
+class BakaForSequenceClassification(BakaPreTrainedModel):
+    """BakaLLM that reads a document of any length, memory carried through, and judges it at its last token."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = BakaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: BakaCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits [B, num_labels] at each row's last real token; arguments as in `BakaModel.forward`, and `labels` [B].
+
+        The last real token is found by `attention_mask`, else by `config.pad_token_id`, else it is the last column.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        batch_size, length = logits.shape[:2]
+        real = None
+        if attention_mask is not None:
+            real = attention_mask[:, -length:] != 0
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        columns = torch.arange(length, device=logits.device)
+        last = columns[-1:].expand(batch_size) if real is None else (columns * real.to(logits.device)).argmax(1)
+        pooled = logits[torch.arange(batch_size, device=logits.device), last]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=pooled,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+BakaModel.register_for_auto_class("AutoModel")
+BakaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+BakaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+
+__all__ = ["BakaForCausalLM", "BakaForSequenceClassification", "BakaModel", "BakaPreTrainedModel"]
