@@ -53,14 +53,14 @@ class Placement(NamedTuple):
     """Where a span's keys and values stand among a block's slots, and which slots its queries may look at.
 
     Rows in step share `start` and `stop`: the span takes slots start … stop-1 and sees slots first … stop-1.
-    Rows out of step have an `index` [B, 1, Q, 1] of slots and a mask `valid` [B, 1, Q, 1] of the entries that count;
-    they see all slots.
+    Rows out of step have their own `slots` [B, 1, Q, 1], of which those where `valid` [B, 1, Q, 1] is True count, and
+    see all slots.
     """
 
     first: int = 0
     start: int = 0
     stop: int = 0
-    index: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None
 
 
@@ -89,12 +89,12 @@ class BakaCacheLayer(CacheLayerMixin):
         """Write a span's keys and values [B, H, Q, head_dim] in place; return all that its queries may look at."""
         self.keys, self.values = self._writable(self.keys, key_states), self._writable(self.values, value_states)
         self.is_shared = False
-        if placement.index is None:
+        if placement.slots is None or placement.valid is None:
             self.keys[:, :, placement.start : placement.stop] = key_states
             self.values[:, :, placement.start : placement.stop] = value_states
             visible = slice(placement.first, placement.stop)
             return self.keys[:, :, visible], self.values[:, :, visible]
-        index = placement.index.expand_as(key_states)
+        index = placement.slots.expand_as(key_states)
         self.keys.scatter_(2, index, torch.where(placement.valid, key_states, self.keys.gather(2, index)))
         self.values.scatter_(2, index, torch.where(placement.valid, value_states, self.values.gather(2, index)))
         return self.keys, self.values
@@ -334,7 +334,7 @@ class BakaCache(Cache):
         other.__dict__ = dict(self.__dict__)
         other.layers = []
         for layer in self.layers:
-            twin = type(layer).__new__(type(layer))
+            twin = BakaCacheLayer.__new__(BakaCacheLayer)
             twin.__dict__ = dict(layer.__dict__)
             other.layers.append(twin)
         other._boundaries = [dict(boundary) for boundary in self._boundaries]
@@ -551,7 +551,8 @@ class BakaCache(Cache):
             tensor = tensors[name]
             if tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
                 raise ValueError(
-                    f"the saved state's {name} is {tensor.dtype} {tuple(tensor.shape)}, expected shape {tuple(like.shape)}."
+                    f"the saved state's {name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"expected shape {tuple(like.shape)}."
                 )
             return tensor
 

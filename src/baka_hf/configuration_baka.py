@@ -1,8 +1,9 @@
 """The configuration of BakaLLM: every variant of the architecture is a choice of these fields."""
 
+from typing import Any
+
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
 
 AUTO_MAP = {
     "AutoConfig": "configuration_baka.BakaConfig",
@@ -80,12 +81,12 @@ class BakaConfig(PreTrainedConfig):
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below
+    head_dim: int = None  # type: ignore[assignment]
     hidden_act: str = "elephant"
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: dict = None  # type: ignore[assignment]
     chunk_size: int = 512
     num_memory_tokens: int = 16
     memory_write: str = "carry"
@@ -102,7 +103,7 @@ class BakaConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         # Every Auto class must find its model in a checkpoint, whichever of them was saved.
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         if self.num_key_value_heads is None:

@@ -103,7 +103,7 @@ def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -131,10 +131,10 @@ def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, nu
 
     In step `past` ends where the span starts. Out of step it has all `num_slots` slots.
     """
-    if placement.index is None:
+    if placement.slots is None or placement.valid is None:
         return new if past is None else torch.cat([past.to(new), new], dim=2)
     past = new.new_zeros(*new.shape[:2], num_slots, new.shape[3]) if past is None else past.to(new)
-    index = placement.index.expand_as(new)
+    index = placement.slots.expand_as(new)
     return past.scatter(2, index, torch.where(placement.valid, new, past.gather(2, index)))
 
 
@@ -462,9 +462,9 @@ class Stream:
     Keys and values of each block stand for slots begin … begin + their length - 1 of the two halves.
     """
 
-    memory: torch.Tensor | None
-    keys: list[torch.Tensor | None]
-    values: list[torch.Tensor | None]
+    memory: Any
+    keys: list[Any]
+    values: list[Any]
     begin: int = 0
 
     def kept(self, layer: int, first: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -505,7 +505,7 @@ class BakaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, tuple(SOLIDIFIERS.values())):
             # A solidifier starts close to the identity.
-            for weight in module.output_weights:
+            for weight in module.output_weights:  # type: ignore[union-attr]
                 init.normal_(weight, std=self.config.initializer_range / self.config.hidden_size**0.5)
 
     def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None) -> BakaCache:
@@ -546,17 +546,17 @@ class BakaModel(BakaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: BakaCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -660,6 +660,7 @@ class BakaModel(BakaPreTrainedModel):
                 )
             shape = input_ids.shape
         else:
+            assert inputs_embeds is not None
             shape = inputs_embeds.shape
             if len(shape) != 3 or shape[2] != self.config.hidden_size:
                 raise ValueError(
@@ -669,9 +670,9 @@ class BakaModel(BakaPreTrainedModel):
             raise ValueError(f"expected at least one row and one token, got an input of shape {tuple(shape)}.")
         if input_ids is not None and self._can_look_at(input_ids):
             least, most = (int(value) for value in torch.aminmax(input_ids))
-            if least < 0 or most >= self.embed_tokens.num_embeddings:
+            if least < 0 or most >= self.config.vocab_size:
                 raise ValueError(
-                    f"expected token ids from 0 to {self.embed_tokens.num_embeddings - 1}, "
+                    f"expected token ids from 0 to {self.config.vocab_size - 1}, "
                     f"got {least if least < 0 else most}."
                 )
         return shape[0], shape[1]
@@ -739,7 +740,8 @@ class BakaModel(BakaPreTrainedModel):
         self, span: Span, ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, batch_size: int
     ) -> torch.Tensor:
         """Embeddings [B, T, D] of a span's tokens."""
-        source = inputs_embeds if ids is None or inputs_embeds is not None else ids
+        source = ids if inputs_embeds is None else inputs_embeds
+        assert source is not None
         if span.in_step:
             part = source[:, span.column : span.column + span.count]
         else:
@@ -894,7 +896,7 @@ class _Pass:
             slots = layout.slots.to(device)
             angles = cos[S + slots][:, None], sin[S + slots][:, None]
             index = (half + slots)[:, None, :, None]
-            placement = Placement(index=index, valid=layout.valid.to(device)[:, None, :, None])
+            placement = Placement(slots=index, valid=layout.valid.to(device)[:, None, :, None])
             mask = self._mask(span, layout, placement, text)
         return {"position_embeddings": angles, "attention_mask": mask, "placement": placement}
 
@@ -972,9 +974,9 @@ class _Pass:
         after = Stream(memory, [None] * len(model.layers), [None] * len(model.layers))
         for index, layer in enumerate(model.layers):
             cache_layer = self.cache.layers[index] if self.cache is not None and self.in_place else None
-            past = (None, None)
+            past: tuple[Any, Any] = (None, None)
             if cache_layer is None:
-                past = stream.kept(index, placement.first, placement.start if placement.index is None else half + S)
+                past = stream.kept(index, placement.first, placement.start if placement.slots is None else half + S)
             hidden_states, key, value, weights = layer(hidden_states, *past, **view, cache_layer=cache_layer)
             if self.with_states:
                 states.append(self._text(layout, hidden_states))
@@ -1080,7 +1082,7 @@ class _Pass:
     def close(self, spans: list[Span], seeded: torch.Tensor | None, num_positions: int, aligned: bool) -> None:
         """Leave the state behind in the cache."""
         cache, stream = self.cache, self.last
-        if cache is None:
+        if cache is None or seeded is None:
             return
         if spans:
             cache.memory = stream.memory
@@ -1182,12 +1184,12 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: BakaCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
@@ -1323,10 +1325,10 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         past_key_values: BakaCache | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         stop_token_ids: torch.Tensor | None = None,
         **kwargs: Any,
@@ -1367,11 +1369,11 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: BakaCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
