@@ -115,8 +115,8 @@ class BakaConfig(PreTrainedConfig):
                     f"`head_dim` is not given, got {self.hidden_size}."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.rope_parameters is not None:
-            self.rope_parameters = dict(self.rope_parameters)
+        # Before transformers fills in what the type lacks:
+        self._validate_rope(kwargs.get("rope_scaling") or self.rope_parameters)
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -162,7 +162,7 @@ class BakaConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        if self.hidden_act != "elephant" and self.hidden_act not in ACT2FN:
+        if not isinstance(self.hidden_act, str) or (self.hidden_act != "elephant" and self.hidden_act not in ACT2FN):
             raise ValueError(
                 f"`hidden_act` must be 'elephant' or a name in transformers' ACT2FN ({', '.join(ACT2FN)}), "
                 f"got {self.hidden_act!r}."
@@ -182,16 +182,28 @@ class BakaConfig(PreTrainedConfig):
         if self.separate_solidifiers and self.memory_solidifier == "none":
             raise ValueError("`separate_solidifiers` must be False when `memory_solidifier` is 'none', got True.")
 
-        rope_type = self.rope_parameters.get("rope_type", "default")
+        self._validate_rope(self.rope_parameters)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token in value if name == "eos_token_id" and isinstance(value, list | tuple) else [value]:
+                if token is not None and not (_is_int(token, 0) and token < self.vocab_size):
+                    raise ValueError(f"`{name}` must be None or a token id below {self.vocab_size}, got {value!r}.")
+
+    def _validate_rope(self, rope_parameters: Any) -> None:
+        if rope_parameters is None:
+            return
+        if not isinstance(rope_parameters, dict):
+            raise ValueError(f"`rope_parameters` must be a dict, got {rope_parameters!r}.")
+        rope_type = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
         if rope_type != "default":
             raise ValueError(
                 f"`rope_parameters` must have rope_type 'default', got {rope_type!r}: positions are re-based every "
-                f"chunk and stay below {2 * self.stream_length}, so there is no context to stretch."
+                "chunk and never grow, so there is no context to stretch."
             )
-        unknown = set(self.rope_parameters) - {"rope_type", "rope_theta"}
+        unknown = set(rope_parameters) - {"rope_type", "type", "rope_theta"}
         if unknown:
             raise ValueError(f"`rope_parameters` may hold rope_type and rope_theta, got {sorted(unknown)}.")
-        theta = self.rope_parameters["rope_theta"]
+        theta = rope_parameters.get("rope_theta", 1.0)
         if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < float("inf"):
             raise ValueError(f"`rope_parameters` must have a positive rope_theta, got {theta!r}.")
 

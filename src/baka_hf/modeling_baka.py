@@ -526,7 +526,7 @@ class BakaModel(BakaPreTrainedModel):
     def __init__(self, config: BakaConfig):
         super().__init__(config)
         config.validate_architecture()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.num_pause_tokens:
             self.pause_token = nn.Embedding(1, config.hidden_size)
         if config.num_memory_tokens:
@@ -672,8 +672,7 @@ class BakaModel(BakaPreTrainedModel):
             least, most = (int(value) for value in torch.aminmax(input_ids))
             if least < 0 or most >= self.config.vocab_size:
                 raise ValueError(
-                    f"expected token ids from 0 to {self.config.vocab_size - 1}, "
-                    f"got {least if least < 0 else most}."
+                    f"expected token ids from 0 to {self.config.vocab_size - 1}, got {least if least < 0 else most}."
                 )
         return shape[0], shape[1]
 
@@ -1318,6 +1317,8 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             cache = model_kwargs["past_key_values"] = self.new_cache(batch_size)
         else:
             cache._is_user_defined = True
+        if getattr(generation_config, "is_assistant", False):
+            cache.activate_past_recording()  # a draft that is refused is cropped, by the model that it was made for
         cache._finished = None
         cache._is_beam_search = generation_config.num_beams > 1
         if cache.batch_size > 1 and not cache._is_beam_search:
