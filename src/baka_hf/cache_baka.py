@@ -255,6 +255,8 @@ class BakaCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one after the other."""
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise ValueError(f"`repeats` must be an integer of at least 1, got {repeats!r}.")
         self._apply(lambda t: t.repeat_interleave(repeats, 0), lambda t: t.repeat_interleave(repeats, 0))
 
     def reset(self) -> None:
@@ -542,8 +544,8 @@ class BakaCache(Cache):
             memory = tensors["memory"]
             cache._allocate(signature, memory.shape[0], "meta", memory.dtype)
             cache._load(tensors, metadata)
-        except KeyError as error:
-            raise ValueError(f"{path} lacks {error}: it is damaged or not a saved BakaCache.") from error
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, its header or a tensor is not what was saved: {error}.") from error
         return cache.to(device, dtype)
 
     def _load(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
