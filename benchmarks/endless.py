@@ -54,7 +54,7 @@ def main() -> None:
     at_start = probe(fixed_state)
     size = cache.nbytes
     print(f"{'tokens read':>12} {'µs/token':>9} {'resident MB':>12} {'memory norm':>12}")
-    for tenth in range(10):
+    for _ in range(10):
         start, read = time.perf_counter(), 0
         while read < args.tokens // 10:
             model(piece(args.piece), past_key_values=cache, logits_to_keep=1)

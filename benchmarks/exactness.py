@@ -82,11 +82,9 @@ def main() -> None:
                 for name in args.configs
             }
             name = max(found, key=lambda name: (found[name][1] != found[name][1], found[name][1]))
-            absolute = max(difference for difference, _ in found.values())
-            print(
-                f"{dtype:10} {attention:15} {absolute:19.1e} {found[name][1]:17.1e}  {name} ({time.time() - start:.0f} s)",
-                flush=True,
-            )
+            absolute, seconds = max(difference for difference, _ in found.values()), time.time() - start
+            row = f"{dtype:10} {attention:15} {absolute:19.1e} {found[name][1]:17.1e}  {name} ({seconds:.0f} s)"
+            print(row, flush=True)
 
 
 if __name__ == "__main__":
