@@ -526,7 +526,9 @@ class BakaCache(Cache):
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                # Copies: what the file maps into memory changes with the file, and lies at odd addresses, where
+                # vectorized arithmetic may round otherwise.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
         except Exception as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
         version = metadata.get("baka_cache_version", "")

@@ -516,7 +516,9 @@ class BakaPreTrainedModel(PreTrainedModel):
             memory: the `.memory` of another stream, [R, D] or [batch_size, R, D], for these texts to begin with. What
                 that stream held in keys and values, and of a chunk not yet full, does not come over.
         """
-        cache = BakaCache(self.config, batch_size, self.device, self.dtype)
+        # Weights that are offloaded have no device; the state follows the blocks' to where they compute.
+        device = None if self.device.type == "meta" else self.device
+        cache = BakaCache(self.config, batch_size, device, self.dtype)
         return cache if memory is None else cache.seed_memory(memory)
 
 
@@ -749,16 +751,13 @@ class BakaModel(BakaPreTrainedModel):
             part = source.gather(1, columns) if source.ndim == 2 else gather_positions(source, columns)
         return self.embed_tokens(part) if part.ndim == 2 else part
 
-    def learned_memory(self) -> torch.Tensor:
-        """m_0, [R, D]."""
-        return self.memory_tokens(torch.arange(self.config.num_memory_tokens, device=self._device_of("memory_tokens")))
+    def learned_memory(self, like: torch.Tensor) -> torch.Tensor:
+        """m_0, [R, D], in the dtype and on the device of `like`."""
+        return self.memory_tokens(torch.arange(self.config.num_memory_tokens, device=like.device)).to(like)
 
-    def learned_pause(self) -> torch.Tensor:
-        """The pause vector, [1, D]."""
-        return self.pause_token(torch.zeros(1, dtype=torch.int64, device=self._device_of("pause_token")))
-
-    def _device_of(self, name: str) -> torch.device:
-        return next(getattr(self, name).parameters()).device
+    def learned_pause(self, like: torch.Tensor) -> torch.Tensor:
+        """The pause vector, [1, D], in the dtype and on the device of `like`."""
+        return self.pause_token(torch.zeros(1, dtype=torch.int64, device=like.device)).to(like)
 
     def solidify(self, memory: torch.Tensor, to: str) -> torch.Tensor:
         """f_read (`to="read"`) or f_write (`to="write"`) of a memory [B, R, D]."""
@@ -775,9 +774,9 @@ class BakaModel(BakaPreTrainedModel):
         """
         total = like.new_zeros(())
         if self.config.num_pause_tokens:
-            total = total + self.learned_pause().sum().to(like)
+            total = total + self.learned_pause(like).sum()
         if self.config.num_memory_tokens:
-            learned = self.learned_memory()[None]
+            learned = self.learned_memory(like)[None]
             for to in ("read", "write"):
                 total = total + self.solidify(learned, to).sum().to(like)
             if self.config.memory_norm:
@@ -956,7 +955,7 @@ class _Pass:
         R = config.num_memory_tokens
         memory, read, write = stream.memory, None, None
         if R and (_any(layout.begins) or _any(layout.completes)):
-            learned = model.learned_memory().to(text).expand(self.batch_size, -1, -1)
+            learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
             memory = learned if memory is None else memory.to(text)
             memory = _where(_and(layout.begins, span.first), learned, memory)
             if _any(layout.begins):
@@ -1001,7 +1000,7 @@ class _Pass:
     ) -> torch.Tensor:
         """The stream of a span, [B, Q, D]."""
         R, P = self.config.num_memory_tokens, self.config.num_pause_tokens
-        pause = self.model.learned_pause().to(text).expand(self.batch_size, 1, -1) if P else None
+        pause = self.model.learned_pause(text).expand(self.batch_size, 1, -1) if P else None
         if layout.in_step:
             parts: list[torch.Tensor] = []
             column = 0
