@@ -594,7 +594,8 @@ class BakaModel(BakaPreTrainedModel):
                 f"`output_attentions` needs attn_implementation='eager', got {config._attn_implementation!r}."
             )
         batch_size, length = self._check_text(input_ids, inputs_embeds)
-        self._check_cache(cache, batch_size, kwargs.get("within_beam_search", False))
+        within_beam_search = kwargs.get("within_beam_search", False)
+        self._check_cache(cache, batch_size, within_beam_search)
         fed = 0 if cache is None else cache.get_seq_length()
         real = self._check_mask(attention_mask, batch_size, length, fed)
         restarts = self._find_restarts(position_ids, batch_size, length, real)
@@ -602,6 +603,8 @@ class BakaModel(BakaPreTrainedModel):
             use_cache = config.use_cache and not self.training
         if use_cache and cache is None:
             cache = self.new_cache(batch_size)
+        if cache is not None:
+            cache._is_beam_search = within_beam_search
 
         # Without a state every row begins here and nothing needs to be known on the host. With one, count.
         lengths: torch.Tensor | None = None
@@ -1319,8 +1322,9 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()  # a draft that is refused is cropped, by the model that it was made for
         cache._finished = None
-        cache._is_beam_search = generation_config.num_beams > 1
-        if cache.batch_size > 1 and not cache._is_beam_search:
+        if generation_config.num_beams > 1:
+            model_kwargs["within_beam_search"] = True
+        elif cache.batch_size > 1:
             model_kwargs["stop_token_ids"] = generation_config._eos_token_tensor
 
     def prepare_inputs_for_generation(
@@ -1343,7 +1347,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
                 ended = torch.isin(input_ids[:, -1], stop_token_ids.to(input_ids.device))
                 cache._finished = ended if cache._finished is None else cache._finished | ended
                 attention_mask = ~cache._finished[:, None]
-        model_inputs = super().prepare_inputs_for_generation(
+        return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=cache,
             attention_mask=attention_mask,
@@ -1351,9 +1355,6 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if cache is not None and cache._is_beam_search:
-            model_inputs["within_beam_search"] = True
-        return model_inputs
 
 
 class BakaForSequenceClassification(BakaPreTrainedModel):
