@@ -298,12 +298,14 @@ def _rotary_key(config: BakaConfig) -> tuple[float, int, int]:
 class Span(NamedTuple):
     """For every row, a piece of one chunk, read in one pass.
 
-    Numbers when all rows are in step, CPU tensors [B] when they are not.
+    What all rows agree on is a number, the rest are CPU tensors [B]. Rows that agree on `start` are in step: they take
+    the same slots, and a row that has fewer tokens than others reads on into what is not its text. Nothing sees that.
     """
 
     column: Any  # its first token among the call's tokens
     start: Any  # that token's position in the chunk
-    count: Any  # how many tokens; 0 for a row that sits this span out
+    count: Any  # how many tokens; 0 for a row that has none left
+    length: int  # the most tokens of any row
     first: Any  # the chunk has no memory to read but the learned one
     has_previous: Any  # there is a previous chunk whose keys and values can be seen
     num_tokens: Any  # tokens the row has read after it
@@ -318,7 +320,7 @@ def plan_aligned(length: int, chunk_size: int) -> list[Span]:
     spans = []
     for column in range(0, length, chunk_size):
         count = min(chunk_size, length - column)
-        spans.append(Span(column, 0, count, column == 0, column > 0, column + count))
+        spans.append(Span(column, 0, count, count, column == 0, column > 0, column + count))
     return spans
 
 
@@ -328,6 +330,7 @@ def plan_spans(
     seeded: torch.Tensor,
     restarts: torch.Tensor | None,
     chunk_size: int,
+    keeps: bool,
 ) -> tuple[list[Span], torch.Tensor]:
     """Spans of a call in which rows may be anywhere in their chunks; all tensors on the CPU.
 
@@ -337,6 +340,7 @@ def plan_spans(
         seeded: [B] bool, rows whose text began with another stream's memory.
         restarts: [B, L] bool, tokens with which a new text begins, or None.
         chunk_size: n.
+        keeps: whether the state outlasts the call, so that a row which has no more tokens must be left as it is.
 
     Returns:
         The spans, and `seeded` as it stands after them.
@@ -357,18 +361,26 @@ def plan_spans(
         count = torch.minimum(chunk_size - start, stop - column)
         has_previous = num_tokens >= chunk_size
         num_tokens = num_tokens + count
-        span = Span(column, start, count, ~(has_previous | seeded), has_previous, num_tokens)
-        spans.append(_collapse(span))
+        where = start if keeps else start[count > 0]
+        in_step = bool((where == where[0]).all())
+        spans.append(
+            Span(
+                _agreed(column) if in_step else column,
+                int(where[0]) if in_step else start,
+                _agreed(count) if in_step else count,
+                int(count.max()),
+                _agreed(~(has_previous | seeded)),
+                _agreed(has_previous),
+                num_tokens,
+            )
+        )
         column = column + count
     return spans, seeded
 
 
-def _collapse(span: Span) -> Span:
-    """Tensors of a span to numbers, where all rows agree on its place."""
-    if not all(bool((t == t[0]).all()) for t in (span.column, span.start, span.count)):
-        return span
-    first, has_previous = (bool(t[0]) if bool((t == t[0]).all()) else t for t in (span.first, span.has_previous))
-    return Span(int(span.column[0]), int(span.start[0]), int(span.count[0]), first, has_previous, span.num_tokens)
+def _agreed(rows: torch.Tensor) -> Any:
+    """A tensor [B] as one number or bool, if its entries are all the same."""
+    return rows[0].item() if bool((rows == rows[0]).all()) else rows
 
 
 @dataclass
@@ -406,8 +418,8 @@ def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layo
         followed: whether another span, or another call, reads what this one leaves behind.
     """
     n, R, S = config.chunk_size, config.num_memory_tokens, config.stream_length
-    end = span.start + span.count
     if span.in_step:
+        end = span.start + span.length
         begins, completes = span.start == 0, followed and end == n
         lo = 0 if begins else R + span.start + sum(p < span.start for p in pauses)
         hi = S if completes else R + end + sum(p < end for p in pauses)
@@ -422,8 +434,11 @@ def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layo
         pieces.append(("text", end - position))
         if completes and R:
             pieces.append(("write", R))
+        if completes and isinstance(span.count, torch.Tensor):
+            completes = span.start + span.count == n
         return Layout(begins, completes, followed, lo, hi, pieces)
 
+    end = span.start + span.count
     reads = span.count > 0
     begins, completes = (span.start == 0) & reads, (end == n) & reads & followed
     before = lambda position: (pauses < position[:, None]).sum(1)  # noqa: E731
@@ -437,7 +452,7 @@ def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layo
     pauses_before = (pause_slots[:, None, :] < slots[:, :, None]).sum(2)
     is_pause = (pause_slots[:, None, :] == slots[:, :, None]).any(2)
     # The vectors of a span stand side by side as read [R] | pause [1] | text [T] | write [R].
-    longest = int(span.count.max())
+    longest = span.length
     token = (slots - R - pauses_before - span.start[:, None]).clamp(0, longest - 1)
     sources = torch.where(is_pause, R, R + 1 + token)
     sources = torch.where(slots < R, slots, sources)
@@ -478,13 +493,11 @@ class Stream:
         part = slice(first - self.begin, stop - self.begin)
         return keys[:, :, part], values[:, :, part]
 
-    def detach(self, rows: torch.Tensor | None = None) -> "Stream":
-        """A copy without gradients, in all rows or where `rows` [B] is True."""
+    def detach(self, rows: Any = True) -> "Stream":
+        """A copy without gradients in the rows that `rows`, a bool or a tensor [B], says."""
 
         def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            if tensor is None or rows is None:
-                return None if tensor is None else tensor.detach()
-            return torch.where(rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), tensor.detach(), tensor)
+            return None if tensor is None else _where(rows, tensor.detach(), tensor)
 
         return Stream(cut(self.memory), [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin)
 
@@ -626,7 +639,8 @@ class BakaModel(BakaPreTrainedModel):
             num_tokens = torch.zeros_like(lengths) if cache is None else cache._num_tokens
             seeded = torch.zeros(batch_size, dtype=torch.bool) if cache is None else cache._seeded
             restarts = None if restarts is None else restarts.cpu()
-            spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size)
+            keeps = cache is not None
+            spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
 
         if inputs_embeds is None and torch.is_grad_enabled():
             inputs_embeds = self.embed_tokens(ids)
@@ -746,10 +760,10 @@ class BakaModel(BakaPreTrainedModel):
         """Embeddings [B, T, D] of a span's tokens."""
         source = ids if inputs_embeds is None else inputs_embeds
         assert source is not None
-        if span.in_step:
-            part = source[:, span.column : span.column + span.count]
+        if isinstance(span.column, int):
+            part = source[:, span.column : span.column + span.length]
         else:
-            columns = span.column[:, None] + torch.arange(int(span.count.max()))
+            columns = span.column[:, None] + torch.arange(span.length)
             columns = columns.clamp(max=source.shape[1] - 1).to(source.device)
             part = source.gather(1, columns) if source.ndim == 2 else gather_positions(source, columns)
         return self.embed_tokens(part) if part.ndim == 2 else part
@@ -854,7 +868,7 @@ class _Pass:
                 if k is None:
                     following[0] = after
                 elif is_read(0):
-                    following[0] = after.detach(None if layout.in_step else layout.completes)
+                    following[0] = after.detach(layout.completes)
             if is_read(depth + 1):
                 following[depth + 1] = after
         self.streams = following
@@ -873,8 +887,8 @@ class _Pass:
             kept = self.pauses = torch.where(begins[:, None], drawn, kept)
             pauses = kept[0].tolist() if bool((kept == kept[0]).all()) else kept
         if span.in_step and isinstance(pauses, torch.Tensor):
-            rows = [torch.as_tensor(value).expand(self.batch_size) for value in span]
-            span = Span(*rows)
+            start, count = (torch.as_tensor(value).expand(self.batch_size) for value in (span.start, span.count))
+            span = span._replace(start=start, count=count)
         if not span.in_step and not isinstance(pauses, torch.Tensor):
             pauses = torch.tensor(pauses, dtype=torch.int64).reshape(1, -1)
         return span, pauses
@@ -1052,8 +1066,10 @@ class _Pass:
             ]
             return self._turn_back(own[0]), own[1]
         keys, values = (place(kept, new, placement, half + S) for kept, new in zip(past, (key, value), strict=True))
-        if layout.in_step or not half or not _any(layout.completes):
+        if layout.completes is False or not half:
             return keys, values
+        if layout.in_step:
+            keys, values = (pad_slots(tensor, placement.first, 0) for tensor in (keys, values))
         rolled = torch.cat([self._turn_back(keys[:, :, S:]), keys[:, :, S:]], dim=2)
         keys = _where(layout.completes, rolled, keys)
         values = _where(layout.completes, torch.cat([values[:, :, S:], values[:, :, S:]], dim=2), values)
@@ -1124,13 +1140,13 @@ class _Pass:
 
 def _columns_of(spans: list[Span], batch_size: int, length: int) -> torch.Tensor | None:
     """[B, L] index: where the token of each column stands among the outputs of all spans; None if in its place."""
-    if all(span.in_step for span in spans):
+    if all(isinstance(span.column, int) and isinstance(span.count, int) for span in spans):
         return None
     columns = torch.zeros(batch_size, length + 1, dtype=torch.int64)  # one more, for what is not a token
     offset = 0
     for span in spans:
         count = torch.as_tensor(span.count).expand(batch_size)
-        steps = torch.arange(int(count.max()))
+        steps = torch.arange(span.length)
         target = torch.as_tensor(span.column).expand(batch_size)[:, None] + steps
         target = torch.where(steps < count[:, None], target, length)
         columns.scatter_(1, target, (offset + steps).expand(batch_size, -1))
