@@ -161,9 +161,11 @@ class BakaCache(Cache):
         self._pauses = fixed_pauses(signature["chunk_size"], pauses).expand(batch_size, pauses).clone()
         self._aligned = 0  # trailing positions at which every row took a token: `crop` can count back over them
 
-        # What generate asks: the hash of the tokens read (None: unknown, e.g. embeddings were fed), rows that met EOS.
+        # For generate: the hash of the tokens read (None: unknown, as when embeddings were fed), the rows that met EOS,
+        # and the prompt still to be read: how many of its columns are history, and the mask of those that are new.
         self._history: torch.Tensor | None = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._finished: torch.Tensor | None = None
+        self._prompt: tuple[int, torch.Tensor | None] | None = None
         self._is_beam_search = False
 
         self._is_recording = False
@@ -346,12 +348,16 @@ class BakaCache(Cache):
         return self.clone().detach_()
 
     def _advance(
-        self, num_positions: int, num_tokens: torch.Tensor, seeded: torch.Tensor, pauses: torch.Tensor, aligned: bool
+        self, num_positions: int, num_tokens: torch.Tensor, seeded: torch.Tensor, pauses: torch.Tensor, num_aligned: int
     ) -> None:
-        """Count what a call has read: `num_tokens` [B] is each row's new count, `aligned` says nothing was padding."""
+        """Count what a call of `num_positions` has read, in the last `num_aligned` of which no row had padding.
+
+        `num_tokens` [B] is what each row has read of its text by now; nobody can crop to before its beginning.
+        """
         for layer in self.layers:
             layer.seq_length += num_positions
-        self._aligned = self._aligned + num_positions if aligned else 0
+        aligned = num_aligned + (self._aligned if num_aligned == num_positions else 0)
+        self._aligned = min(aligned, int(num_tokens.min()))
         self._num_tokens, self._seeded, self._pauses = num_tokens, seeded, pauses
         self._boundaries = [
             b for b in self._boundaries if bool((num_tokens - b["num_tokens"] < RECORDED_POSITIONS).any())

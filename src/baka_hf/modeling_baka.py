@@ -28,10 +28,13 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .cache_baka import BakaCache, BakaCacheLayer, Placement, check_signature, hash_tokens, pad_slots, signature_of
 from .configuration_baka import BakaConfig
+
+logger = logging.get_logger(__name__)
 
 
 class _Elephant(torch.autograd.Function):
@@ -603,9 +606,10 @@ class BakaModel(BakaPreTrainedModel):
         with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = config.output_attentions if output_attentions is None else output_attentions
         if with_weights and config._attn_implementation != "eager":
-            raise ValueError(
-                f"`output_attentions` needs attn_implementation='eager', got {config._attn_implementation!r}."
+            logger.warning_once(
+                f"`output_attentions` needs attn_implementation='eager', {config._attn_implementation!r} gives none."
             )
+            with_weights = False
         batch_size, length = self._check_text(input_ids, inputs_embeds)
         within_beam_search = kwargs.get("within_beam_search", False)
         self._check_cache(cache, batch_size, within_beam_search)
@@ -622,9 +626,11 @@ class BakaModel(BakaPreTrainedModel):
         # Without a state every row begins here and nothing needs to be known on the host. With one, count.
         lengths: torch.Tensor | None = None
         if cache is not None or restarts is not None:
-            if real is not None and bool(real.all()):
-                real = None
-            lengths = torch.full((batch_size,), length) if real is None else real.sum(1).cpu()
+            lengths, whole_columns = torch.full((batch_size,), length), torch.ones(length, dtype=torch.bool)
+            if real is not None:
+                on_host = real.cpu()
+                lengths, whole_columns = on_host.sum(1), on_host.all(0)
+                real = None if bool(whole_columns.all()) else real
         ids = input_ids
         if real is not None:
             # Tokens that are not in the stream go behind those that are, where nothing sees them.
@@ -651,8 +657,8 @@ class BakaModel(BakaPreTrainedModel):
         for index, span in enumerate(spans):
             text = self._text_of(span, ids, inputs_embeds, batch_size)
             pass_.read(span, text, index, len(spans))
-        pass_.close(spans, seeded, length, aligned=real is None and restarts is None)
-        if cache is not None:
+        if cache is not None and seeded is not None:
+            pass_.close(spans, seeded, length, int(whole_columns.flip(0).cumprod(0).sum()))
             if input_ids is None:
                 cache._history = None
             else:
@@ -893,7 +899,7 @@ class _Pass:
             pauses = torch.tensor(pauses, dtype=torch.int64).reshape(1, -1)
         return span, pauses
 
-    def _view(self, span: Span, layout: Layout, text: torch.Tensor) -> dict[str, Any]:
+    def _view(self, span: Span, layout: Layout, text: torch.Tensor) -> tuple[Any, torch.Tensor | None, Placement]:
         """What all blocks share for a span: angles, mask, and the place of its keys and values."""
         config, half, S, device = self.config, self.half, self.config.stream_length, text.device
         cos, sin = rotary_table(*_rotary_key(config), device, _at_least_float32(text.dtype))
@@ -913,7 +919,7 @@ class _Pass:
             index = (half + slots)[:, None, :, None]
             placement = Placement(slots=index, valid=layout.valid.to(device)[:, None, :, None])
             mask = self._mask(span, layout, placement, text)
-        return {"position_embeddings": angles, "attention_mask": mask, "placement": placement}
+        return angles, mask, placement
 
     def _mask(self, span: Span, layout: Layout, placement: Placement, text: torch.Tensor) -> torch.Tensor | None:
         """allowed(q, k) as one comparison: each key has a number, each query a horizon, and sees keys up to it.
@@ -965,7 +971,12 @@ class _Pass:
         )
 
     def _read_stream(
-        self, span: Span, layout: Layout, view: dict[str, Any], text: torch.Tensor, stream: Stream
+        self,
+        span: Span,
+        layout: Layout,
+        view: tuple[Any, torch.Tensor | None, Placement],
+        text: torch.Tensor,
+        stream: Stream,
     ) -> tuple[Stream, list[torch.Tensor], list[torch.Tensor]]:
         """Run the blocks over one span: the state after it, hidden states [B, T, D] and weights of its text."""
         model, config, half, S = self.model, self.config, self.half, self.config.stream_length
@@ -983,7 +994,7 @@ class _Pass:
                     write = _where(span.first, learned, model.solidify(memory, "write"))
         hidden_states = self._assemble(layout, text, read, write)
 
-        placement = view["placement"]
+        placement = view[2]
         states = [self._text(layout, hidden_states)] if self.with_states else []
         all_weights: list[torch.Tensor] = []
         after = Stream(memory, [None] * len(model.layers), [None] * len(model.layers))
@@ -992,7 +1003,8 @@ class _Pass:
             past: tuple[Any, Any] = (None, None)
             if cache_layer is None:
                 past = stream.kept(index, placement.first, placement.start if placement.slots is None else half + S)
-            hidden_states, key, value, weights = layer(hidden_states, *past, **view, cache_layer=cache_layer)
+            # By position: checkpointing keeps positional arguments for each call of a layer.
+            hidden_states, key, value, weights = layer(hidden_states, *past, *view, cache_layer)
             if self.with_states:
                 states.append(self._text(layout, hidden_states))
             if self.with_weights:
@@ -1096,11 +1108,10 @@ class _Pass:
             ):
                 buffer[:, :, :S] = _where(layout.completes, own, buffer[:, :, :S])
 
-    def close(self, spans: list[Span], seeded: torch.Tensor | None, num_positions: int, aligned: bool) -> None:
-        """Leave the state behind in the cache."""
+    def close(self, spans: list[Span], seeded: torch.Tensor, num_positions: int, num_aligned: int) -> None:
+        """Leave the state behind in the cache. In the last `num_aligned` positions no row had padding."""
         cache, stream = self.cache, self.last
-        if cache is None or seeded is None:
-            return
+        assert cache is not None
         if spans:
             cache.memory = stream.memory
         if spans and not self.in_place:
@@ -1112,7 +1123,7 @@ class _Pass:
                 layer.keys, layer.values, layer.is_shared = keys, values, True
         num_tokens = spans[-1].num_tokens if spans else cache._num_tokens
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
-        cache._advance(num_positions, num_tokens, seeded, pauses, aligned)
+        cache._advance(num_positions, num_tokens, seeded, pauses, num_aligned)
 
     def outputs(
         self, spans: list[Span], batch_size: int, length: int, real: torch.Tensor | None
@@ -1259,7 +1270,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         if cache is not None:
-            self.model._check_cache(cache, cache.batch_size if hasattr(cache, "signature") else 0)
+            self.model._check_cache(cache, getattr(cache, "batch_size", 0))
             if mask is not None:
                 model_kwargs["attention_mask"] = self._complete_mask(cache, inputs, mask)
         return inputs, name, model_kwargs
@@ -1269,7 +1280,16 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
         cache = model_kwargs.get("past_key_values")
-        return mask if cache is None else self._complete_mask(cache, inputs_tensor, mask)
+        # transformers takes pad tokens for padding. An assistant without a mask has a text without padding, and pad tokens
+        # that a state has read as text, having been generated, were none.
+        if getattr(generation_config, "is_assistant", False):
+            mask = torch.ones_like(mask)
+        if cache is None:
+            return mask
+        fed = cache.get_seq_length()
+        if inputs_tensor.ndim == 2 and self._is_history(cache, inputs_tensor[:, :fed], torch.ones_like(mask[:, :fed])):
+            mask = torch.cat([torch.ones_like(mask[:, :fed]), mask[:, fed:]], dim=1)
+        return self._complete_mask(cache, inputs_tensor, mask)
 
     def _complete_mask(self, cache: BakaCache, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """A mask over all that `inputs` stands for: [B, L] if it is the whole history, [B, P + L] if it is new.
@@ -1278,6 +1298,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             ValueError: it cannot be told which, or nothing in it is new.
         """
         fed, length = cache.get_seq_length(), inputs.shape[1]
+        cache._prompt = None  # how many columns of `inputs` the state has read, for `_prepare_cache_for_generation`
         if mask.ndim != 2 or mask.shape[0] != inputs.shape[0] or mask.shape[1] not in (length, fed + length):
             raise ValueError(
                 f"expected an `attention_mask` of shape {[inputs.shape[0], length]} or "
@@ -1295,12 +1316,14 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             if length <= fed:
                 raise ValueError(
                     f"expected `inputs_embeds` of the whole history, more than the {fed} positions that the state has "
-                    f"read, got {length}."
+                    f"read, got {length}. {advice}"
                 )
+            cache._prompt = (fed, None)
             return mask
-        if length >= fed and self._is_history(cache, inputs[:, :fed], mask[:, :fed]):
+        if self._is_history(cache, inputs[:, :fed], mask[:, :fed]):
             if length == fed:
                 raise ValueError(f"the state has read all of these {length} tokens: nothing is new. {advice}")
+            cache._prompt = (fed, None)
             return mask
         if length > fed:
             raise ValueError(
@@ -1311,7 +1334,9 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
 
     def _is_history(self, cache: BakaCache, input_ids: torch.Tensor, mask: torch.Tensor) -> bool:
         """Whether these are the tokens that the state has read, as far as a 64-bit hash can tell."""
-        if cache._history is None or cache.batch_size % input_ids.shape[0]:
+        if input_ids.shape[1] != cache.get_seq_length() or cache._history is None:
+            return False
+        if cache.batch_size % input_ids.shape[0]:
             return False
         start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
         found = hash_tokens(input_ids, mask != 0, start)
@@ -1328,24 +1353,41 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             )
         generation_config.prefill_chunk_size = None  # a prompt is read chunk by chunk as it is
         cache = model_kwargs.get("past_key_values")
+        if generation_config.use_cache is False:
+            if cache is not None:
+                cache._prompt = None
+                raise ValueError("expected no `past_key_values` with `use_cache=False`: a state can only go forward.")
+            return
         if cache is None:
-            if generation_config.use_cache is False:
-                return
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
             cache = model_kwargs["past_key_values"] = self.new_cache(batch_size)
         else:
             cache._is_user_defined = True
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()  # a draft that is refused is cropped, by the model that it was made for
-        cache._finished = None
         if generation_config.num_beams > 1:
             model_kwargs["within_beam_search"] = True
         elif cache.batch_size > 1:
             model_kwargs["stop_token_ids"] = generation_config._eos_token_tensor
 
+        # The mask of the prompt's new tokens. transformers crops and extends its own as the text grows, and not every
+        # mode of generation cuts off the history: `prepare_inputs_for_generation` gets this for its first call.
+        mask, num_read = model_kwargs.get("attention_mask"), 0 if cache._prompt is None else cache._prompt[0]
+        cache._prompt = (num_read, None if mask is None else mask[:, cache.get_seq_length() :])
+        cache._finished = None
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "expected `assistant_early_exit` to be None: the state of a text that some layers have not read is no "
+                f"state to go on from, got {generation_config.assistant_early_exit!r}."
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: BakaCache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -1354,7 +1396,16 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         cache = past_key_values
-        if cache is not None and not is_first_iteration:
+        if cache is not None and cache._prompt is not None:
+            # The prompt's new tokens, and those that an assistant has drafted after it.
+            (num_read, attention_mask), cache._prompt = cache._prompt, None
+            prompt = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
+            next_sequence_length = prompt.shape[1] - num_read
+            if attention_mask is not None and cache._is_recording:
+                # Speculation: drafted tokens are text, and an assistant that starts late has the text's mask from then.
+                drafted = max(0, next_sequence_length - attention_mask.shape[1])
+                attention_mask = nn.functional.pad(attention_mask, (0, drafted), value=1)[:, -next_sequence_length:]
+        elif cache is not None:
             # What was generated is in the stream, except that a row which has met EOS takes nothing any more: its
             # state is that before its last token, as it is for the row that ends last.
             attention_mask = None
@@ -1365,6 +1416,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
                 attention_mask = ~cache._finished[:, None]
         return super().prepare_inputs_for_generation(
             input_ids,
+            next_sequence_length=next_sequence_length,
             past_key_values=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
