@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
+from transformers.utils import logging
 
 # A progress bar that is gone before it can be read is only noise.
 SECONDS_UNTIL_PROGRESS = 2.0
@@ -72,7 +72,7 @@ def evaluate_documents(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with tqdm(
+        with logging.tqdm(
             desc="Evaluating",
             total=_count_tokens(documents),
             unit="tok",
@@ -89,7 +89,7 @@ def evaluate_documents(
     if not num_tokens:
         raise ValueError(f"expected a document of two tokens or more, got {reader.num_documents} documents without.")
     nats = math.fsum(sums)
-    result = {
+    result: dict[str, Any] = {
         "loss": nats / num_tokens,
         "perplexity": perplexity(nats / num_tokens),
         "num_tokens": num_tokens,

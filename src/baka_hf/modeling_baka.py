@@ -1280,8 +1280,8 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
         cache = model_kwargs.get("past_key_values")
-        # transformers takes pad tokens for padding. An assistant without a mask has a text without padding, and pad tokens
-        # that a state has read as text, having been generated, were none.
+        # transformers takes pad tokens for padding. An assistant without a mask has a text without padding, and pad
+        # tokens that a state has read as text, having been generated, were none.
         if getattr(generation_config, "is_assistant", False):
             mask = torch.ones_like(mask)
         if cache is None:
