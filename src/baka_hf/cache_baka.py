@@ -100,6 +100,9 @@ class BakaCacheLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _writable(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if buffer.shape[1] != like.shape[1] and self.seq_length == 0:
+            # Under tensor parallelism each process has its share of the heads.
+            return like.new_zeros(buffer.shape[0], like.shape[1], *buffer.shape[2:])
         if buffer.device != like.device or buffer.dtype != like.dtype:
             return buffer.detach().to(device=like.device, dtype=like.dtype)
         if self.is_shared or buffer.requires_grad or (buffer.is_inference() and not torch.is_inference_mode_enabled()):

@@ -117,6 +117,8 @@ class BakaConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         # Before transformers fills in what the type lacks:
         self._validate_rope(kwargs.get("rope_scaling") or self.rope_parameters)
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)  # transformers completes it in place
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
