@@ -1,0 +1,115 @@
+"""Read a text of any length with a BakaLLM checkpoint and stream what comes next.
+
+    python examples/generate.py --prompt "def main("
+    cat *.py | python examples/generate.py --save_state state        # standard input, read piece by piece
+    python examples/generate.py --load_state state                   # goes on where the state was saved
+
+The text is read chunk by chunk into a state of constant size, so the memory needed does not grow with its length.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, TextStreamer, set_seed
+
+LAST_TOKEN = "last_token.json"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="baka-small", help="folder or Hub id of a checkpoint (default: %(default)s)")
+    add("--prompt", help="text to go on from (default: what is piped into standard input, if anything is)")
+    add("--load_state", type=Path, metavar="DIR", help="go on from this saved state")
+    add("--save_state", type=Path, metavar="DIR", help="save the state here when done")
+    add("--max_new_tokens", type=int, default=400, help="0: only read (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)")
+    add("--top_k", type=int, default=50, help="sample from the likeliest so many (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
+    return parser.parse_args()
+
+
+def pieces(stream: TextIO, size: int = 1 << 16) -> Iterator[str]:
+    """The stream's text in pieces of bounded size, cut before the white space that ends a line. Byte-level BPE merges
+    nothing across that place, so the pieces have the tokens of the whole; only a line longer than a piece is cut."""
+    rest = ""
+    while block := stream.read(size):
+        rest += block
+        piece = rest.rpartition("\n")[0].rstrip() or rest
+        yield piece
+        rest = rest[len(piece) :]
+    yield rest
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, state: Cache, tokens: Iterable[int]) -> int:
+    """Feed all tokens but the last, which is returned: a continuation begins with the prediction made from it."""
+    span: list[int] = []
+    with tqdm(desc="Reading", unit=" tokens", unit_scale=True, delay=1) as progress:
+        for token in tokens:
+            if len(span) == model.config.chunk_size:
+                model(torch.tensor([span], device=model.device), past_key_values=state, logits_to_keep=1)
+                progress.update(len(span))
+                span = []
+            span.append(token)
+        *span, last = span
+        if span:
+            model(torch.tensor([span], device=model.device), past_key_values=state, logits_to_keep=1)
+            progress.update(len(span))
+    return last
+
+
+def main() -> None:
+    args = parse_args()
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype).to(args.device)
+
+    state = model.new_cache(1)
+    last = tokenizer.bos_token_id  # what stands before every document
+    if args.load_state:
+        state = type(state).from_pretrained(args.load_state).to(model.device)
+        last = json.loads((args.load_state / LAST_TOKEN).read_text())
+
+    text: Iterable[str] = ()
+    if args.prompt is not None:
+        print(args.prompt, end="", flush=True)
+        text = [args.prompt]
+    elif not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        text = pieces(sys.stdin)
+    ids = chain.from_iterable(tokenizer(piece, add_special_tokens=False).input_ids for piece in text)
+    last = read(model, state, chain([last], ids))
+
+    if args.max_new_tokens:
+        sampling = dict(do_sample=True, temperature=args.temperature, top_k=args.top_k)
+        greedy = dict(do_sample=False)
+        new = torch.tensor([[last]], device=model.device)
+        output = model.generate(
+            new,
+            # As long as all that was read: this says that `new` comes after the state, and is not the whole history.
+            attention_mask=new.new_ones(1, state.get_seq_length() + 1),
+            past_key_values=state,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            max_new_tokens=args.max_new_tokens,
+            **(sampling if args.temperature else greedy),
+        )
+        last = output[0, -1].item()
+
+    if args.save_state:
+        state.save_pretrained(args.save_state)
+        # The last token was drawn but never read: the next run begins with it.
+        (args.save_state / LAST_TOKEN).write_text(json.dumps(last))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Train a BakaLLM from scratch with the Hugging Face Trainer and hold it against a bigram model.
+
+    python examples/train.py                                              # the sources of Python's standard library
+    python examples/train.py --text_files "notes/*.txt" "wiki/*.jsonl"    # own text
+    python examples/train.py --dataset_name wikitext --dataset_config_name wikitext-103-raw-v1
+
+A byte-level BPE tokenizer is trained on the training part, the model on samples of several chunks. The model and an
+add-k smoothed bigram model are scored on whole held-out documents. The output folder then holds the checkpoint with
+its tokenizer, its code and its model card, and the training curve.
+"""
+
+import glob
+import hashlib
+import json
+import math
+import platform
+import sysconfig
+import tokenize
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from datasets import Dataset, concatenate_datasets, load_dataset
+from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.figure import Figure
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
+
+from baka_hf import BakaConfig, BakaForCausalLM
+
+END_OF_TEXT = "<|endoftext|>"  # stands before every document: its first token is predicted from this one
+PADDING = "<|pad|>"
+IGNORED = -100
+
+
+@dataclass
+class ModelArguments:
+    """BakaConfig's fields, but for vocab_size and token ids (the tokenizer's) and use_cache (TrainingArguments')."""
+
+    hidden_size: int = field(default=256, metadata={"help": "Width D of the residual stream."})
+    intermediate_size: int = field(default=768, metadata={"help": "Width of the gated MLPs."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Blocks."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Query heads of a block."})
+    num_key_value_heads: int | None = field(
+        default=None, metadata={"help": "Key and value heads of a block; fewer than query heads is GQA."}
+    )
+    head_dim: int | None = field(default=None, metadata={"help": "Width of a head, if not hidden_size / heads."})
+    hidden_act: str = field(default="elephant", metadata={"help": "Gate of the MLPs: elephant or any ACT2FN name."})
+    layer_norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the LayerNorms."})
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
+    rope_parameters: dict | str | None = field(
+        default=None, metadata={"help": 'As JSON; if not given, {"rope_type": "default", "rope_theta": 10000.0}.'}
+    )
+    chunk_size: int = field(default=128, metadata={"help": "Tokens of text in a chunk."})
+    num_memory_tokens: int = field(default=8, metadata={"help": "Memory vectors handed from chunk to chunk; 0: none."})
+    memory_write: Literal["carry", "tokens"] = field(
+        default="carry", metadata={"help": "What a chunk's write positions start from: the memory read, or m_0."}
+    )
+    memory_solidifier: Literal["none", "glu", "gelephant", "mlp", "layer"] = field(
+        default="none", metadata={"help": "Network that memory passes between two chunks."}
+    )
+    separate_solidifiers: bool = field(default=False, metadata={"help": "One solidifier to read, one to write."})
+    memory_norm: bool = field(default=False, metadata={"help": "LayerNorm over the memory that is handed on."})
+    num_pause_tokens: int = field(default=4, metadata={"help": "Pause tokens in a chunk; 0: none."})
+    pause_placement: Literal["fixed", "random"] = field(
+        default="fixed", metadata={"help": "Where pauses stand while training."}
+    )
+    use_xl_cache: bool = field(default=True, metadata={"help": "Attend to the previous chunk's keys and values."})
+    bptt_chunks: int | None = field(
+        default=None, metadata={"help": "Previous chunks that gradients reach; all of the sample's if not given."}
+    )
+    tie_word_embeddings: bool = field(default=False, metadata={"help": "Use the embedding matrix as the head."})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rope_parameters, str):
+            self.rope_parameters = json.loads(self.rope_parameters)
+
+
+@dataclass
+class DataArguments:
+    text_files: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": 'Paths or globs: .jsonl or .json (a document a line, in "text"), else text (a document a file).'
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set of the Hub, or a local folder of one."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    text_column: str = field(default="text", metadata={"help": "Column of .jsonl files or the data set with the text."})
+    validation_fraction: float = field(
+        default=0.04, metadata={"help": "Share of the documents held out, chosen by a hash of their names."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Fast tokenizer to use instead of training one."}
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the tokenizer that is trained."})
+    chunks_per_sample: int = field(default=4, metadata={"help": "Chunks of a training sample, and of a scored block."})
+
+    def __post_init__(self) -> None:
+        if self.text_files and self.dataset_name:
+            raise ValueError("Give text_files or dataset_name, not both.")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}.")
+
+    def describe(self) -> str:
+        if self.dataset_name:
+            return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+        if self.text_files:
+            return "local text files"
+        return f"the sources of the standard library of Python {platform.python_version()}"
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """The Trainer's own, with defaults that suit the default model and data on two CPU cores."""
+
+    output_dir: str | None = field(default="baka-small", metadata={"help": "Where checkpoint and curve are written."})
+    max_steps: int = field(default=600, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=40, metadata={"help": "Steps, or share of all steps, of linear warm-up."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second momentum."})
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two points of the training loss."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate while training."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Steps between two evaluations."})
+    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints to resume from."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    # Pinning without an accelerator does nothing but warn.
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory of batches."})
+
+
+# ---- documents: data sets with the columns "name" and "text" ----
+
+
+def standard_library() -> Dataset:
+    """The modules of Python's standard library, without tests and the generated tables of two packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    tests, generated = {"test", "tests", "idle_test"}, {"encodings", "pydoc_data"}
+    left_out = tests | generated | {"site-packages", "dist-packages", "__pycache__"}
+
+    def modules() -> Iterator[dict[str, str]]:
+        for path in sorted(root.rglob("*.py")):
+            module = path.relative_to(root)
+            if left_out.isdisjoint(module.parts):
+                with tokenize.open(path) as source:  # heeds the encoding that a source file declares
+                    yield {"name": module.as_posix(), "text": source.read()}
+
+    return Dataset.from_list(list(modules()))
+
+
+def text_files(patterns: list[str], text_column: str) -> Dataset:
+    """One document per text file, or per line of a .jsonl file."""
+    documents = []
+    for pattern in patterns:
+        files = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+        if not files:
+            raise ValueError(f"text_files: no file matches {pattern!r}.")
+        for file in files:
+            if Path(file).suffix in (".jsonl", ".json"):
+                part = load_dataset("json", data_files=file, split="train")
+            else:
+                part = load_dataset("text", data_files=file, sample_by="document", split="train")
+                part = part.rename_columns({"text": text_column} if text_column != "text" else {})
+            documents.append(named(part, Path(file).name, text_column))
+    return concatenate_datasets(documents)
+
+
+def named(documents: Dataset, source: str, text_column: str) -> Dataset:
+    """The text column as "text", beside a "name" made of the source and the row."""
+    if text_column not in documents.column_names:
+        raise ValueError(f"{source} has no column {text_column!r}, but {', '.join(documents.column_names)}.")
+    return documents.map(
+        lambda text, row: {"name": f"{source}:{row}", "text": text},
+        input_columns=text_column,
+        with_indices=True,
+        remove_columns=documents.column_names,
+        desc=f"Reading {source}",
+    )
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    """Decided by the name alone, so that other documents coming or going move none to the other part."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def load_documents(data: DataArguments) -> tuple[Dataset, Dataset]:
+    """Training and validation documents. A Hub data set's own validation split is taken if it has one."""
+    if data.dataset_name:
+        splits = load_dataset(data.dataset_name, data.dataset_config_name)
+        if "train" not in splits:
+            raise ValueError(f"dataset_name: {data.dataset_name!r} has no split 'train', but {', '.join(splits)}.")
+        parts = {name: named(splits[name], data.dataset_name, data.text_column) for name in splits if name != "test"}
+        if "validation" in parts:
+            return parts["train"], parts["validation"]
+        documents = parts["train"]
+    elif data.text_files:
+        documents = text_files(data.text_files, data.text_column)
+    else:
+        documents = standard_library()
+
+    held_out = [is_held_out(name, data.validation_fraction) for name in documents["name"]]
+    training = documents.select(np.flatnonzero(~np.array(held_out)))
+    validation = documents.select(np.flatnonzero(held_out))
+    for part, name in ((training, "training"), (validation, "validation")):
+        if not any(part["text"]):
+            raise ValueError(
+                f"No text is left for {name}: of {len(documents)} documents, {sum(held_out)} are held out by "
+                f"validation_fraction={data.validation_fraction}. Give more documents or another fraction."
+            )
+    return training, validation
+
+
+# ---- tokens ----
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: every text has tokens, and the tokens give back every byte."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 2:
+        raise ValueError(f"vocab_size must be at least {len(alphabet) + 2} (bytes, special tokens), got {vocab_size}.")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(documents: Dataset, tokenizer: PreTrainedTokenizerBase, desc: str) -> Dataset:
+    """A row per document: the end-of-text token, then the document's own."""
+    return documents.map(
+        lambda texts: {
+            "input_ids": [
+                [tokenizer.eos_token_id, *ids] for ids in tokenizer(texts, add_special_tokens=False).input_ids
+            ]
+        },
+        input_columns="text",
+        batched=True,
+        remove_columns=documents.column_names,
+        desc=desc,
+    )
+
+
+def pack(documents: Dataset, length: int) -> Dataset:
+    """Training samples: documents end to end, cut every `length` tokens; the rest of a batch of them is dropped."""
+
+    def samples(documents: list[list[int]]) -> dict[str, list[list[int]]]:
+        tokens = list(chain.from_iterable(documents))
+        cut = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+        return {"input_ids": cut, "labels": cut}
+
+    return documents.map(samples, input_columns="input_ids", batched=True, desc="Packing")
+
+
+def cut(documents: Dataset, length: int, pad_token_id: int) -> Dataset:
+    """Blocks to score, each of one document. Each repeats the last token of the one before: all tokens of a text have
+    exactly one prediction."""
+
+    def blocks(documents: list[list[int]]) -> dict[str, list[list[int]]]:
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for tokens in documents:
+            for start in range(0, len(tokens) - 1, length - 1):
+                block = tokens[start : start + length]
+                padding = length - len(block)
+                rows["input_ids"].append(block + [pad_token_id] * padding)
+                rows["attention_mask"].append([1] * len(block) + [0] * padding)
+                rows["labels"].append(block + [IGNORED] * padding)
+        return rows
+
+    return documents.map(blocks, input_columns="input_ids", batched=True, remove_columns=["input_ids"], desc="Cutting")
+
+
+# ---- scores ----
+
+
+def scores(nats: float, tokens: int, num_bytes: int) -> dict[str, float]:
+    """The three usual ways to state a total loss; only bits per byte do not depend on the tokenizer."""
+    return {
+        "nats_per_token": nats / tokens,
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+    }
+
+
+def bigram_nats(training: Dataset, validation: Dataset, vocab_size: int) -> tuple[float, float]:
+    """Total loss on the validation blocks of p(b|a) = (count(a, b) + k) / (count(a) + k·V), and the k.
+
+    The counts are those of the training documents. k is the power of ten that is best for them by leave-one-out: every
+    pair predicted from the counts of all others.
+    """
+    tokens = np.fromiter(chain.from_iterable(training["input_ids"]), np.int64)
+    pairs, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
+    contexts = np.bincount(tokens[:-1], minlength=vocab_size)
+
+    def leave_one_out(k: float) -> float:
+        return -np.sum(counts * np.log((counts - 1 + k) / (contexts[pairs // vocab_size] - 1 + k * vocab_size)))
+
+    k = min((1.0, 0.1, 0.01, 0.001, 0.0001), key=leave_one_out)
+
+    blocks = validation.with_format("numpy")
+    labels = np.stack(blocks["labels"][:])
+    scored = labels[:, 1:] != IGNORED
+    previous, following = labels[:, :-1][scored], labels[:, 1:][scored]
+    keys = previous * vocab_size + following
+    places = np.searchsorted(pairs, keys).clip(max=len(pairs) - 1)
+    seen = np.where(pairs[places] == keys, counts[places], 0)
+    return float(-np.sum(np.log((seen + k) / (contexts[previous] + k * vocab_size)))), k
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[B, T-1] cross entropies instead of [B, T, V] logits, which would fill the memory; 0 where labels are ignored."""
+    targets = labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(targets)
+
+
+# ---- what is written ----
+
+
+def draw_curve(history: list[dict[str, float]], floor: float, path: Path) -> None:
+    """Training and validation loss over the steps, with the bigram model's as a line."""
+    training = [(log["step"], log["loss"]) for log in history if "loss" in log]
+    validation = [(log["step"], log["eval_nats_per_token"]) for log in history if "eval_nats_per_token" in log]
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*training, strict=True), color="#9db4d3", label="training")
+    axes.plot(*zip(*validation, strict=True), color="#1f4e8c", marker="o", linewidth=2, label="validation")
+    axes.axhline(floor, color="#c4552d", linestyle="--", label="bigram model, validation")
+    axes.annotate(f"{validation[-1][1]:.2f}", validation[-1], (0, 8), textcoords="offset points", ha="center")
+    axes.annotate(f"{floor:.2f}", (validation[-1][0], floor), (0, 5), textcoords="offset points", ha="center")
+    axes.set(title="BakaLLM against a bigram model", xlabel="optimizer steps", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def write_card(path: Path, **values: object) -> None:
+    """The checkpoint's model card, filled in from the repository's template."""
+    card_data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=["baka", "recurrent-memory", "long-context"]
+    )
+    template = Path(__file__).resolve().parent.parent / "model_card.md"
+    ModelCard.from_template(card_data, template_path=str(template), **values).save(path)
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__.split("\n")[0])
+    model_args, data, args = parser.parse_args_into_dataclasses()
+    set_seed(args.seed)
+
+    training_texts, validation_texts = load_documents(data)
+    if data.tokenizer_name:
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_name)
+    else:
+        tokenizer = train_tokenizer(training_texts["text"], data.vocab_size)
+    length = data.chunks_per_sample * model_args.chunk_size
+    training_tokens = encode(training_texts, tokenizer, "Tokenizing the training part")
+    validation_tokens = encode(validation_texts, tokenizer, "Tokenizing the validation part")
+    training = pack(training_tokens, length)
+    validation = cut(validation_tokens, length, tokenizer.pad_token_id)
+    if not len(training):
+        raise ValueError(f"The training text is shorter than one sample of {length} tokens.")
+    num_tokens = sum(len(tokens) - 1 for tokens in validation_tokens["input_ids"])
+    num_bytes = sum(len(text.encode()) for text in validation_texts["text"])
+
+    model = BakaForCausalLM(
+        BakaConfig(
+            **asdict(model_args),
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    nats, k = bigram_nats(training_tokens, validation, len(tokenizer))
+    bigram = scores(nats, num_tokens, num_bytes)
+    print(
+        f"{len(training_texts):,} training documents in {len(training):,} samples of {length:,} tokens; "
+        f"{len(validation_texts):,} validation documents, {num_tokens:,} tokens, {num_bytes:,} bytes; "
+        f"{model.num_parameters():,} parameters"
+    )
+
+    trainer = Trainer(
+        model,
+        args,
+        data_collator=default_data_collator,
+        train_dataset=training,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        compute_metrics=lambda losses: scores(losses.predictions.sum(dtype=np.float64), num_tokens, num_bytes),
+        preprocess_logits_for_metrics=token_losses,
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    metrics = trainer.evaluate()
+    model.config.use_cache = True  # the Trainer switches it off; whoever loads the checkpoint wants it
+    trainer.save_model()
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+
+    table = {"BakaLLM": {score: metrics[f"eval_{score}"] for score in bigram}, f"bigram, add-{k:g}": bigram}
+    output = Path(args.output_dir)
+    draw_curve(trainer.state.log_history, bigram["nats_per_token"], output / "training_curve.png")
+    write_card(
+        output / "README.md",
+        name=output.resolve().name,
+        source=data.describe(),
+        config=model.config,
+        num_parameters=model.num_parameters(),
+        state_bytes=model.new_cache(1).nbytes,
+        training_documents=len(training_texts),
+        validation_documents=len(validation_texts),
+        validation_bytes=num_bytes,
+        sample_tokens=length,
+        args=args,
+        steps=trainer.state.global_step,
+        table=table,
+    )
+    print(f"\n{'held-out text':<20}{'nats per token':>16}{'perplexity':>14}{'bits per byte':>16}")
+    for name, row in table.items():
+        print(f"{name:<20}{row['nats_per_token']:16.4f}{row['perplexity']:14.2f}{row['bits_per_byte']:16.4f}")
+    print(f"Checkpoint, model card and training curve: {output}/")
+
+
+if __name__ == "__main__":
+    main()
