@@ -1,0 +1,668 @@
+"""Results that last: what was measured, of which model, made by which code, in one SQLite file.
+
+    scores = evaluate_documents(model, documents, num_bytes=num_bytes)
+    result = Result.of(model, scores, run_id="carry-16", dataset="enwiki2014", split="test", steps=20_000, seed=0)
+    write_result("results.db", result)
+
+    python -m baka_hf.results results.db list
+    python -m baka_hf.results results.db compare no-memory carry-16
+    python -m baka_hf.results results.db export --format markdown
+    python -m baka_hf.results results.db plot --kind depth -o depth.png
+
+A result is one row, known by its run, data set, split and optimizer steps. Written again, by a job that was resumed or
+ran twice, it takes the place of what was there. Losses by depth belong to the result, curves to the run.
+
+Any number of processes may write. A write is one transaction under SQLite's plain rollback journal: between writes the
+file is all there is and can be copied, and it needs no memory shared by its writers, as write-ahead logging does.
+
+The file is read and written with the standard library alone, plots take matplotlib.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import platform
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x62616B61  # "baka": tells a file of results from other SQLite files
+SECONDS_TO_WAIT = 60.0  # for other writers
+SIDES = ("loss_by_chunk", "curves")  # fields of a result that have tables of their own
+SCHEMA = (
+    """
+    CREATE TABLE results (
+        id INTEGER PRIMARY KEY,
+        run_id TEXT NOT NULL,
+        dataset TEXT NOT NULL,
+        split TEXT NOT NULL,
+        steps INTEGER NOT NULL,
+        loss REAL,                  -- nats per token, NULL for NaN
+        perplexity REAL,
+        bits_per_byte REAL,
+        num_tokens INTEGER NOT NULL,
+        model TEXT NOT NULL,        -- JSON
+        num_parameters INTEGER,
+        num_parameters_without_embeddings INTEGER,
+        seed INTEGER,
+        tokens_seen INTEGER,
+        wall_time REAL,             -- seconds
+        device TEXT,
+        versions TEXT NOT NULL,     -- JSON
+        git_revision TEXT,
+        note TEXT NOT NULL,
+        written TEXT NOT NULL,      -- UTC
+        UNIQUE (run_id, dataset, split, steps)
+    )
+    """,
+    """
+    CREATE TABLE losses_by_chunk (
+        result_id INTEGER NOT NULL REFERENCES results (id),
+        chunk INTEGER NOT NULL,
+        loss REAL,
+        num_tokens INTEGER NOT NULL,
+        PRIMARY KEY (result_id, chunk)
+    ) WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE curves (
+        run_id TEXT NOT NULL,
+        split TEXT NOT NULL,
+        step INTEGER NOT NULL,
+        loss REAL,
+        PRIMARY KEY (run_id, split, step)
+    ) WITHOUT ROWID
+    """,
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The loss of a model on a split of a data set after so many optimizer steps, and how it came about.
+
+    A loss may be NaN or ∞: that a run diverged is a result as well.
+
+    Raises:
+        ValueError: a field is not what it should be; the message names it and its value.
+    """
+
+    run_id: str
+    dataset: str
+    split: str
+    steps: int = 0  # of the optimizer
+    loss: float  # nats per token
+    bits_per_byte: float | None = None
+    num_tokens: int  # scored
+    model: Mapping[str, Any] = field(default_factory=dict)  # the fields of its configuration
+    num_parameters: int | None = None
+    num_parameters_without_embeddings: int | None = None  # without the token embeddings and the head
+    seed: int | None = None
+    tokens_seen: int | None = None  # in training
+    wall_time: float | None = None  # of training, in seconds
+    device: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_revision: str | None = None
+    note: str = ""
+    # Dicts of chunk, loss and num_tokens, as `evaluate_documents` returns them.
+    loss_by_chunk: Sequence[Mapping[str, Any]] = ()
+    # Of the run's training: for each split pairs of step and loss, as `curves_of` returns them.
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    written: str | None = field(default=None, compare=False)  # when, in UTC; known once it is read from a file
+
+    def __post_init__(self) -> None:
+        for name in ("run_id", "dataset", "split"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(f"`{name}` must be a name, got {value!r}.")
+        _check("loss", self.loss, float)
+        for name in ("num_tokens", "steps"):
+            _check(name, getattr(self, name), int)
+        for name, kind in (
+            ("num_parameters", int),
+            ("num_parameters_without_embeddings", int),
+            ("seed", int),
+            ("tokens_seen", int),
+            ("bits_per_byte", float),
+            ("wall_time", float),
+        ):
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), kind)
+        for entry in self.loss_by_chunk:
+            if set(entry) != {"chunk", "loss", "num_tokens"}:
+                raise ValueError(f"`loss_by_chunk` must hold dicts of chunk, loss and num_tokens, got {entry!r}.")
+            for name, kind in (("chunk", int), ("loss", float), ("num_tokens", int)):
+                _check(f"loss_by_chunk: {name}", entry[name], kind)
+            if not entry["num_tokens"]:
+                raise ValueError(f"`loss_by_chunk` must hold chunks with tokens, got {entry!r}.")
+        for split, points in self.curves.items():
+            for point in points:
+                if len(point) != 2:
+                    raise ValueError(f"`curves` must hold pairs of step and loss, got {point!r} for {split!r}.")
+                _check(f"curves, {split}: step", point[0], int)
+                _check(f"curves, {split}: loss", point[1], float)
+
+    @property
+    def perplexity(self) -> float:
+        return math.inf if self.loss > 709 else math.exp(self.loss)  # beyond it is no float
+
+    @classmethod
+    def of(cls, model: Any, scores: Mapping[str, Any], **values: Any) -> "Result":
+        """What `evaluate_documents` returned, with what can be found out of the model, the code and the machine.
+
+        Args:
+            model: the model, or its configuration alone.
+            scores: the dict of `evaluate_documents`.
+            values: the other fields, `run_id`, `dataset` and `split` at least; they win over what is found out.
+        """
+        measured = ("loss", "bits_per_byte", "num_tokens", "loss_by_chunk")
+        return cls(**({name: scores[name] for name in measured if name in scores} | facts_about(model) | values))
+
+
+def _check(name: str, value: object, kind: type) -> None:
+    """A number that SQLite can hold: NumPy's integers, for one, would be written as bytes."""
+    allowed = int if kind is int else (int, float)
+    if isinstance(value, bool) or not isinstance(value, allowed) or value < 0 or (kind is int and value >= 2**63):
+        what = "an integer" if kind is int else "a number"
+        raise ValueError(f"`{name}` must be {what} of at least 0, got {value!r}.")
+
+
+# What can be found out
+
+
+def facts_about(model: Any) -> dict[str, Any]:
+    """The fields of a `Result` that a model, or its configuration alone, the machine and the working directory tell.
+
+    `model` holds the fields that its type of configuration adds to those of every other, and the dtype of the weights.
+    Without embeddings means without the input embeddings and the output layer, be they tied or not; memory and pause
+    vectors count.
+    """
+    import torch
+    import transformers
+
+    from . import __version__
+
+    config = getattr(model, "config", model)
+    inherited = {field.name for field in fields(transformers.PreTrainedConfig)}
+    described = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in inherited}
+    facts: dict[str, Any] = {
+        "model": {"model_type": config.model_type} | described,
+        "versions": {
+            "baka-hf": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "git_revision": git_revision(),
+    }
+    if model is not config:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        embeddings = {id(end.weight) for end in ends if end is not None}
+        parameters = list(model.parameters())
+        facts["model"]["dtype"] = str(model.dtype).removeprefix("torch.")
+        facts["num_parameters"] = sum(p.numel() for p in parameters)
+        facts["num_parameters_without_embeddings"] = sum(p.numel() for p in parameters if id(p) not in embeddings)
+        device = model.device
+        facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return facts
+
+
+def git_revision(directory: str | os.PathLike = ".") -> str | None:
+    """The commit checked out in a directory, "-dirty" behind it if tracked files were changed; None without git."""
+    command = ["git", "-C", os.fspath(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def curves_of(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The curves in a Trainer's `state.log_history`: "train", "eval", and "eval_NAME" for data sets with names."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for log in log_history:
+        for name, value in log.items():
+            if name == "loss" or (name.startswith("eval_") and name.endswith("_loss")):
+                split = "train" if name == "loss" else name.removesuffix("_loss")
+                curves.setdefault(split, []).append((log["step"], value))
+    return curves
+
+
+# The file
+
+
+def write_result(path: str | os.PathLike, result: Result) -> None:
+    """Write a result, its losses by depth and its run's curves; the file is made if there is none.
+
+    A result with the same run, data set, split and steps is replaced, and so are points of the run's curves of the same
+    split and step; its other points stay.
+
+    Raises:
+        ValueError: the file is something else, or of a newer version of this package.
+        sqlite3.OperationalError: another process kept the file locked for a minute.
+    """
+    row = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in SIDES}
+    row |= {name: json.dumps(dict(row[name]), sort_keys=True) for name in ("model", "versions")}
+    row["perplexity"] = result.perplexity
+    row["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+    key = ("run_id", "dataset", "split", "steps")
+    columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+    changes = ", ".join(f"{name} = excluded.{name}" for name in row if name not in key)
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with _opened(path, to_write=True) as file:
+        file.execute(
+            f"INSERT INTO results ({columns}) VALUES ({values}) ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}",
+            row,
+        )
+        ((result_id,),) = file.execute(
+            f"SELECT id FROM results WHERE {' AND '.join(f'{name} = :{name}' for name in key)}", row
+        )
+        file.execute("DELETE FROM losses_by_chunk WHERE result_id = ?", (result_id,))
+        file.executemany(
+            "INSERT INTO losses_by_chunk VALUES (?, ?, ?, ?)",
+            [(result_id, entry["chunk"], entry["loss"], entry["num_tokens"]) for entry in result.loss_by_chunk],
+        )
+        file.executemany(
+            "INSERT OR REPLACE INTO curves VALUES (?, ?, ?, ?)",
+            [(result.run_id, split, *point) for split, points in result.curves.items() for point in points],
+        )
+
+
+def read_results(path: str | os.PathLike) -> list[Result]:
+    """All results of a file in the order in which they first came, each with all curves of its run.
+
+    Raises:
+        ValueError: there is no such file, it is something else, or of a newer version of this package.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"expected a file of results at {path}, found none.")
+    results = []
+    with _opened(path, to_write=False) as file:
+        curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        for run_id, split, step, loss in file.execute("SELECT * FROM curves ORDER BY run_id, split, step"):
+            curves.setdefault(run_id, {}).setdefault(split, []).append((step, _number(loss)))
+        chunks: dict[int, list[dict[str, Any]]] = {}
+        for result_id, chunk, loss, num_tokens in file.execute("SELECT * FROM losses_by_chunk ORDER BY chunk"):
+            entry = {"chunk": chunk, "loss": _number(loss), "num_tokens": num_tokens}
+            chunks.setdefault(result_id, []).append(entry)
+        rows = file.execute("SELECT * FROM results ORDER BY id")
+        names = [column[0] for column in rows.description]
+        for values in rows:
+            row: dict[str, Any] = dict(zip(names, values, strict=True))
+            del row["perplexity"]  # follows from the loss
+            row |= {"loss": _number(row["loss"])} | {name: json.loads(row[name]) for name in ("model", "versions")}
+            row |= {"loss_by_chunk": chunks.get(row.pop("id"), ()), "curves": curves.get(row["run_id"], {})}
+            results.append(Result(**row))
+    return results
+
+
+def _number(loss: float | None) -> float:
+    """SQLite has no NaN, it makes it NULL."""
+    return math.nan if loss is None else loss
+
+
+@contextmanager
+def _opened(path: str | os.PathLike, to_write: bool) -> Iterator[sqlite3.Connection]:
+    """One transaction on a file of results."""
+    uri = f"{Path(path).resolve().as_uri()}?mode={'rwc' if to_write else 'ro'}"
+    connection = sqlite3.connect(uri, uri=True, timeout=SECONDS_TO_WAIT, isolation_level=None)
+    try:
+        # A writer takes its turn before it looks at anything, so that two never make the tables of one file.
+        connection.execute("BEGIN IMMEDIATE" if to_write else "BEGIN")
+        _check_schema(connection, path, to_write)
+        yield connection
+        connection.execute("COMMIT")
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorname not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+            raise
+        raise ValueError(f"{path} is no SQLite file, or a damaged one: {error}.") from error
+    finally:
+        connection.close()  # undoes what was not committed
+
+
+def _check_schema(connection: sqlite3.Connection, path: str | os.PathLike, to_write: bool) -> None:
+    """See that the file is one of results that this code can read; make the tables of a new one."""
+    ((application,),) = connection.execute("PRAGMA application_id")
+    ((version,),) = connection.execute("PRAGMA user_version")
+    ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master")
+    if not application and not version and not tables and to_write:
+        for statement in SCHEMA:
+            connection.execute(statement)
+    elif application != APPLICATION_ID:
+        raise ValueError(f"{path} is an SQLite file, but not one of results.")
+    elif version > SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {version}, this code reads up to {SCHEMA_VERSION}: upgrade baka-hf."
+        )
+
+
+# Tables
+
+
+class Column(NamedTuple):
+    """A column of the tables for people."""
+
+    name: str
+    text: Callable[[Result], str]
+
+
+def _count(value: int | None) -> str:
+    """Three digits and a unit: 1.23M."""
+    if value is None:
+        return ""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if value >= size * 0.9995:
+            digits = value / size
+            return f"{digits:.{2 if digits < 9.995 else 1 if digits < 99.95 else 0}f}{unit}"
+    return str(value)
+
+
+def _decimals(value: float | None, places: int) -> str:
+    return "" if value is None else f"{value:.{places}f}" if value < 1e6 else f"{value:.1e}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+COLUMNS = (
+    Column("run", lambda r: r.run_id),
+    Column("data", lambda r: f"{r.dataset}/{r.split}"),
+    Column("steps", lambda r: str(r.steps)),
+    Column("loss", lambda r: _decimals(r.loss, 4)),
+    Column("perplexity", lambda r: _decimals(r.perplexity, 2)),
+    Column("bits/byte", lambda r: _decimals(r.bits_per_byte, 4)),
+    Column("parameters", lambda r: _count(r.num_parameters)),
+    Column("w/o emb.", lambda r: _count(r.num_parameters_without_embeddings)),
+    Column("trained on", lambda r: _count(r.tokens_seen)),
+    Column("time", lambda r: _duration(r.wall_time)),
+    Column("written", lambda r: (r.written or "")[:10]),
+    Column("note", lambda r: " ".join(r.note.split())),
+)
+TEXTS = {"", "run", "data", "written", "note"}  # columns aligned to the left
+
+
+def results_table(results: Sequence[Result]) -> list[list[str]]:
+    """The header and a row for each result; columns in which there is nothing are left out."""
+    columns = [column for column in COLUMNS if any(column.text(result) for result in results)]
+    return [[c.name for c in columns], *([c.text(result) for c in columns] for result in results)]
+
+
+def compare(results: Sequence[Result], a: str, b: str) -> list[list[str]]:
+    """The header and rows of two runs side by side: the last score on each split, and all in which they differ.
+
+    Raises:
+        ValueError: there is no such run.
+    """
+    first, second = ({(r.dataset, r.split): r for r in _last(_of_runs(results, [run]))} for run in (a, b))
+    table = [["", a, b, "difference"]]
+    for place in dict.fromkeys([*first, *second]):
+        pair = first.get(place), second.get(place)
+        for name, places in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4)):
+            left, right = (None if result is None else getattr(result, name) for result in pair)
+            if left is None and right is None:
+                continue
+            difference = "" if left is None or right is None else f"{right - left:+.{places}f}"
+            label = f"{'/'.join(place)} {name.replace('_', ' ')}"
+            table.append([label, _decimals(left, places), _decimals(right, places), difference])
+    facts = [_facts(max(scores.values(), key=lambda result: result.steps)) for scores in (first, second)]
+    for name in dict.fromkeys([*facts[0], *facts[1]]):
+        left, right = (each.get(name, "") for each in facts)
+        if left != right:
+            table.append([name, left, right, ""])
+    return table
+
+
+def _facts(result: Result) -> dict[str, str]:
+    """How a result came about, as text."""
+    names = ("num_parameters", "num_parameters_without_embeddings", "seed", "steps", "tokens_seen")
+    facts = {name: "" if getattr(result, name) is None else f"{getattr(result, name):,}" for name in names}
+    facts["wall_time"] = _duration(result.wall_time)
+    facts |= {name: getattr(result, name) or "" for name in ("device", "git_revision", "note")}
+    facts |= {f"model.{name}": str(value) for name, value in result.model.items()}
+    return facts | {f"versions.{name}": version for name, version in result.versions.items()}
+
+
+def _of_runs(results: Sequence[Result], runs: Sequence[str] | None) -> list[Result]:
+    known = dict.fromkeys(result.run_id for result in results)
+    for run in runs or ():
+        if run not in known:
+            raise ValueError(f"no run {run!r}; there are: {', '.join(known) or 'none'}.")
+    return [result for result in results if runs is None or result.run_id in runs]
+
+
+def _last(results: Iterable[Result]) -> list[Result]:
+    """Of each run the result with the most steps on each split of each data set."""
+    last: dict[tuple[str, str, str], Result] = {}
+    for result in results:
+        place = (result.run_id, result.dataset, result.split)
+        if place not in last or result.steps >= last[place].steps:
+            last[place] = result
+    return list(last.values())
+
+
+def to_text(table: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal."""
+    header = table[0]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    rule = ["-" * width for width in widths]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if name in TEXTS else cell.rjust(width)
+            for cell, width, name in zip(row, widths, header, strict=True)
+        ).rstrip()
+        for row in (header, rule, *table[1:])
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_markdown(table: Sequence[Sequence[str]]) -> str:
+    header = table[0]
+    rule = [":--" if name in TEXTS else "--:" for name in header]
+    rows = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in table]
+    return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], rule, *rows[1:]))
+
+
+def to_csv(results: Iterable[Result]) -> str:
+    """Everything but curves and losses by depth, in full; fields of the model in columns of their own."""
+    rows = []
+    for result in results:
+        row = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in SIDES}
+        row["perplexity"] = result.perplexity
+        for name in ("model", "versions"):
+            row |= {f"{name}.{key}": value for key, value in row.pop(name).items()}
+        rows.append({k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# Plots
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
+POINTS_BY_DEPTH = 40  # about as many as a line with dots can show
+POINTS_OF_TRAINING = 150
+
+
+def plot(results: Sequence[Result], kind: str, path: str | os.PathLike) -> None:
+    """Draw the runs' training curves (`kind="curves"`) or their last losses by depth ("depth"), 16:9.
+
+    Raises:
+        ValueError: there is nothing to draw.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib") from error
+
+    figure = Figure(figsize=(10, 5.625), dpi=192, layout="constrained")
+    axes = figure.add_subplot()
+    if kind == "curves":
+        _draw_curves(axes, results)
+    else:
+        _draw_depth(axes, results)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.set_ylabel("loss (nats per token)", fontsize=15)
+    axes.title.set_fontsize(18)
+    axes.xaxis.label.set_fontsize(15)
+    axes.tick_params(labelsize=13, length=0)
+    axes.grid(axis="y", color="#DDDDDD")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    lines = axes.get_lines()
+    widest = max(len(str(line.get_label())) for line in lines)
+    figure.legend(
+        handles=lines,
+        loc="outside lower center",
+        ncols=min(len(lines), max(1, 100 // (widest + 9))),  # 100 characters are as wide as the figure
+        frameon=False,
+        fontsize=13,
+    )
+    figure.savefig(path)
+
+
+def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
+    """A colour for each run; its training thin and pale, every other split with a dot at each point."""
+    runs = {result.run_id: result.curves for result in results if result.curves}
+    if not runs:
+        raise ValueError("no loss curves to draw: a `Result` takes them as `curves`.")
+    shown = []
+    for index, (run, curves) in enumerate(runs.items()):
+        for split, points in curves.items():
+            is_training = split == "train"
+            drawn = _thinned(points, POINTS_OF_TRAINING if is_training else len(points))
+            steps, losses = zip(*drawn, strict=True)
+            axes.plot(
+                steps,
+                losses,
+                color=COLOURS[index % len(COLOURS)],
+                label=f"{run}, {split}: {losses[-1]:.3f}",
+                linewidth=1.4 if is_training else 2.4,
+                alpha=0.5 if is_training and len(curves) > 1 else 1.0,
+                marker="" if is_training else "o",
+                markersize=5,
+            )
+            # The fall of the first steps would press everything after it flat.
+            shown += [loss for step, loss in drawn if 10 * step >= steps[-1] and math.isfinite(loss)]
+    if shown:
+        margin = 0.06 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    axes.set(title="Loss in training", xlabel="optimizer steps")
+
+
+def _thinned(points: Sequence[tuple[int, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many points, each the mean of its neighbours: what is left of a noisy curve is its course."""
+    size = math.ceil(len(points) / most)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(step for step, _ in g) / len(g), sum(loss for _, loss in g) / len(g)) for g in groups]
+
+
+def _draw_depth(axes: Any, results: Sequence[Result]) -> None:
+    results = [result for result in _last(results) if result.loss_by_chunk]
+    if not results:
+        raise ValueError("no losses by depth to draw: a `Result` takes them as `loss_by_chunk`.")
+    places = {(result.dataset, result.split) for result in results}
+    sizes = {result.model.get("chunk_size") for result in results}
+    for index, result in enumerate(results):
+        scale = result.model.get("chunk_size") or 1 if len(sizes) > 1 else 1
+        depths, losses = zip(*_merged(result.loss_by_chunk), strict=True)
+        name = result.run_id if len(places) == 1 else f"{result.run_id}, {result.dataset}/{result.split}"
+        axes.plot(
+            [depth * scale for depth in depths],
+            losses,
+            color=COLOURS[index % len(COLOURS)],
+            label=f"{name}: {result.loss:.3f}",
+            linewidth=2.4,
+            marker="o",
+            markersize=5,
+        )
+    title = "Loss by depth in the document"
+    axes.set_title(f"{title}, {'/'.join(*places)}" if len(places) == 1 else title)
+    if len(sizes) > 1:
+        axes.set_xlabel("tokens in the chunks read before")
+    else:
+        (size,) = sizes
+        axes.set_xlabel("chunks read before" + (f" (of {size} tokens)" if size else ""))
+
+
+def _merged(chunks: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """Depth and loss, chunks put together until each point stands for a fair share of the tokens.
+
+    Few documents are long: chunk by chunk, the deep end of the line would be noise.
+    """
+    least = sum(chunk["num_tokens"] for chunk in chunks) / POINTS_BY_DEPTH
+    groups: list[list[Mapping[str, Any]]] = [[]]
+    for chunk in chunks:
+        if sum(c["num_tokens"] for c in groups[-1]) >= least:
+            groups.append([])
+        groups[-1].append(chunk)
+    if len(groups) > 1 and sum(c["num_tokens"] for c in groups[-1]) < least:
+        rest = groups.pop()
+        groups[-1] += rest
+
+    def mean(group: list[Mapping[str, Any]], name: str) -> float:
+        return sum(c[name] * c["num_tokens"] for c in group) / sum(c["num_tokens"] for c in group)
+
+    return [(mean(group, "chunk"), mean(group, "loss")) for group in groups]
+
+
+# python -m baka_hf.results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m baka_hf.results", description="Look at a file of results, export it, and plot from it."
+    )
+    parser.add_argument("file", type=Path, help="the SQLite file that `write_result` wrote")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="all results, one a line")
+    command = commands.add_parser("compare", help="two runs side by side: scores, and what else differs")
+    command.add_argument("runs", nargs=2, metavar="RUN")
+    command = commands.add_parser("export", help="all results as a table of Markdown, or in full as CSV")
+    command.add_argument("--format", choices=("markdown", "csv"), required=True)
+    command.add_argument("-o", "--output", type=Path, help="file to write instead of standard output")
+    command = commands.add_parser("plot", help="loss curves, or losses by depth in the document, as a picture")
+    command.add_argument("--kind", choices=("curves", "depth"), required=True)
+    command.add_argument("--runs", nargs="+", metavar="RUN", help="only these runs")
+    command.add_argument("-o", "--output", type=Path, required=True, help="PNG (or SVG, PDF) to write")
+    args = parser.parse_args(arguments)
+    try:
+        results = read_results(args.file)
+        if args.command == "plot":
+            plot(_of_runs(results, args.runs), args.kind, args.output)
+            return
+        if args.command == "list":
+            text = to_text(results_table(results)) if results else "no results\n"
+        elif args.command == "compare":
+            text = to_text(compare(results, *args.runs))
+        else:
+            text = to_markdown(results_table(results)) if args.format == "markdown" else to_csv(results)
+        if getattr(args, "output", None) is None:
+            sys.stdout.write(text)
+        else:
+            args.output.write_text(text, encoding="utf-8")
+    except (ValueError, OSError, ModuleNotFoundError, sqlite3.Error) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

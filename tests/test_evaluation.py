@@ -1,0 +1,235 @@
+"""evaluate_documents against every document read naively, alone and in float64."""
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from baka_hf import BakaForCausalLM
+from baka_hf.evaluation import evaluate_documents
+
+# Chunks of 5: none, one and several of them full, a token more and less, and nothing to score.
+LENGTHS = [1, 2, 5, 6, 7, 11, 26, 3, 1, 16, 31, 4, 10, 12, 2, 1, 8, 21]
+
+
+def documents_of(model: BakaForCausalLM, lengths: list[int] = LENGTHS) -> list[list[int]]:
+    return [random_tokens(model.config, length, seed=seed).tolist() for seed, length in enumerate(lengths)]
+
+
+def naive_scores(model: BakaForCausalLM, documents: list[list[int]]) -> dict[str, Any]:
+    """What `evaluate_documents` says, from one naive reading of each document."""
+    by_chunk: dict[int, list[Tensor]] = defaultdict(list)
+    for document in documents:
+        tokens = torch.tensor(document)
+        losses = F.cross_entropy(naive_read(model, tokens).logits[:-1], tokens[1:], reduction="none")
+        for position, loss in enumerate(losses):
+            by_chunk[position // model.config.chunk_size].append(loss)
+    loss = float(torch.stack([loss for losses in by_chunk.values() for loss in losses]).mean())
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "num_tokens": sum(map(len, documents)) - len(documents),
+        "num_documents": len(documents),
+        "loss_by_chunk": [
+            {"chunk": chunk, "loss": float(torch.stack(losses).mean()), "num_tokens": len(losses)}
+            for chunk, losses in sorted(by_chunk.items())
+        ],
+    }
+
+
+def assert_same(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    flat, flat_expected = (
+        {name: value for name, value in scores.items() if name != "loss_by_chunk"} for scores in (actual, expected)
+    )
+    assert flat == pytest.approx(flat_expected, rel=tolerance)
+    for chunk, expected_chunk in zip(actual["loss_by_chunk"], expected["loss_by_chunk"], strict=True):
+        assert chunk == pytest.approx(expected_chunk, rel=tolerance)
+
+
+@pytest.fixture(scope="module")
+def model() -> BakaForCausalLM:
+    return tiny_model(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def expected(model: BakaForCausalLM) -> dict[str, Any]:
+    return naive_scores(model, documents_of(model))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_equals_the_naive_reading(
+    model: BakaForCausalLM, expected: dict[str, Any], batch_size: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    documents = documents_of(model)
+    same = BakaForCausalLM(model.config).to(dtype)
+    same.load_state_dict(model.state_dict())
+    actual = evaluate_documents(same, documents, batch_size)
+    assert_same(actual, expected, tolerance)
+    assert sum(chunk["num_tokens"] for chunk in actual["loss_by_chunk"]) == actual["num_tokens"]
+
+
+@pytest.mark.parametrize("name", ["pristine", "xl", "rmt_alone", "chunk_of_one", "layer_separate"])
+def test_equals_the_naive_reading_of_every_kind_of_model(name: str) -> None:
+    model = tiny_model(tiny_config(**CONFIGS[name]))
+    documents = documents_of(model, [6, 1, 12, 2, 5, 3])
+    assert_same(evaluate_documents(model, documents, batch_size=3), naive_scores(model, documents), 1e-9)
+
+
+def test_order_and_batch_size_do_not_matter(model: BakaForCausalLM, expected: dict[str, Any]) -> None:
+    documents = documents_of(model)
+    for seed, batch_size in enumerate((2, 3, 7, 100)):
+        random.Random(seed).shuffle(documents)
+        assert_same(evaluate_documents(model, documents, batch_size), expected, 1e-12)
+
+
+def test_documents_are_taken_from_a_generator_when_a_lane_is_free(model: BakaForCausalLM) -> None:
+    documents = documents_of(model, [6, 16, 6, 6, 4])
+    taken: list[int] = []
+    taken_by_call: list[int] = []
+
+    def generate() -> Iterator[list[int]]:
+        for index, document in enumerate(documents):
+            taken.append(index)
+            yield document
+
+    handle = model.register_forward_pre_hook(lambda *_: taken_by_call.append(len(taken)))
+    try:
+        result = evaluate_documents(model, generate(), batch_size=2)
+    finally:
+        handle.remove()
+    assert taken_by_call == [2, 3, 4, 5]
+    assert_same(result, evaluate_documents(model, documents, batch_size=2), 0)
+
+
+def test_no_lane_idles(model: BakaForCausalLM) -> None:
+    """Rows are refilled in step, dropped when nothing is left, and a call is no wider than its longest piece."""
+    shapes = []
+    handle = model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        evaluate_documents(model, documents_of(model, [16, 6, 6, 1, 6, 4, 9]), batch_size=2)
+    finally:
+        handle.remove()
+    # Inputs: 15 | 5, then 5, 5 beside it; 3 goes on with 8 beside it, whose rest is read alone.
+    assert shapes == [(2, 5), (2, 5), (2, 5), (2, 5), (1, 3)]
+
+
+def test_padding_never_shows(model: BakaForCausalLM) -> None:
+    """The short document's row is filled up beside the long one's, and then taken by another document."""
+    documents = documents_of(model, [9, 3, 14])
+    alone = [evaluate_documents(model, [document]) for document in documents]
+    together = evaluate_documents(model, documents, batch_size=2)
+    nats = sum(result["loss"] * result["num_tokens"] for result in alone)
+    assert together["loss"] == pytest.approx(nats / together["num_tokens"], rel=1e-12)
+
+
+def test_a_chunk_has_exactly_that_many_chunks_to_remember() -> None:
+    """Without anything to carry, chunk i scores as a document that begins with it: chunk 0 holds n losses, not n-1."""
+    model = tiny_model(tiny_config(**CONFIGS["pristine"]))
+    (document,) = documents_of(model, [16])
+    chunks = evaluate_documents(model, [document])["loss_by_chunk"]
+    for i in range(3):
+        piece = evaluate_documents(model, [document[5 * i : 5 * i + 6]])
+        assert chunks[i] == pytest.approx({"chunk": i, "loss": piece["loss"], "num_tokens": 5})
+
+
+def test_documents_may_be_tensors_and_arrays(model: BakaForCausalLM, expected: dict[str, Any]) -> None:
+    kinds: list[Any] = [
+        list,
+        tuple,
+        torch.tensor,
+        lambda d: np.array(d, np.uint16),
+        lambda d: torch.tensor(d, dtype=torch.int32),
+    ]
+    documents = [kinds[i % len(kinds)](document) for i, document in enumerate(documents_of(model))]
+    assert_same(evaluate_documents(model, tuple(documents)), expected, 1e-12)
+
+
+def test_bits_per_byte(model: BakaForCausalLM) -> None:
+    result = evaluate_documents(model, documents_of(model), num_bytes=1000)
+    assert result["bits_per_byte"] == pytest.approx(result["loss"] * result["num_tokens"] / math.log(2) / 1000)
+    assert "bits_per_byte" not in evaluate_documents(model, documents_of(model))
+
+
+def test_hopeless_models_have_infinite_perplexity(model: BakaForCausalLM) -> None:
+    hopeless = tiny_model(model.config)
+    with torch.no_grad():
+        hopeless.lm_head.weight *= 1e6
+    result = evaluate_documents(hopeless, documents_of(model))
+    assert result["loss"] > 1000 and result["perplexity"] == math.inf
+
+
+def test_half_precision_is_scored_in_float32(model: BakaForCausalLM, expected: dict[str, Any]) -> None:
+    half = BakaForCausalLM(model.config)
+    half.load_state_dict(model.state_dict())
+    result = evaluate_documents(half.to(torch.bfloat16), documents_of(model))
+    assert result["loss"] == pytest.approx(expected["loss"], rel=0.02)
+
+
+def test_modes_are_restored_and_nothing_is_learned(model: BakaForCausalLM) -> None:
+    config = tiny_config(pause_placement="random")  # which shows whether eval mode was on
+    model = tiny_model(config).train()
+    model.model.norm.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert_same(evaluate_documents(model, documents_of(model)), naive_scores(model, documents_of(model)), 1e-9)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(ValueError, match="document 0"):
+        evaluate_documents(model, [[999]])
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_a_model_with_code_of_its_own(model: BakaForCausalLM, expected: dict[str, Any], tmp_path: Any) -> None:
+    model.save_pretrained(tmp_path)
+    remote_class = get_class_from_dynamic_module("modeling_baka.BakaForCausalLM", str(tmp_path))
+    remote = remote_class.from_pretrained(tmp_path, dtype=torch.float64)
+    assert not isinstance(remote, BakaForCausalLM)
+    assert_same(evaluate_documents(remote, documents_of(model)), expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "message"),
+    [
+        ([[1, 2], []], {}, "document 1 is empty"),
+        ([[1, 2], [3], [4, 19]], {}, "document 2: expected token ids from 0 to 18, got 19"),
+        ([[1, 2], [-1, 3]], {}, "document 1: expected token ids from 0 to 18, got -1"),
+        ([[1, 2], [0.5, 1.0]], {}, "document 1: expected a sequence of token ids, got torch.float32"),
+        ([[[1, 2]]], {}, r"document 0: expected a sequence of token ids, got torch.int64 of shape \(1, 2\)"),
+        (["text"], {}, "document 0: expected a sequence of token ids"),
+        ([{"input_ids": [1, 2]}], {}, "document 0: expected a sequence of token ids"),
+        ([1, 2, 3], {}, "document 0: expected a sequence of token ids"),
+        ([], {}, "expected a document of two tokens or more, got 0 documents"),
+        ([[1], [2]], {}, "expected a document of two tokens or more, got 2 documents"),
+        ([[1, 2]], {"batch_size": 0}, "`batch_size` must be an integer of at least 1, got 0"),
+        ([[1, 2]], {"batch_size": True}, "`batch_size`"),
+        ([[1, 2]], {"batch_size": None}, "`batch_size`"),
+        ([[1, 2]], {"num_bytes": 0}, "`num_bytes` must be an integer of at least 1, got 0"),
+    ],
+)
+def test_bad_input(model: BakaForCausalLM, documents: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_documents(model, documents, **options)
+
+
+def test_progress_is_shown_when_it_takes_long(
+    model: BakaForCausalLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_documents(model, documents_of(model))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("baka_hf.evaluation.SECONDS_UNTIL_PROGRESS", 0.0)
+    evaluate_documents(model, documents_of(model))
+    assert "Evaluating: 100%" in capsys.readouterr().err
+    evaluate_documents(model, documents_of(model), progress=False)
+    assert capsys.readouterr().err == ""

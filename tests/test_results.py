@@ -1,0 +1,457 @@
+"""The file of results: what is written is read back, once, whoever writes; and what people see of it."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import random_tokens, tiny_config, tiny_model
+from PIL import Image
+
+from baka_hf import BakaModel, results
+from baka_hf.evaluation import evaluate_documents
+from baka_hf.results import Result, curves_of, facts_about, git_revision, main, read_results, write_result
+
+# The module needs the standard library alone, so it starts in no time when it is not imported as part of the package.
+SCRIPT = Path(results.__file__)
+
+
+def a_result(**changes: Any) -> Result:
+    values: dict[str, Any] = dict(
+        run_id="carry",
+        dataset="wiki",
+        split="test",
+        steps=1000,
+        loss=2.5,
+        bits_per_byte=1.25,
+        num_tokens=300,
+        model={"model_type": "baka", "chunk_size": 128, "num_memory_tokens": 4, "rope_parameters": {"rope_theta": 1e4}},
+        num_parameters=1_234_567,
+        num_parameters_without_embeddings=234_567,
+        seed=0,
+        tokens_seen=5_000_000_000,
+        wall_time=3723.5,
+        device="cpu",
+        versions={"torch": "2.9.0"},
+        git_revision="0123abc-dirty",
+        note="first try",
+        loss_by_chunk=[{"chunk": 0, "loss": 2.75, "num_tokens": 200}, {"chunk": 1, "loss": 2.0, "num_tokens": 100}],
+        curves={"train": [(500, 3.5), (1000, 2.25)], "eval": [(1000, 2.5)]},
+    )
+    return Result(**values | changes)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Two runs, the second with memory, each on two splits."""
+    path = tmp_path / "results.db"
+    plain = {**a_result().model, "num_memory_tokens": 0}
+    write_result(path, a_result(run_id="plain", loss=2.75, model=plain, note="", curves={"train": [(500, 3.75)]}))
+    write_result(path, a_result(run_id="plain", loss=2.875, model=plain, note="", split="val", loss_by_chunk=[]))
+    write_result(path, a_result())
+    write_result(path, a_result(split="val", loss=2.625, bits_per_byte=None, loss_by_chunk=[]))
+    return path
+
+
+# ---- the file ----
+
+
+@pytest.mark.smoke
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / "results.db"
+    everything, little = a_result(), Result(run_id="a", dataset="b", split="c", loss=1.5, num_tokens=1)
+    write_result(path, everything)
+    write_result(path, little)
+    assert read_results(path) == [everything, little]
+    assert [path.name] == [p.name for p in path.parent.iterdir()]  # nothing beside the one file
+    assert all(result.written for result in read_results(path))
+
+
+def test_every_field_has_a_column(tmp_path: Path) -> None:
+    write_result(tmp_path / "results.db", a_result())
+    connection = sqlite3.connect(tmp_path / "results.db")
+    columns = {row[1] for row in connection.execute("PRAGMA table_info (results)")}
+    names = {field.name for field in dataclasses.fields(Result)} - set(results.SIDES)
+    assert columns == names | {"id", "perplexity"}
+    assert connection.execute("SELECT perplexity FROM results").fetchall() == [(math.exp(2.5),)]
+    connection.close()
+
+
+def test_the_same_result_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    write_result(path, a_result())
+    write_result(path, a_result())
+    assert read_results(path) == [a_result()]
+    # Resumed: other times, curves that go on, and losses by depth that take the place of the others.
+    again = a_result(
+        wall_time=10.0, loss_by_chunk=a_result().loss_by_chunk[:1], curves={"train": [(1000, 2.0), (1500, 1.75)]}
+    )
+    write_result(path, again)
+    curves = {"train": [(500, 3.5), (1000, 2.0), (1500, 1.75)], "eval": [(1000, 2.5)]}
+    assert read_results(path) == [dataclasses.replace(again, curves=curves)]
+
+
+@pytest.mark.parametrize("change", [{"run_id": "b"}, {"dataset": "b"}, {"split": "b"}, {"steps": 0}])
+def test_another_run_data_set_split_or_step_is_another_row(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "results.db"
+    write_result(path, a_result())
+    write_result(path, a_result(**change))
+    assert read_results(path) == [a_result(), a_result(**change)]
+
+
+def test_a_run_that_diverged_is_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    chunks = [{"chunk": 0, "loss": math.nan, "num_tokens": 1}]
+    write_result(path, a_result(loss=math.nan, loss_by_chunk=chunks, curves={"train": [(1, 2.0), (2, math.nan)]}))
+    write_result(path, a_result(run_id="other", loss=1e4))
+    diverged, hopeless = read_results(path)
+    assert math.isnan(diverged.loss) and math.isnan(diverged.perplexity) and math.isnan(diverged.curves["train"][1][1])
+    assert math.isnan(diverged.loss_by_chunk[0]["loss"])
+    assert hopeless.perplexity == math.inf
+    main([str(path), "plot", "--kind", "curves", "-o", str(tmp_path / "curves.png")])
+
+
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from results import Result, write_result
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(30):
+    chunks = [{"chunk": c, "loss": 1.0, "num_tokens": 1} for c in range(20)]
+    curves = {"train": [(s, 1.0) for s in range(50)]}
+    for run in ("both", sys.argv[3]):
+        values = dict(run_id=run, dataset="d", split="s", steps=i, loss=1.0, num_tokens=1)
+        write_result(sys.argv[2], Result(**values, loss_by_chunk=chunks, curves=curves))
+"""
+
+
+def test_processes_may_write_at_once(tmp_path: Path) -> None:
+    """From the creation of the file on, which both of them try."""
+    path = tmp_path / "results.db"
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, SCRIPT.parent, path, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("a", "b")
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    for writer in writers:
+        _, errors = writer.communicate(timeout=60)
+        assert (writer.returncode, errors) == (0, "")
+    found = read_results(path)
+    assert sorted((r.run_id, r.steps) for r in found) == [(run, i) for run in ("a", "b", "both") for i in range(30)]
+    assert all(len(r.loss_by_chunk) == 20 and len(r.curves["train"]) == 50 for r in found)
+
+
+def test_a_writer_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.db"
+    write_result(path, a_result())
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(results, "SECONDS_TO_WAIT", 0.1)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        write_result(path, a_result(run_id="b"))
+    assert len(read_results(path)) == 1  # readers need not wait
+    other.close()
+    write_result(path, a_result(run_id="b"))
+    assert len(read_results(path)) == 2
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    write_result(path, a_result())
+    twice = [{"chunk": 0, "loss": 1.0, "num_tokens": 1}] * 2
+    with pytest.raises(sqlite3.IntegrityError):
+        write_result(path, a_result(loss=9.0, loss_by_chunk=twice))
+    assert read_results(path) == [a_result()]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    with pytest.raises(ValueError, match=r"expected a file of results at .*results\.db, found none"):
+        read_results(path)
+    assert not path.exists()
+
+    write_result(path, a_result())
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 7")
+    connection.close()
+    for use in (read_results, lambda path: write_result(path, a_result())):
+        with pytest.raises(ValueError, match="has schema version 7, this code reads up to 1: upgrade baka-hf"):
+            use(path)
+
+    foreign = tmp_path / "foreign.db"
+    connection = sqlite3.connect(foreign)
+    connection.execute("CREATE TABLE results (id)")
+    connection.close()
+    text = tmp_path / "text.db"
+    text.write_text("this is no database, " * 100)
+    for other, message in ((foreign, "is an SQLite file, but not one of results"), (text, "is no SQLite file")):
+        before = other.read_bytes()
+        for use in (read_results, lambda path: write_result(path, a_result())):
+            with pytest.raises(ValueError, match=message):
+                use(other)
+        assert other.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run_id": ""}, "`run_id` must be a name, got ''"),
+        ({"split": None}, "`split` must be a name, got None"),
+        ({"loss": None}, "`loss` must be a number of at least 0, got None"),
+        ({"loss": torch.tensor(1.0)}, "`loss` must be a number"),
+        ({"loss": -1.0}, "`loss` must be a number of at least 0, got -1.0"),
+        ({"steps": 1.5}, "`steps` must be an integer of at least 0, got 1.5"),
+        ({"steps": True}, "`steps`"),
+        ({"seed": 2**64}, "`seed`"),
+        ({"tokens_seen": -1}, "`tokens_seen`"),
+        ({"wall_time": "an hour"}, "`wall_time` must be a number of at least 0, got 'an hour'"),
+        (
+            {"loss_by_chunk": [{"chunk": 0, "loss": 1.0}]},
+            "`loss_by_chunk` must hold dicts of chunk, loss and num_tokens",
+        ),
+        ({"loss_by_chunk": [{"chunk": 0, "loss": "1", "num_tokens": 1}]}, "`loss_by_chunk: loss` must be a number"),
+        ({"loss_by_chunk": [{"chunk": 0, "loss": 1.0, "num_tokens": 0}]}, "must hold chunks with tokens"),
+        ({"curves": {"train": [(1, 2, 3)]}}, "`curves` must hold pairs of step and loss"),
+        ({"curves": {"train": [(1.5, 2.0)]}}, "`curves, train: step` must be an integer"),
+    ],
+)
+def test_fields_that_make_no_sense(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        a_result(**change)
+
+
+# ---- what is found out ----
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("tied", [False, True])
+def test_facts_about_a_model(tied: bool) -> None:
+    config = tiny_config(tie_word_embeddings=tied, eos_token_id=[1, 2])
+    model = tiny_model(config)
+    facts = facts_about(model)
+    total = sum(p.numel() for p in model.parameters())
+    assert facts["num_parameters"] == total
+    assert facts["num_parameters_without_embeddings"] == total - 19 * 12 * (1 if tied else 2)
+    assert facts["device"] == "cpu"
+    assert facts["model"] == json.loads(json.dumps(facts["model"]))
+    expected = {"model_type": "baka", "chunk_size": 5, "head_dim": 6, "eos_token_id": [1, 2], "dtype": "float64"}
+    assert expected.items() <= facts["model"].items() and "id2label" not in facts["model"]
+    assert facts["versions"]["transformers"] == transformers.__version__
+
+    of_config = facts_about(config)
+    assert of_config["model"] == {name: value for name, value in facts["model"].items() if name != "dtype"}
+    assert "num_parameters" not in of_config
+    assert facts_about(BakaModel(config))["num_parameters_without_embeddings"] == total - 19 * 12 * (1 if tied else 2)
+
+
+def test_from_a_model_to_the_file(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config())
+    scores = evaluate_documents(model, [random_tokens(model.config, 17)], num_bytes=40)
+    result = Result.of(model, scores, run_id="r", dataset="d", split="s", seed=3, device="a machine")
+    write_result(tmp_path / "results.db", result)
+    (found,) = read_results(tmp_path / "results.db")
+    assert found == result
+    for name in ("loss", "perplexity", "bits_per_byte", "num_tokens", "loss_by_chunk"):
+        assert getattr(found, name) == scores[name]
+    assert (found.seed, found.device, found.model["num_memory_tokens"]) == (3, "a machine", 2)
+
+
+def test_git_revision(tmp_path: Path) -> None:
+    def git(*command: str) -> str:
+        identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert git_revision(tmp_path) is None
+    assert git_revision(tmp_path / "missing") is None
+    git("init")
+    (tmp_path / "a").write_text("1")
+    git("add", "a")
+    git("commit", "-m", "a")
+    git("tag", "v1")
+    assert git_revision(tmp_path) == git("rev-parse", "HEAD").strip()
+    (tmp_path / "a").write_text("2")
+    assert git_revision(tmp_path) == git("rev-parse", "HEAD").strip() + "-dirty"
+
+
+def test_curves_of_a_trainer() -> None:
+    history = [
+        {"loss": 3.0, "grad_norm": 1.0, "learning_rate": 1e-3, "epoch": 0.1, "step": 10},
+        {"eval_loss": 2.5, "eval_runtime": 1.0, "epoch": 0.2, "step": 20},
+        {"eval_wiki_loss": 2.25, "step": 20},
+        {"loss": 2.0, "step": 20},
+        {"train_loss": 2.5, "train_runtime": 9.0, "step": 20},  # the mean over the run, at its end
+    ]
+    assert curves_of(history) == {"train": [(10, 3.0), (20, 2.0)], "eval": [(20, 2.5)], "eval_wiki": [(20, 2.25)]}
+
+
+# ---- the command line ----
+
+
+def run(*arguments: object, program: tuple[object, ...] = (SCRIPT,)) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, (*program, *arguments))], capture_output=True, text=True)
+
+
+@pytest.mark.smoke
+def test_the_module_is_a_program(file: Path) -> None:
+    done = run(file, "list", program=("-m", "baka_hf.results"))
+    assert (done.returncode, done.stderr) == (0, "")
+    header, rule, *rows = done.stdout.splitlines()
+    names = "run data steps loss perplexity bits/byte parameters w/o emb. trained on time written note"
+    assert " ".join(header.split()) == names
+    assert set(rule) == {"-", " "}
+    assert [row.split()[:4] for row in rows] == [
+        ["plain", "wiki/test", "1000", "2.7500"],
+        ["plain", "wiki/val", "1000", "2.8750"],
+        ["carry", "wiki/test", "1000", "2.5000"],
+        ["carry", "wiki/val", "1000", "2.6250"],
+    ]
+    assert {"12.18", "1.2500", "1.23M", "235k", "5.00B", "1:02:04"} <= set(rows[2].split())
+    assert rows[2].endswith("first try")
+    assert [row.index("wiki/") for row in rows] == [header.index("data")] * 4
+
+
+def test_compare(file: Path) -> None:
+    write_result(file, a_result(run_id="plain", steps=500, loss=9.0))  # an earlier checkpoint is not what is compared
+    done = run(file, "compare", "plain", "carry")
+    assert (done.returncode, done.stderr) == (0, "")
+    header, _, *rows = (line.split() for line in done.stdout.splitlines())
+    assert header == ["plain", "carry", "difference"]
+    assert rows == [
+        ["wiki/test", "loss", "2.7500", "2.5000", "-0.2500"],
+        ["wiki/test", "perplexity", "15.64", "12.18", "-3.46"],
+        ["wiki/test", "bits", "per", "byte", "1.2500", "1.2500", "+0.0000"],
+        ["wiki/val", "loss", "2.8750", "2.6250", "-0.2500"],
+        ["wiki/val", "perplexity", "17.73", "13.80", "-3.92"],
+        ["wiki/val", "bits", "per", "byte", "1.2500"],
+        ["note", "first", "try"],
+        ["model.num_memory_tokens", "0", "4"],
+    ]
+
+
+def test_export(file: Path, tmp_path: Path) -> None:
+    write_result(file, a_result(run_id="a|b", note="of two\nlines"))
+    done = run(file, "export", "--format", "markdown")
+    header, rule, *rows = done.stdout.splitlines()
+    assert header.startswith("| run | data | steps | loss |") and rule.startswith("| :-- | :-- | --: | --: |")
+    assert len(rows) == 5 and all(row.replace("\\|", "").count("|") == header.count("|") for row in rows)
+    assert rows[4].startswith(r"| a\|b | wiki/test | 1000 | 2.5000 |") and rows[4].endswith("| of two lines |")
+
+    assert run(file, "export", "--format", "csv", "-o", tmp_path / "all.csv").stdout == ""
+    table = list(csv.DictReader(io.StringIO((tmp_path / "all.csv").read_text())))
+    assert len(table) == 5
+    assert float(table[2]["perplexity"]) == math.exp(2.5) and table[2]["num_parameters"] == "1234567"
+    assert table[3]["bits_per_byte"] == "" and table[4]["note"] == "of two\nlines"
+    assert (
+        json.loads(table[2]["model.rope_parameters"]) == {"rope_theta": 1e4} and table[2]["versions.torch"] == "2.9.0"
+    )
+
+
+def test_an_empty_file_has_no_results(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    connection = sqlite3.connect(file)
+    connection.execute("DELETE FROM results")
+    connection.commit()
+    connection.close()
+    main([str(file), "list"])
+    assert capsys.readouterr().out == "no results\n"
+
+
+@pytest.mark.parametrize("kind", ["curves", "depth"])
+def test_plots(file: Path, tmp_path: Path, kind: str) -> None:
+    """Of two runs, and of one alone: pictures of a slide's shape that are not blank and not the same."""
+    pictures = []
+    for name, runs in (("both.png", []), ("one.png", ["--runs", "carry"])):
+        main([str(file), "plot", "--kind", kind, *runs, "-o", str(tmp_path / name)])
+        assert (tmp_path / name).stat().st_size > 10_000
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG" and picture.size == (1920, 1080)
+            colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or ()}
+            assert (0, 114, 178) in colours  # the first run's
+            assert ((213, 94, 0) in colours) == (name == "both.png")  # the second one's
+            pictures.append(picture.tobytes())
+    assert pictures[0] != pictures[1]
+
+
+def test_deep_chunks_are_put_together() -> None:
+    """A point stands for a fortieth of the tokens or more, and no token is left out."""
+    chunks = [{"chunk": i, "loss": float(i), "num_tokens": 4000 if i < 10 else 100} for i in range(110)]
+    points = results._merged(chunks)
+    assert points[:10] == [(i, i) for i in range(10)]
+    assert points[10:] == [(depth, depth) for depth in (16, 29, 42, 55, 68, 81, 98.5)]  # 13 each, the last one 22
+    assert results._merged(chunks[:1]) == [(0, 0)]
+    assert [depth for depth, _ in results._merged([chunks[0], chunks[10]])] == [1000 / 4100]
+
+
+def test_a_noisy_curve_is_thinned() -> None:
+    points = [(step, float(step % 2)) for step in range(1000)]
+    assert results._thinned(points, 100) == [(10 * i + 4.5, 0.5) for i in range(100)]
+    assert results._thinned(points[:7], 100) == points[:7]
+
+
+def test_runs_with_other_chunks_are_drawn_over_tokens(tmp_path: Path) -> None:
+    for run_id, chunk_size in (("a", 128), ("b", 512)):
+        write_result(tmp_path / "r.db", a_result(run_id=run_id, model={"chunk_size": chunk_size}))
+    main([str(tmp_path / "r.db"), "plot", "--kind", "depth", "-o", str(tmp_path / "depth.svg")])
+    assert "tokens in the chunks read before" in (tmp_path / "depth.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.db", "list"], "error: expected a file of results at missing.db, found none"),
+        (["FILE", "compare", "plain", "none"], "error: no run 'none'; there are: plain, carry."),
+        (["FILE", "plot", "--kind", "depth", "--runs", "none", "-o", "x.png"], "error: no run 'none'"),
+        (["FILE", "plot", "--kind", "depth", "-o", "missing/x.png"], "error: .*No such file or directory"),
+        (["EMPTY", "plot", "--kind", "depth", "-o", "x.png"], "error: no losses by depth to draw"),
+        (["EMPTY", "plot", "--kind", "curves", "-o", "x.png"], "error: no loss curves to draw"),
+        (["FILE", "plot", "--kind", "depth"], "required: -o"),
+        (["FILE", "export"], "required: --format"),
+        (["FILE"], "required: command"),
+    ],
+)
+def test_bad_arguments(
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_result("empty.db", a_result(loss_by_chunk=[], curves={}))
+    names = {"FILE": str(file), "EMPTY": "empty.db"}
+    with pytest.raises(SystemExit, match=message if message.startswith("error") else "2"):
+        main([names.get(argument, argument) for argument in arguments])
+    if not message.startswith("error"):
+        assert message in capsys.readouterr().err
+
+
+def test_matplotlib_is_asked_for_when_it_is_missing(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    main([str(file), "list"])
+    with pytest.raises(SystemExit, match="error: plots need matplotlib: pip install matplotlib"):
+        main([str(file), "plot", "--kind", "depth", "-o", str(tmp_path / "x.png")])
