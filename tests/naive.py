@@ -1,0 +1,205 @@
+"""BakaLLM read literally: one row, one chunk after another, every slot, float64, no cache and no cleverness.
+
+    stream_i = read_i ‖ text_i with pauses ‖ write_i        S = R + n + P + R slots, pause p before text p·(n // P)
+    read_0   = write_0 = m_0                                R learned vectors
+    read_i   = f_read(m_i)                                  f: the solidifier
+    write_i  = f_write(m_i), or m_0                         memory_write "carry", or "tokens"
+    m_i+1    = last block's output at chunk i's write slots, with memory_norm its LayerNorm
+    y        = x + attention(LN x) + mlp(LN x)              in every block
+    RoPE       previous stream at slots 0 … S-1, own stream at S … 2S-1; `allowed` says which slots see which
+
+Nothing is shared with the package but the names of the config's fields and of the parameters. Everything is made of
+differentiable torch operations, so the naive gradients are those of the formulas too.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Reading:
+    """What one row says: T text tokens, R memory tokens, a stream of S slots, L blocks."""
+
+    logits: Tensor  # [T, V]
+    hidden: list[Tensor]  # L + 1 of [T, D]: embeddings, blocks 1 … L-1, the last block after the final norm
+    attentions: list[Tensor]  # L of [H, T, 2S]: over the previous stream's slots, then the own stream's
+    memories: list[Tensor]  # m_0, m_1, … of [R, D], one more per full chunk
+
+
+def elephant(x: Tensor) -> Tensor:
+    return 1 / (1 + x.abs() ** 8)
+
+
+ACTIVATIONS = {"elephant": elephant, "silu": F.silu, "gelu": F.gelu}
+
+
+def allowed(query: int, key: int, num_memory: int, num_slots: int) -> bool:
+    """Whether slot `query` of its stream sees slot `key` of 0 … 2S-1: the previous stream's slots, then its own."""
+    if key < num_slots:
+        return True
+    key -= num_slots
+    both_read = query < num_memory and key < num_memory
+    query_writes = query >= num_slots - num_memory
+    return key <= query or both_read or query_writes
+
+
+@cache
+def allowed_mask(length: int, has_previous: bool, num_memory: int, num_slots: int) -> Tensor:
+    """[length, S + length] or [length, length]: `allowed` for the first `length` slots of a stream."""
+    keys = [*range(num_slots if has_previous else 0), *range(num_slots, num_slots + length)]
+    return torch.tensor([[allowed(q, k, num_memory, num_slots) for k in keys] for q in range(length)])
+
+
+def layer_norm(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps)
+
+
+def mlp(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
+    up, gate = x @ weights[f"{name}.up_proj.weight"].T, x @ weights[f"{name}.gate_proj.weight"].T
+    return (up * ACTIVATIONS[config.hidden_act](gate)) @ weights[f"{name}.down_proj.weight"].T
+
+
+def rotate(config: Any, x: Tensor, first_slot: int) -> Tensor:
+    """RoPE (arXiv 2104.09864, rotate-half) of x [N, heads, head_dim] at slots first_slot, first_slot + 1, …"""
+    length, _, head_dim = x.shape
+    slots = torch.arange(first_slot, first_slot + length, dtype=x.dtype)
+    exponents = torch.arange(0, head_dim, 2, dtype=x.dtype) / head_dim
+    angles = torch.outer(slots, config.rope_parameters["rope_theta"] ** -exponents).repeat(1, 2)[:, None]
+    left, right = x.chunk(2, dim=-1)
+    return x * angles.cos() + torch.cat([-right, left], dim=-1) * angles.sin()
+
+
+def attention(
+    config: Any, weights: Weights, name: str, x: Tensor, previous: KeysValues | None, first_slot: int, mask: Tensor
+) -> tuple[Tensor, Tensor, KeysValues]:
+    """Attention of x [N, D], at slots from `first_slot` on, to itself and to the previous stream at slots 0 … S-1.
+
+    Returns the output [N, D], the weights [H, N, keys], and the own keys (never rotated) and values.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    head_dim = config.head_dim or config.hidden_size // heads
+    query, own_key, own_value = (
+        (x @ weights[f"{name}.{proj}_proj.weight"].T).unflatten(-1, (count, head_dim))
+        for proj, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    )
+    key, value = rotate(config, own_key, first_slot), own_value
+    if previous is not None:
+        key = torch.cat([rotate(config, previous[0], 0), key])
+        value = torch.cat([previous[1], value])
+    key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", rotate(config, query, first_slot), key) / head_dim**0.5
+    attended = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    output = torch.einsum("hqk,khd->qhd", attended, value).flatten(1) @ weights[f"{name}.o_proj.weight"].T
+    return output, attended, (own_key, own_value)
+
+
+def block(
+    config: Any, weights: Weights, name: str, x: Tensor, previous: KeysValues | None, first_slot: int, mask: Tensor
+) -> tuple[Tensor, Tensor, KeysValues]:
+    """y = x + attention(LN x) + mlp(LN x)"""
+    normed = layer_norm(config, weights, f"{name}.input_layernorm", x)
+    out, attended, keys_values = attention(config, weights, f"{name}.self_attn", normed, previous, first_slot, mask)
+    return x + out + mlp(config, weights, f"{name}.mlp", normed), attended, keys_values
+
+
+def solidify(config: Any, weights: Weights, role: str, x: Tensor) -> Tensor:
+    """f_read or f_write of the memory x [R, D]"""
+    name = f"model.{role}_solidifier" if config.separate_solidifiers else "model.solidifier"
+    match config.memory_solidifier:
+        case "none":
+            return x
+        case "glu" | "gelephant" as kind:
+            gate = x @ weights[f"{name}.gate_proj.weight"].T
+            gate = gate.sigmoid() if kind == "glu" else elephant(gate)
+            return x + (x @ weights[f"{name}.proj.weight"].T) * gate
+        case "mlp":
+            return x + mlp(config, weights, f"{name}.mlp", layer_norm(config, weights, f"{name}.norm", x))
+        case "layer":
+            everything = torch.ones(len(x), len(x), dtype=torch.bool)
+            return block(config, weights, name, x, None, 0, everything)[0]
+    raise NotImplementedError(config.memory_solidifier)
+
+
+def read(
+    config: Any,
+    weights: Weights,
+    tokens: Sequence[int] | None = None,
+    *,
+    embeds: Tensor | None = None,
+    memory: Tensor | None = None,
+    detach_at: Collection[int] = (),
+) -> Reading:
+    """Read one document from its first token: `tokens`, or their embeddings `embeds` [T, D].
+
+    `memory` [R, D] seeds the stream with another stream's memory; the state entering a chunk in `detach_at`
+    (memory and previous keys and values) is cut from the graph.
+    """
+    weights = {name: weight.double() for name, weight in weights.items()}
+    embedding = weights["model.embed_tokens.weight"]
+    text = embedding[torch.tensor(tokens)] if embeds is None else embeds.double()
+    n, num_layers = config.chunk_size, config.num_hidden_layers
+    num_memory, num_pauses = config.num_memory_tokens, config.num_pause_tokens
+    num_slots = num_memory + n + num_pauses + num_memory
+    pause_before = {p * (n // num_pauses) for p in range(num_pauses)}
+
+    m_0 = weights["model.memory_tokens.weight"] if num_memory else text.new_zeros(0, config.hidden_size)
+    m = m_0 if memory is None else memory.double()
+    previous: list[KeysValues | None] = [None] * num_layers
+    memories = [m]
+    hidden: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
+    attentions: list[list[Tensor]] = [[] for _ in range(num_layers)]
+
+    for i, chunk in enumerate(text.split(n)):
+        if i in detach_at:
+            m = m.detach()
+            previous = [kv and (kv[0].detach(), kv[1].detach()) for kv in previous]
+
+        learned = i == 0 and memory is None  # chunk 0 reads and writes m_0 itself; solidifiers are for what was written
+        stream = list(m if learned else solidify(config, weights, "read", m))
+        text_slots = []
+        for t, token in enumerate(chunk):
+            if t in pause_before:
+                stream.append(weights["model.pause_token.weight"][0])
+            text_slots.append(len(stream))
+            stream.append(token)
+        full = len(chunk) == n
+        if full:
+            carried = config.memory_write == "carry" and not learned
+            stream.extend(solidify(config, weights, "write", m) if carried else m_0)
+
+        x = torch.stack(stream)
+        mask = allowed_mask(len(stream), previous[0] is not None, num_memory, num_slots)
+        own: list[KeysValues | None] = []
+        for layer in range(num_layers):
+            hidden[layer].append(x[text_slots])
+            name = f"model.layers.{layer}"
+            x, attended, keys_values = block(config, weights, name, x, previous[layer], num_slots, mask)
+            own.append(keys_values)
+            unseen = num_slots if previous[layer] is None else 0, num_slots - len(stream)
+            attentions[layer].append(F.pad(attended[:, text_slots], unseen))
+        hidden[num_layers].append(layer_norm(config, weights, "model.norm", x[text_slots]))
+
+        if full:
+            m = x[len(x) - num_memory :]
+            if config.memory_norm:
+                m = layer_norm(config, weights, "model.memory_norm", m)
+            memories.append(m)
+            if config.use_xl_cache:
+                previous = own
+
+    final = torch.cat(hidden[-1])
+    return Reading(
+        logits=final @ weights.get("lm_head.weight", embedding).T,
+        hidden=[torch.cat(states) for states in hidden],
+        attentions=[torch.cat(attended, dim=1) for attended in attentions],
+        memories=memories,
+    )

@@ -1,0 +1,951 @@
+"""BakaCache: its size, its rows, going back, files, seeds, and what autograd modes may be mixed on one state."""
+
+import copy
+import json
+import os
+import pickle
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import Cache
+
+from baka_hf import BakaCache, BakaForCausalLM, cache_baka
+
+FILE = "baka_cache.safetensors"
+CLOSE = dict(rtol=1e-9, atol=1e-9)
+
+# The configs whose states differ in kind.
+STATES = {
+    "pristine": CONFIGS["pristine"],
+    "xl": CONFIGS["xl"],
+    "carry": CONFIGS["rmt_carry"],
+    "without_xl": CONFIGS["rmt_without_xl"],
+    "layer_separate": CONFIGS["layer_separate"],
+    "grouped_queries": CONFIGS["grouped_queries"],
+    "random_pauses": dict(pause_placement="random", num_pause_tokens=3),
+}
+every_state = pytest.mark.parametrize("overrides", STATES.values(), ids=STATES)
+
+
+def contents(value: Any) -> Any:
+    """All that a state holds, bit for bit, as plain values that can be compared."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.tolist()
+    if isinstance(value, dict):
+        return {key: contents(item) for key, item in value.items() if key not in ("is_shared", "_is_user_defined")}
+    if isinstance(value, list | tuple):
+        return [contents(item) for item in value]
+    return contents(vars(value)) if hasattr(value, "__dict__") else value
+
+
+@torch.no_grad()
+def logits_of(model: BakaForCausalLM, tokens: Tensor, cache: BakaCache | None = None, **arguments: Any) -> Tensor:
+    return model(tokens, past_key_values=cache, use_cache=cache is not None, **arguments).logits
+
+
+def rows_out_of_phase(model: BakaForCausalLM, *lengths: int) -> tuple[list[Tensor], BakaCache]:
+    """Texts of these lengths, and the state after reading them left-padded."""
+    texts = [random_tokens(model.config, length, seed=row) for row, length in enumerate(lengths)]
+    tokens = torch.ones(len(lengths), max(lengths), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        tokens[row, max(lengths) - len(text) :] = text
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    cache = model.new_cache(len(lengths))
+    logits_of(model, tokens, cache, attention_mask=mask)
+    return texts, cache
+
+
+# Size and counts
+
+
+@every_state
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_size_is_the_formula_and_stays_so(overrides: dict[str, Any], dtype: torch.dtype) -> None:
+    """B · (L · 2 · H_kv · d · 2S + R · D) numbers (S without XL), before, during and long after reading."""
+    model = tiny_model(tiny_config(**overrides), dtype)
+    config, cache = model.config, model.new_cache(3)
+    slots = 2 * config.num_memory_tokens + config.chunk_size + config.num_pause_tokens
+    if config.use_xl_cache:
+        slots *= 2
+    numbers = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * slots
+    numbers += config.num_memory_tokens * config.hidden_size
+    expected = 3 * numbers * dtype.itemsize
+    assert cache.nbytes == expected
+    for length in (1, 1, 3, 5, 60):
+        logits_of(model, random_tokens(config, 3, length), cache)
+        assert cache.nbytes == expected
+    # No other tensor grows with the text either.
+    assert sum(t.numel() for t in vars(cache).values() if isinstance(t, Tensor)) < cache.memory.numel() + 50
+
+
+@pytest.mark.smoke
+def test_counts() -> None:
+    """`get_seq_length` counts positions, padding included; `num_tokens` what each row has taken in."""
+    model = tiny_model(tiny_config())
+    cache = model.new_cache(2)
+    assert cache.get_seq_length() == 0 and cache.num_tokens.tolist() == [0, 0]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 1, 1, 0]])
+    logits_of(model, random_tokens(model.config, 2, 7), cache, attention_mask=mask)
+    assert cache.get_seq_length() == 7 and cache.num_tokens.tolist() == [7, 3]
+    logits_of(model, random_tokens(model.config, 2, 1), cache)
+    assert cache.get_seq_length() == 8 and cache.num_tokens.tolist() == [8, 4]
+    assert type(cache.get_seq_length()) is int and cache.num_tokens.dtype == torch.int64
+
+
+def test_counts_are_copies() -> None:
+    """What `num_tokens` returned earlier neither changes with the state nor changes it."""
+    model = tiny_model(tiny_config())
+    cache = model.new_cache(1)
+    before = cache.num_tokens
+    logits_of(model, random_tokens(model.config, 1, 3), cache)
+    assert before.tolist() == [0]
+    cache.num_tokens.zero_()
+    assert cache.num_tokens.tolist() == [3]
+
+
+def test_is_a_transformers_cache() -> None:
+    """What `generate` and others ask of a cache."""
+    model = tiny_model(tiny_config(num_hidden_layers=3), torch.float32)
+    cache = model.new_cache(2)
+    assert isinstance(cache, Cache) and type(cache) is BakaCache
+    assert len(cache) == 3
+    assert (cache.batch_size, cache.device, cache.dtype) == (2, torch.device("cpu"), torch.float32)
+    assert cache.is_croppable and not cache.is_compileable
+    assert "num_tokens=[0, 0]" in repr(cache)
+
+
+def test_dtype_of_a_new_state() -> None:
+    """The model's own; for a state made by hand the one given, else the config's, else PyTorch's default."""
+    assert tiny_model(tiny_config(), torch.bfloat16).new_cache().dtype == torch.bfloat16
+    assert BakaCache(tiny_config()).dtype == torch.float32
+    assert BakaCache(tiny_config(dtype="float16")).dtype == torch.float16
+    assert BakaCache(tiny_config(dtype="float16"), 1, "cpu", torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.0, "2", True, None])
+def test_refuses_a_bad_batch_size(batch_size: Any) -> None:
+    """A state has at least one row; the message says what came."""
+    with pytest.raises(ValueError, match=f"`batch_size` must be an integer of at least 1, got {batch_size!r}"):
+        BakaCache(tiny_config(), batch_size)
+
+
+# Rows
+
+
+@pytest.mark.smoke
+@every_state
+def test_rows_are_reordered_selected_repeated(overrides: dict[str, Any]) -> None:
+    """After each operation a row goes on as the row it was taken from, whatever its phase."""
+    model = tiny_model(tiny_config(**overrides))
+    config = model.config
+    texts, cache = rows_out_of_phase(model, 3, 5, 12)
+    more = random_tokens(config, 7, seed=9)
+    rows = [logits_of(model, torch.cat([text, more])[None])[0, -7:] for text in texts]
+
+    def assert_rows(cache: BakaCache, expected: list[int]) -> None:
+        assert cache.batch_size == len(expected)
+        assert cache.num_tokens.tolist() == [len(texts[row]) for row in expected]
+        found = logits_of(model, more.expand(len(expected), -1), cache)
+        assert_close(found, torch.stack([rows[row] for row in expected]), **CLOSE)
+
+    reordered, selected, repeated = cache.clone(), cache.clone(), cache.clone()
+    reordered.reorder_cache(torch.tensor([2, 0, 0]))
+    assert_rows(reordered, [2, 0, 0])
+    selected.batch_select_indices(torch.tensor([1, -1]))
+    assert_rows(selected, [1, 2])
+    repeated.batch_repeat_interleave(2)
+    assert_rows(repeated, [0, 0, 1, 1, 2, 2])
+    assert_rows(cache, [0, 1, 2])
+
+
+@pytest.mark.parametrize("indices", [[0, 2], [-3], [], [[0, 1]]], ids=str)
+def test_refuses_rows_that_are_not_there(indices: list) -> None:
+    """Indices outside the batch are a ValueError that names them, and the state stays as it was."""
+    model = tiny_model(tiny_config())
+    _, cache = rows_out_of_phase(model, 3, 7)
+    before = contents(cache)
+    for operation in (cache.reorder_cache, cache.batch_select_indices):
+        with pytest.raises(ValueError, match="row indices below the batch size 2"):
+            operation(torch.tensor(indices, dtype=torch.int64))
+    assert contents(cache) == before
+
+
+@pytest.mark.parametrize("repeats", [0, -1])
+def test_refuses_to_repeat_rows_less_than_once(repeats: int) -> None:
+    """A state without rows is of no use: a ValueError, and the state stays as it was."""
+    cache = tiny_model(tiny_config()).new_cache(2)
+    before = contents(cache)
+    with pytest.raises(ValueError, match=str(repeats)):
+        cache.batch_repeat_interleave(repeats)
+    assert contents(cache) == before
+
+
+@every_state
+def test_reset(overrides: dict[str, Any]) -> None:
+    """A reset state is a new one, and what it had kept for going back is gone too."""
+    model = tiny_model(tiny_config(**overrides))
+    _, cache = rows_out_of_phase(model, 4, 13)
+    cache.activate_past_recording()
+    logits_of(model, random_tokens(model.config, 2, 9), cache)
+    cache.reset()
+    assert contents(cache) == contents(model.new_cache(2))
+
+
+@every_state
+def test_reset_rows(overrides: dict[str, Any]) -> None:
+    """The rows named begin anew, the others go on as if nothing had happened."""
+    model = tiny_model(tiny_config(**overrides))
+    texts, cache = rows_out_of_phase(model, 4, 13, 5)
+    cache.reset_rows(torch.tensor([True, False, True]))
+    assert cache.num_tokens.tolist() == [0, 13, 0] and cache.get_seq_length() == 13
+    more = random_tokens(model.config, 3, 8, seed=9)
+    found = logits_of(model, more, cache)
+    assert_close(found[[0, 2]], logits_of(model, more[[0, 2]]), **CLOSE)
+    assert_close(found[1], logits_of(model, torch.cat([texts[1], more[1]])[None])[0, 13:], **CLOSE)
+
+
+def test_reset_rows_of_none() -> None:
+    """An empty mask changes nothing."""
+    _, cache = rows_out_of_phase(tiny_model(tiny_config()), 4, 13)
+    before = contents(cache)
+    cache.reset_rows(torch.tensor([False, False]))
+    assert contents(cache) == before
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.tensor([1, 0]), torch.tensor([True]), torch.tensor([[True, False]]), torch.tensor(True)], ids=str
+)
+def test_reset_rows_refuses(mask: Tensor) -> None:
+    """Row numbers instead of a mask, or a mask of another size: a ValueError, and the state stays as it was."""
+    _, cache = rows_out_of_phase(tiny_model(tiny_config()), 4, 13)
+    before = contents(cache)
+    with pytest.raises(ValueError, match=r"expected a boolean mask of shape \(2,\), got"):
+        cache.reset_rows(mask)
+    assert contents(cache) == before
+
+
+# Copies
+
+
+@every_state
+@pytest.mark.parametrize("copied", [BakaCache.clone, copy.deepcopy], ids=["clone", "deepcopy"])
+def test_copies_are_independent(overrides: dict[str, Any], copied: Callable) -> None:
+    """Reading on, resetting rows and going back in either of two copies leaves the other as it was."""
+    model = tiny_model(tiny_config(**overrides))
+    _, cache = rows_out_of_phase(model, 3, 7)
+    cache.activate_past_recording()
+    logits_of(model, random_tokens(model.config, 2, 6), cache)
+    twin = copied(cache)
+    assert contents(twin) == contents(cache)
+    for busy, idle in ((cache, twin), (twin, cache)):
+        before = contents(idle)
+        logits_of(model, random_tokens(model.config, 2, 9), busy)
+        logits_of(model, random_tokens(model.config, 2, 1), busy)
+        busy.crop(-7)
+        busy.reset_rows(torch.tensor([True, False]))
+        busy.reorder_cache(torch.tensor([1, 0]))
+        assert contents(idle) == before
+
+
+def test_deepcopy_of_a_state_with_a_graph() -> None:
+    """`copy.deepcopy` refuses tensors inside a graph; of a state it makes a copy that is outside."""
+    model = tiny_model(tiny_config())
+    cache = model(random_tokens(model.config, 1, 8), use_cache=True).past_key_values
+    assert cache.memory.requires_grad and cache.layers[0].keys.requires_grad
+    twin = copy.deepcopy({"state": cache})["state"]
+    assert not twin.memory.requires_grad and not twin.layers[0].keys.requires_grad
+    assert contents(twin) == contents(cache)
+    assert cache.memory.requires_grad
+
+
+def test_detach() -> None:
+    """`detach_` returns the state itself, outside the graph, values untouched."""
+    model = tiny_model(tiny_config())
+    cache = model(random_tokens(model.config, 1, 8), use_cache=True).past_key_values
+    before = contents(cache)
+    assert cache.detach_() is cache
+    tensors = [cache.memory, *(t for layer in cache.layers for t in (layer.keys, layer.values))]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert contents(cache) == before
+
+
+@every_state
+def test_to_another_dtype(overrides: dict[str, Any]) -> None:
+    """`to` changes the state in place, floating tensors only, and reading goes on in the new precision."""
+    model = tiny_model(tiny_config(**overrides))
+    tokens = random_tokens(model.config, 2, 20)
+    expected = logits_of(model, tokens)[:, 12:]
+    cache = model.new_cache(2)
+    logits_of(model, tokens[:, :12], cache)
+    nbytes = cache.nbytes
+    assert cache.to(dtype=torch.float32) is cache
+    assert cache.dtype == cache.layers[1].values.dtype == torch.float32
+    assert cache.nbytes == nbytes / 2
+    assert cache.num_tokens.tolist() == [12, 12] and cache.num_tokens.dtype == torch.int64
+    assert cache.to("cpu").dtype == torch.float32
+    assert_close(logits_of(model.to(torch.float32), tokens[:, 12:], cache).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_to_another_device() -> None:
+    """All tensors that a forward call touches move; "meta" stands in for an accelerator."""
+    cache = tiny_model(tiny_config()).new_cache(2)
+    cache.to("meta", torch.bfloat16)
+    assert cache.device.type == "meta" and cache.dtype == torch.bfloat16
+    assert all(t.device.type == "meta" for layer in cache.layers for t in (layer.keys, layer.values))
+    assert cache.num_tokens.device.type == "cpu"
+
+
+# Going back
+
+
+def forget_and_go_on(model: BakaForCausalLM, texts: list[Tensor], cache: BakaCache, count: int) -> None:
+    """Crop `count` positions; the rest of these texts and what follows must be as if they had never been read."""
+    more = random_tokens(model.config, len(texts), model.config.chunk_size + 4, seed=7)
+    cache.crop(-count)
+    kept = [text[: len(text) - count] for text in texts]
+    assert cache.num_tokens.tolist() == [len(text) for text in kept]
+    found = logits_of(model, more, cache)
+    for row, text in enumerate(kept):
+        expected = logits_of(model, torch.cat([text, more[row]])[None])[0, len(text) :]
+        assert_close(found[row], expected, **CLOSE, msg=lambda m, row=row: f"crop(-{count}), row {row}: {m}")
+
+
+@pytest.mark.parametrize("name", ["xl", "carry", "without_xl"])
+@pytest.mark.parametrize("chunk_size", [1, 3, 7])
+@pytest.mark.parametrize("piece", [1, 4, 100], ids=["token by token", "in fours", "one call"])
+def test_crop_across_boundaries(name: str, chunk_size: int, piece: int) -> None:
+    """With recording on, every number of positions can be taken back, and what follows never saw them."""
+    model = tiny_model(tiny_config(**dict(num_pause_tokens=min(2, chunk_size)) | STATES[name], chunk_size=chunk_size))
+    tokens = random_tokens(model.config, 1, 17)
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    for part in tokens.split(piece, dim=1):
+        logits_of(model, part, cache)
+    for count in range(1, 18):
+        forget_and_go_on(model, list(tokens), cache.clone(), count)
+
+
+@every_state
+@pytest.mark.parametrize("piece", [1, 100], ids=["token by token", "one call"])
+def test_crop_rows_out_of_phase(overrides: dict[str, Any], piece: int) -> None:
+    """Rows that cross their boundaries at different positions go back together."""
+    model = tiny_model(tiny_config(**overrides))
+    texts, cache = rows_out_of_phase(model, 2, 5, 9)
+    cache.activate_past_recording()
+    tokens = random_tokens(model.config, 3, 13, seed=5)
+    for part in tokens.split(piece, dim=1):
+        logits_of(model, part, cache)
+    texts = [torch.cat(pair) for pair in zip(texts, tokens, strict=True)]
+    for count in range(1, 14):
+        forget_and_go_on(model, texts, cache.clone(), count)
+
+
+@every_state
+def test_crop_within_the_chunk_needs_no_recording(overrides: dict[str, Any]) -> None:
+    """Up to the last boundary it is free; one further is a ValueError."""
+    model = tiny_model(tiny_config(**overrides))
+    tokens = random_tokens(model.config, 1, 14)  # two chunks of 5, and 4
+    cache = model.new_cache()
+    logits_of(model, tokens, cache)
+    for count in range(1, 5):
+        forget_and_go_on(model, list(tokens), cache.clone(), count)
+    before = contents(cache)
+    with pytest.raises(ValueError, match=r"cannot crop 5 positions: .*not recorded; call `activate_past_recording`"):
+        cache.crop(-5)
+    assert contents(cache) == before
+
+
+@every_state
+def test_reading_and_going_back_at_random(overrides: dict[str, Any]) -> None:
+    """Any sequence of calls and crops leaves the state of the tokens that remain."""
+    model = tiny_model(tiny_config(**overrides))
+    generator = torch.Generator().manual_seed(3)
+    cache, text = model.new_cache(), torch.zeros(0, dtype=torch.int64)
+    cache.activate_past_recording()
+    for step in range(60):
+        if len(text) and torch.rand((), generator=generator) < 0.4:
+            count = int(torch.randint(1, min(len(text), 12) + 1, (), generator=generator))
+            cache.crop(-count)
+            text = text[:-count]
+        else:
+            more = random_tokens(model.config, int(torch.randint(1, 9, (), generator=generator)), seed=step)
+            text = torch.cat([text, more])
+            assert_close(logits_of(model, more[None], cache), logits_of(model, text[None])[:, -len(more) :], **CLOSE)
+        assert cache.get_seq_length() == len(text)
+
+
+def test_crop_as_far_as_is_recorded() -> None:
+    """128 positions can be taken back however long the text, and what is kept for it does not grow."""
+    model = tiny_model(tiny_config(chunk_size=7))
+    tokens = random_tokens(model.config, 1, 300)
+    for piece in (1, 50, 300):
+        cache = model.new_cache()
+        cache.activate_past_recording()
+        for part in tokens.split(piece, dim=1):
+            logits_of(model, part, cache)
+        assert len(cache._boundaries) <= 128 // 7 + 1
+        forget_and_go_on(model, list(tokens), cache.clone(), 128)
+        before = contents(cache)
+        with pytest.raises(ValueError, match="cannot crop 150 positions"):
+            cache.crop(-150)
+        assert contents(cache) == before
+
+
+def test_crop_everything() -> None:
+    """A state that has forgotten all it read reads a new text as a new state does, and takes a seed."""
+    model = tiny_model(tiny_config())
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    logits_of(model, random_tokens(model.config, 1, 12), cache)
+    cache.crop(-12)
+    assert cache.get_seq_length() == 0 and cache.num_tokens.tolist() == [0]
+    tokens = random_tokens(model.config, 1, 12, seed=1)
+    assert_close(logits_of(model, tokens, cache), logits_of(model, tokens), **CLOSE)
+
+
+def test_crop_of_nothing() -> None:
+    """Zero positions are no positions."""
+    model = tiny_model(tiny_config())
+    _, cache = rows_out_of_phase(model, 2, 6)
+    before = contents(cache)
+    cache.crop(0)
+    assert contents(cache) == before
+
+
+def over_padding(model: BakaForCausalLM, cache: BakaCache) -> None:
+    logits_of(model, random_tokens(model.config, 2, 3), cache, attention_mask=torch.tensor([[1, 1, 1], [1, 0, 1]]))
+
+
+def over_a_reset(model: BakaForCausalLM, cache: BakaCache) -> None:
+    cache.reset_rows(torch.tensor([False, True]))
+
+
+def over_a_restart(model: BakaForCausalLM, cache: BakaCache) -> None:
+    logits_of(model, random_tokens(model.config, 2, 3), cache, position_ids=torch.tensor([[4, 5, 6], [4, 0, 1]]))
+
+
+def over_a_boundary_of_a_training_call(model: BakaForCausalLM, cache: BakaCache) -> None:
+    model(random_tokens(model.config, 2, 6, seed=1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [over_padding, over_a_reset, over_a_restart, over_a_boundary_of_a_training_call],
+    ids=lambda f: f.__name__,
+)
+def test_crop_refuses_to_go_back(obstacle: Callable) -> None:
+    """What cannot be undone exactly is a ValueError, and the state stays as it was: it reads on."""
+    model = tiny_model(tiny_config())
+    cache = model.new_cache(2)
+    cache.activate_past_recording()
+    logits_of(model, random_tokens(model.config, 2, 7), cache)
+    obstacle(model, cache)
+    tokens = random_tokens(model.config, 2, 2, seed=2)
+    logits_of(model, tokens, cache)
+    before, twin = contents(cache), cache.clone()
+    with pytest.raises(ValueError, match="cannot crop 9 positions"):
+        cache.crop(-9)
+    assert contents(cache) == before
+    assert torch.equal(logits_of(model, tokens, cache), logits_of(model, tokens, twin))
+
+
+def test_crop_refuses_numbers_that_make_no_sense() -> None:
+    """Positive numbers (older transformers' lengths), and more than was ever read."""
+    model = tiny_model(tiny_config())
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    logits_of(model, random_tokens(model.config, 1, 7), cache)
+    before = contents(cache)
+    with pytest.raises(ValueError, match="takes a negative number of positions to remove, got 3"):
+        cache.crop(3)
+    with pytest.raises(ValueError, match="cannot crop 8 positions: only the last 7"):
+        cache.crop(-8)
+    assert contents(cache) == before
+
+
+# Files
+
+
+def state_at(model: BakaForCausalLM, stage: str) -> BakaCache:
+    """A state of two rows: fresh, seeded, mid-chunk, at a boundary, or with rows out of phase."""
+    if stage == "seeded":
+        memory = 3 * torch.randn(2, model.config.num_memory_tokens, model.config.hidden_size)
+        return model.new_cache(2, memory=memory)
+    if stage == "left-padded":
+        return rows_out_of_phase(model, 4, 11)[1]
+    cache = model.new_cache(2)
+    if stage != "fresh":
+        logits_of(model, random_tokens(model.config, 2, {"mid-chunk": 12, "boundary": 10}[stage]), cache)
+    return cache
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stage", ["fresh", "seeded", "mid-chunk", "boundary", "left-padded"])
+def test_resume_from_a_file_is_bit_identical(dtype: torch.dtype, stage: str, tmp_path: Path) -> None:
+    """Logits and state after resuming equal those of never having stopped; saving changes nothing."""
+    model = tiny_model(tiny_config(memory_solidifier="glu"), dtype)
+    cache = state_at(model, stage)
+    before = contents(cache)
+    cache.save_pretrained(tmp_path)
+    assert contents(cache) == before
+    resumed = BakaCache.from_pretrained(tmp_path)
+    assert contents(resumed) == before
+    for length in (1, 9, 1):
+        tokens = random_tokens(model.config, 2, length, seed=length)
+        assert torch.equal(logits_of(model, tokens, resumed), logits_of(model, tokens, cache))
+    assert contents(resumed) == contents(cache)
+
+
+@every_state
+def test_resume_of_every_kind_of_state(overrides: dict[str, Any], tmp_path: Path) -> None:
+    """States with little in them (no memory, no keys of a previous chunk) or random pauses are files as well."""
+    model = tiny_model(tiny_config(**overrides))
+    model.train()  # where pauses are random
+    _, cache = rows_out_of_phase(model, 4, 13)
+    cache.save_pretrained(str(tmp_path / "deep" / "er"))
+    resumed = BakaCache.from_pretrained(str(tmp_path / "deep" / "er"), config=model.config)
+    assert contents(resumed) == contents(cache)
+    tokens = random_tokens(model.config, 2, 7, seed=7)
+    model.eval()
+    assert torch.equal(logits_of(model, tokens, resumed), logits_of(model, tokens, cache))
+
+
+def test_a_resumed_state_has_left_its_file(tmp_path: Path) -> None:
+    """Writing over the file in place does not change a state that was read from it."""
+    _, path = saved(tmp_path)
+    resumed = BakaCache.from_pretrained(tmp_path)
+    before = contents(resumed)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert contents(resumed) == before
+
+
+def test_a_resumed_state_can_go_back(tmp_path: Path) -> None:
+    """Within the chunk in progress; what was recorded of earlier ones is not in the file."""
+    model = tiny_model(tiny_config())
+    tokens = random_tokens(model.config, 1, 13)
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    logits_of(model, tokens, cache)
+    cache.save_pretrained(tmp_path)
+    forget_and_go_on(model, list(tokens), BakaCache.from_pretrained(tmp_path), 3)
+    with pytest.raises(ValueError, match="not recorded"):
+        BakaCache.from_pretrained(tmp_path).crop(-4)
+
+
+def test_resume_in_another_precision(tmp_path: Path) -> None:
+    """`dtype` and `device` of from_pretrained; a float64 state read in float32 is that state rounded."""
+    model = tiny_model(tiny_config())
+    cache = state_at(model, "mid-chunk")
+    cache.save_pretrained(tmp_path)
+    resumed = BakaCache.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
+    assert contents(resumed) == contents(cache.clone().to(dtype=torch.float32))
+
+
+def test_a_state_with_a_graph_is_saved(tmp_path: Path) -> None:
+    """In the middle of training too; the graph stays usable, the file holds values only."""
+    model = tiny_model(tiny_config())
+    outputs = model(random_tokens(model.config, 1, 8), use_cache=True)
+    outputs.past_key_values.save_pretrained(tmp_path)
+    assert contents(BakaCache.from_pretrained(tmp_path)) == contents(outputs.past_key_values)
+    outputs.past_key_values.memory.sum().backward()
+    assert model.model.embed_tokens.weight.grad.any()
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """A safetensors header, read by the format's definition: its length in 8 bytes, then JSON."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    assert max(ends) == len(data) - 8 - length  # and nothing behind the tensors
+    return header
+
+
+def test_what_a_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain tensors, with the format's version and the fields of the config in the metadata; nothing is pickled."""
+    for name in ("load", "loads", "dump", "dumps", "Pickler", "Unpickler"):
+        monkeypatch.setattr(pickle, name, None)
+    model = tiny_model(tiny_config(memory_solidifier="glu", rope_parameters={"rope_theta": 50.0}))
+    state_at(model, "left-padded").save_pretrained(tmp_path)
+    BakaCache.from_pretrained(tmp_path)
+    header = header_of(tmp_path / FILE)
+    metadata = header.pop("__metadata__")
+    assert metadata["format"] == "pt" and metadata["baka_cache_version"] == "1"
+    assert json.loads(metadata["config"]) == dict(
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        head_dim=6,
+        hidden_act="elephant",
+        rope_theta=50.0,
+        chunk_size=5,
+        num_memory_tokens=2,
+        memory_write="carry",
+        memory_solidifier="glu",
+        separate_solidifiers=False,
+        memory_norm=False,
+        num_pause_tokens=2,
+        pause_placement="fixed",
+        use_xl_cache=True,
+    )
+    layers = {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("keys", "values")}
+    assert {"memory", "num_tokens", *layers} <= header.keys()
+    assert header["memory"]["dtype"] == "F64" and header["memory"]["shape"] == [2, 2, 12]
+    assert header["layers.1.keys"]["shape"] == [2, 2, 2 * (2 + 5 + 2 + 2), 6]
+
+
+def saved(directory: Path) -> tuple[BakaForCausalLM, Path]:
+    model = tiny_model(tiny_config())
+    state_at(model, "mid-chunk").save_pretrained(directory)
+    return model, directory / FILE
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
+    """The file again, after `change` of its tensors and metadata."""
+    tensors, metadata = load_file(path), header_of(path)["__metadata__"]
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def test_refuses_a_missing_file(tmp_path: Path) -> None:
+    """The message names the path that was looked for."""
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=f"expected a saved state at .*{FILE}, found no such file"):
+            BakaCache.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_refuses_a_truncated_file(kept: int, tmp_path: Path) -> None:
+    """Wherever it was cut off."""
+    _, path = saved(tmp_path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        BakaCache.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [bytes(range(256)) * 40, b"{}", pickle.dumps({"memory": 0})])
+def test_refuses_random_bytes(content: bytes, tmp_path: Path) -> None:
+    """Anything else that stands under the name, a pickle too."""
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
+        BakaCache.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"baka_cache_version": "new"}], ids=str)
+def test_refuses_foreign_tensors(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    """A safetensors file that is no state, for instance a model's weights."""
+    save_file({"memory": torch.zeros(1, 2, 12)}, tmp_path / FILE, metadata)
+    with pytest.raises(ValueError, match="is a safetensors file but not a saved BakaCache"):
+        BakaCache.from_pretrained(tmp_path)
+
+
+def test_refuses_a_newer_format(tmp_path: Path) -> None:
+    """A file from the future says so, and what to do."""
+    _, path = saved(tmp_path)
+    rewritten(path, lambda tensors, metadata: metadata.update(baka_cache_version="2"))
+    with pytest.raises(ValueError, match="format version 2, this code reads up to 1: upgrade baka-hf"):
+        BakaCache.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["memory", "num_tokens", "layers.0.keys", "layers.1.values"])
+def test_refuses_a_file_without_one_of_its_tensors(name: str, tmp_path: Path) -> None:
+    """The message names the tensor."""
+    _, path = saved(tmp_path)
+    rewritten(path, lambda tensors, metadata: tensors.pop(name))
+    with pytest.raises(ValueError, match=f"is damaged, .*'{name}'"):
+        BakaCache.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["memory", "num_tokens", "layers.0.keys", "layers.1.values"])
+def test_refuses_tensors_of_another_shape(name: str, tmp_path: Path) -> None:
+    """A state that would not fit its own metadata."""
+    _, path = saved(tmp_path)
+    rewritten(path, lambda tensors, metadata: tensors.update({name: torch.cat([tensors[name]] * 2, dim=-1)}))
+    with pytest.raises(ValueError, match=f"the saved state's {name} is "):
+        BakaCache.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config", "seq_length", "aligned"])
+@pytest.mark.parametrize("value", [None, "?", "[]"])
+def test_refuses_metadata_that_is_damaged(name: str, value: str | None, tmp_path: Path) -> None:
+    """Missing or nonsensical: a ValueError, no other error."""
+    _, path = saved(tmp_path)
+
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        metadata.pop(name)
+        if value is not None:
+            metadata[name] = value
+
+    rewritten(path, change)
+    with pytest.raises(ValueError):
+        BakaCache.from_pretrained(tmp_path)
+
+
+def test_refuses_another_configs_state(tmp_path: Path) -> None:
+    """With `config`, when reading the file; without, when the state is used. The message names the field."""
+    model, _ = saved(tmp_path)
+    other = tiny_model(tiny_config(chunk_size=6))
+    assert BakaCache.from_pretrained(tmp_path, config=model.config).batch_size == 2
+    with pytest.raises(ValueError, match="another configuration: expected chunk_size=6, got 5"):
+        BakaCache.from_pretrained(tmp_path, config=other.config)
+    with pytest.raises(ValueError, match="another configuration: expected chunk_size=6, got 5"):
+        logits_of(other, torch.ones(2, 1, dtype=torch.int64), BakaCache.from_pretrained(tmp_path))
+
+
+def half_written(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
+    Path(path).write_bytes(b"half")
+    raise OSError("no space left on device")
+
+
+def interrupted(*paths: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("crash", ["while writing", "before renaming"])
+def test_a_crash_leaves_the_old_file(crash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under the final name stands the old state or the new one, whole; and nothing else is left lying about."""
+    model, path = saved(tmp_path)
+    old = path.read_bytes()
+    cache = BakaCache.from_pretrained(tmp_path)
+    logits_of(model, random_tokens(model.config, 2, 4), cache)
+    with monkeypatch.context() as patch:
+        if crash == "while writing":
+            patch.setattr(cache_baka, "safe_save_file", half_written)
+        else:
+            patch.setattr(os, "replace", interrupted)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            cache.save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == [FILE] and path.read_bytes() == old
+    cache.save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == [FILE] and contents(BakaCache.from_pretrained(tmp_path)) == contents(cache)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
+def test_a_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    """Not those of the temporary file it was written as: whoever may read the folder may read the state."""
+    _, path = saved(tmp_path)
+    other = tmp_path / "other"
+    other.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+
+# Another stream's memory
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [CONFIGS[name] for name in ("rmt_carry", "rmt_tokens", "layer_separate", "rmt_without_xl")],
+    ids=lambda o: str(o),
+)
+@pytest.mark.parametrize("per_row", [True, False], ids=["[B, R, D]", "[R, D]"])
+def test_a_stream_seeded_with_anothers_memory(overrides: dict[str, Any], per_row: bool) -> None:
+    """Logits and memory are those of the naive reading that begins with this memory, in one call or many."""
+    model = tiny_model(tiny_config(**overrides))
+    _, source = rows_out_of_phase(model, 11, 5)
+    before = contents(source)
+    memory = source.memory if per_row else source.memory[0]
+    tokens = random_tokens(model.config, 2, 13, seed=4)
+    readings = [naive_read(model, tokens[row], memory=source.memory[row if per_row else 0]) for row in (0, 1)]
+    for piece in (13, 1, 4):
+        cache = model.new_cache(2, memory=memory)
+        found = torch.cat([logits_of(model, part, cache) for part in tokens.split(piece, dim=1)], dim=1)
+        assert_close(found, torch.stack([reading.logits for reading in readings]), **CLOSE)
+        assert_close(cache.memory, torch.stack([reading.memories[-1] for reading in readings]), **CLOSE)
+    assert contents(source) == before
+
+
+def test_seeding_takes_over_the_memory_and_nothing_else() -> None:
+    """The unfinished chunk of the source does not come over, and later changes of the source do not either."""
+    model = tiny_model(tiny_config())
+    source, longer = model.new_cache(), model.new_cache()
+    tokens = random_tokens(model.config, 1, 14)
+    logits_of(model, tokens[:, :10], source)
+    logits_of(model, tokens, longer)
+    fresh = model.new_cache(memory=source.memory)
+    assert fresh.get_seq_length() == 0 and fresh.num_tokens.tolist() == [0]
+    assert contents(fresh) == contents(model.new_cache(memory=longer.memory))
+    source.memory.zero_()
+    assert contents(fresh) == contents(model.new_cache(memory=longer.memory))
+
+
+def test_seed_in_another_precision() -> None:
+    """A memory saved in half precision seeds a stream of the model's own."""
+    model = tiny_model(tiny_config(), torch.float32)
+    memory = torch.randn(2, 12, dtype=torch.bfloat16)
+    cache = model.new_cache(3, memory=memory)
+    assert cache.dtype == torch.float32 and torch.equal(cache.memory, memory.float().expand(3, 2, 12))
+
+
+def test_a_seeded_row_that_is_reset_begins_with_the_learned_memory() -> None:
+    """`reset_rows` forgets the seed of these rows, and of no others."""
+    model = tiny_model(tiny_config())
+    memory = torch.randn(2, 2, 12, dtype=torch.float64)
+    cache = model.new_cache(2, memory=memory)
+    cache.reset_rows(torch.tensor([True, False]))
+    tokens = random_tokens(model.config, 2, 8)
+    found = logits_of(model, tokens, cache)
+    assert_close(found[0], naive_read(model, tokens[0]).logits, **CLOSE)
+    assert_close(found[1], naive_read(model, tokens[1], memory=memory[1]).logits, **CLOSE)
+
+
+def test_gradients_reach_a_seed() -> None:
+    """A memory that is itself being learned gets its gradient."""
+    model = tiny_model(tiny_config())
+    memory = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
+    model(random_tokens(model.config, 1, 8), past_key_values=model.new_cache(memory=memory)).logits.sum().backward()
+    assert memory.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 10), (1, 2, 12), (3, 2, 12), (1, 2, 2, 12)], ids=str)
+def test_refuses_a_seed_of_another_shape(shape: tuple[int, ...]) -> None:
+    """The message says which shapes fit and which came."""
+    model = tiny_model(tiny_config())
+    with pytest.raises(ValueError) as error:
+        model.new_cache(2, memory=torch.zeros(shape))
+    assert "(2, 2, 12) or (2, 12)" in str(error.value) and str(shape) in str(error.value)
+
+
+def test_refuses_to_seed_what_has_read_or_has_no_memory() -> None:
+    """A seed is a beginning; the state stays as it was."""
+    model = tiny_model(tiny_config())
+    cache = state_at(model, "mid-chunk")
+    before = contents(cache)
+    with pytest.raises(ValueError, match=r"can only seed a fresh state, this one has read \[12, 12\]"):
+        cache.seed_memory(torch.zeros(2, 12))
+    assert contents(cache) == before
+    with pytest.raises(ValueError, match="num_memory_tokens=0"):
+        tiny_model(tiny_config(num_memory_tokens=0)).new_cache(memory=torch.zeros(0, 12))
+
+
+# Autograd modes on one state
+
+
+def gradients(model: BakaForCausalLM, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True))
+
+
+def read_on(model: BakaForCausalLM, cache: BakaCache) -> None:
+    logits_of(model, random_tokens(model.config, 2, 9, seed=5), cache)
+
+
+def read_one(model: BakaForCausalLM, cache: BakaCache) -> None:
+    logits_of(model, random_tokens(model.config, 2, 1, seed=5), cache)
+
+
+def read_padded(model: BakaForCausalLM, cache: BakaCache) -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    logits_of(model, random_tokens(model.config, 2, 5, seed=5), cache, attention_mask=mask)
+
+
+def read_detached(model: BakaForCausalLM, cache: BakaCache) -> None:
+    cache.detach_()
+    read_on(model, cache)
+
+
+def read_in_inference_mode(model: BakaForCausalLM, cache: BakaCache) -> None:
+    with torch.inference_mode():
+        model(random_tokens(model.config, 2, 9, seed=5), past_key_values=cache)
+
+
+def change_rows(model: BakaForCausalLM, cache: BakaCache) -> None:
+    cache.reset_rows(torch.tensor([True, False]))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    read_one(model, cache)
+
+
+def go_back(model: BakaForCausalLM, cache: BakaCache) -> None:
+    cache.crop(-1)
+    read_on(model, cache)
+
+
+AFTERWARDS = [read_on, read_one, read_padded, read_detached, read_in_inference_mode, change_rows, go_back]
+
+
+@pytest.mark.parametrize("overrides", [STATES["carry"], STATES["without_xl"]], ids=["carry", "without_xl"])
+@pytest.mark.parametrize("length", [3, 5, 12])
+@pytest.mark.parametrize("afterwards", AFTERWARDS, ids=lambda f: f.__name__)
+def test_a_graph_survives_what_the_state_does_next(
+    overrides: dict[str, Any], length: int, afterwards: Callable
+) -> None:
+    """A loss whose graph holds the state's tensors has the same gradients after the state was used without one."""
+    model = tiny_model(tiny_config(**overrides))
+    tokens = random_tokens(model.config, 2, length + 4)
+
+    def two_calls(afterwards: Callable | None) -> list[Tensor]:
+        cache = model.new_cache(2)
+        model(tokens[:, :4], past_key_values=cache)
+        loss = model(tokens[:, 4:], past_key_values=cache).logits.square().sum() + cache.memory.sum()
+        if afterwards is not None:
+            afterwards(model, cache)
+        return gradients(model, loss)
+
+    for found, expected in zip(two_calls(afterwards), two_calls(None), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("overrides", STATES.values(), ids=STATES)
+def test_reading_on_without_a_graph_continues_the_text(overrides: dict[str, Any]) -> None:
+    """Calls with a graph, without one and in inference mode take turns; the logits are those of one call."""
+    model = tiny_model(tiny_config(**overrides))
+    tokens = random_tokens(model.config, 2, 26)
+    expected = logits_of(model, tokens)
+    modes = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+    order = [0, 1, 2, 0, 2, 1, 0, 0, 1, 1, 2, 2, 0]
+    cache, found = model.new_cache(2), []
+    for mode, part in zip(order, tokens.split(2, dim=1), strict=True):
+        with modes[mode]():
+            found.append(model(part, past_key_values=cache).logits.detach().clone())
+    assert_close(torch.cat(found, dim=1), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("length", [3, 5, 12])
+def test_a_prefix_read_in_inference_mode_is_trained_upon(length: int) -> None:
+    """Its tensors are inference tensors, which autograd refuses: gradients are those after a detached prefix."""
+    model = tiny_model(tiny_config())
+    prefix, tokens = random_tokens(model.config, 2, length), random_tokens(model.config, 2, 8, seed=1)
+
+    def after(cache: BakaCache) -> list[Tensor]:
+        return gradients(model, model(tokens, past_key_values=cache).logits.square().sum())
+
+    with torch.inference_mode():
+        inferred = model(prefix, use_cache=True).past_key_values
+    detached = model(prefix, use_cache=True).past_key_values.detach_()
+    for found, expected in zip(after(inferred), after(detached), strict=True):
+        assert_close(found, expected, **CLOSE)
+
+
+def test_one_prefix_for_several_losses() -> None:
+    """Clones of a state share its graph: each continuation's gradient reaches the prefix."""
+    model = tiny_model(tiny_config())
+    prefix, tokens = random_tokens(model.config, 1, 8), random_tokens(model.config, 3, 4, seed=1)
+    state = model(prefix, use_cache=True).past_key_values
+    losses = [model(row[None], past_key_values=state.clone()).logits.square().sum() for row in tokens]
+    together = model(torch.cat([prefix.expand(3, -1), tokens], dim=1)).logits[:, 8:].square().sum()
+    for found, expected in zip(gradients(model, sum(losses)), gradients(model, together), strict=True):
+        assert_close(found, expected, **CLOSE)
+
+
+def test_training_step_by_step_on_one_state() -> None:
+    """Truncated backpropagation as it is written: read, backward, detach, step, and on."""
+    model = tiny_model(tiny_config()).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    state = model.new_cache(2)
+    for step in range(4):
+        tokens = random_tokens(model.config, 2, 7, seed=step)
+        model(tokens, labels=tokens, past_key_values=state).loss.backward()
+        state.detach_()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert state.num_tokens.tolist() == [28, 28]
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())

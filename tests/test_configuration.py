@@ -1,0 +1,264 @@
+"""BakaConfig: what it holds, what it refuses, and that it survives being written to a file."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import CONFIGS, tiny_config
+from transformers import AutoConfig
+
+from baka_hf import BakaConfig, BakaModel
+
+# The contract of the public interface, field by field.
+DEFAULTS = dict(
+    vocab_size=32000,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_key_value_heads=12,
+    head_dim=64,
+    hidden_act="elephant",
+    layer_norm_eps=1e-5,
+    initializer_range=0.02,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    chunk_size=512,
+    num_memory_tokens=16,
+    memory_write="carry",
+    memory_solidifier="none",
+    separate_solidifiers=False,
+    memory_norm=False,
+    num_pause_tokens=8,
+    pause_placement="fixed",
+    use_xl_cache=True,
+    bptt_chunks=None,
+    tie_word_embeddings=False,
+    use_cache=True,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+
+# Every field away from its default.
+UNUSUAL = dict(
+    vocab_size=7,
+    hidden_size=24,
+    intermediate_size=10,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=10,
+    hidden_act="silu",
+    layer_norm_eps=1e-3,
+    initializer_range=0.1,
+    rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+    chunk_size=9,
+    num_memory_tokens=0,
+    memory_write="tokens",
+    memory_solidifier="mlp",
+    separate_solidifiers=True,
+    memory_norm=True,
+    num_pause_tokens=3,
+    pause_placement="random",
+    use_xl_cache=False,
+    bptt_chunks=2,
+    tie_word_embeddings=True,
+    use_cache=False,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=[2, 3],
+)
+
+
+def architecture(config: BakaConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in DEFAULTS}
+
+
+@pytest.mark.smoke
+def test_defaults() -> None:
+    """A config without arguments is the one of the contract, and there is no field beside those."""
+    assert architecture(BakaConfig()) == DEFAULTS
+    own = {field.name for field in fields(BakaConfig)} - {field.name for field in fields(BakaConfig.__base__)}
+    assert own == set(DEFAULTS)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("values", [DEFAULTS, UNUSUAL], ids=["default", "unusual"])
+def test_round_trip_through_json(values: dict[str, Any], tmp_path: Path) -> None:
+    """Each field comes back from a file, a dict and a JSON string as it was, through AutoConfig too."""
+    config = BakaConfig(**values)
+    assert architecture(config) == values
+    config.save_pretrained(tmp_path)
+    for read in (
+        BakaConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        BakaConfig.from_dict(config.to_dict()),
+        BakaConfig.from_dict(json.loads(config.to_json_string())),
+    ):
+        assert type(read) is BakaConfig
+        assert architecture(read) == values
+        unlike = {name for name, value in read.to_dict().items() if config.to_dict()[name] != value}
+        assert unlike <= {"_name_or_path", "transformers_version"}
+
+
+@pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
+def test_every_variant_survives_the_difference_to_the_defaults(overrides: dict[str, Any], tmp_path: Path) -> None:
+    """`save_pretrained` writes only what differs from a default config: nothing a variant needs is lost by that."""
+    config = tiny_config(**overrides)
+    config.save_pretrained(tmp_path)
+    assert architecture(BakaConfig.from_pretrained(tmp_path)) == architecture(config)
+
+
+def test_auto_config_for_model() -> None:
+    """The model type is registered as "baka"."""
+    config = AutoConfig.for_model("baka", chunk_size=3, num_pause_tokens=1)
+    assert type(config) is BakaConfig and config.chunk_size == 3
+
+
+def test_auto_map_names_every_auto_class(tmp_path: Path) -> None:
+    """A saved config says where each Auto class finds its code, whichever class the checkpoint was saved from."""
+    tiny_config().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_baka.BakaConfig",
+        "AutoModel": "modeling_baka.BakaModel",
+        "AutoModelForCausalLM": "modeling_baka.BakaForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_baka.BakaForSequenceClassification",
+    }
+    assert BakaConfig(auto_map={"AutoConfig": "user/repo--x.Y"}).auto_map == {"AutoConfig": "user/repo--x.Y"}
+
+
+def test_auto_map_is_each_configs_own() -> None:
+    """Changing one config's map leaves the next one's as it was."""
+    BakaConfig().auto_map["AutoModel"] = "elsewhere.Model"
+    assert BakaConfig().auto_map["AutoModel"] == "modeling_baka.BakaModel"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_key_value_heads", "head_dim"),
+    [
+        (dict(hidden_size=48, num_attention_heads=6), 6, 8),
+        (dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3), 3, 8),
+        (dict(hidden_size=48, num_attention_heads=6, head_dim=10), 6, 10),
+        (dict(hidden_size=50, num_attention_heads=6, num_key_value_heads=1, head_dim=4), 1, 4),
+    ],
+)
+def test_heads_are_derived(overrides: dict[str, int], num_key_value_heads: int, head_dim: int) -> None:
+    """Without `num_key_value_heads` every query head has its own; without `head_dim` the heads share the width."""
+    config = BakaConfig(**overrides)
+    assert (config.num_key_value_heads, config.head_dim) == (num_key_value_heads, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "theta"),
+    [
+        (dict(), 10000.0),
+        (dict(rope_theta=50.0), 50.0),
+        (dict(rope_parameters={"rope_theta": 50}), 50),
+        (dict(rope_parameters={"rope_type": "default"}), 10000.0),
+    ],
+)
+def test_rope_theta(arguments: dict[str, Any], theta: float) -> None:
+    """The older argument `rope_theta` and incomplete `rope_parameters` are completed."""
+    assert BakaConfig(**arguments).rope_parameters == {"rope_type": "default", "rope_theta": theta}
+
+
+def test_rope_parameters_are_copied() -> None:
+    """Two configs made from one dict do not change with each other, and the dict stays the user's."""
+    given = {"rope_theta": 50.0}
+    first, second = BakaConfig(rope_parameters=given), BakaConfig(rope_parameters=given)
+    first.rope_parameters["rope_theta"] = 7.0
+    assert second.rope_parameters["rope_theta"] == 50.0
+    assert given == {"rope_theta": 50.0}
+
+
+def test_unknown_arguments_are_kept(tmp_path: Path) -> None:
+    """As with every Hugging Face config, more fields than the model knows travel with it."""
+    BakaConfig(tokenizer_note="bytes", num_labels=5).save_pretrained(tmp_path)
+    config = BakaConfig.from_pretrained(tmp_path)
+    assert config.tokenizer_note == "bytes"
+    assert config.num_labels == 5
+
+
+REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
+    *[
+        (name, value, {})
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for value in (0, -1, 2.0, "4", None, True)
+    ],
+    *[("num_key_value_heads", value, {}) for value in (0, -2, 2.0)],
+    ("num_key_value_heads", 5, {}),  # does not divide 12
+    ("num_key_value_heads", 24, {}),
+    *[("head_dim", value, {}) for value in (0, -2, 64.0)],
+    ("head_dim", 7, {}),
+    ("hidden_size", 770, {}),  # 12 heads do not share it
+    ("hidden_act", "elefant", {}),
+    ("hidden_act", None, {}),
+    *[
+        (name, value, {})
+        for name in ("layer_norm_eps", "initializer_range")
+        for value in (0, -1e-5, "1e-5", None, True)
+    ],
+    ("layer_norm_eps", float("inf"), {}),
+    ("initializer_range", float("nan"), {}),
+    ("rope_parameters", "yarn", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})),
+    ("rope_parameters", "linear", dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})),
+    ("rope_parameters", "dynamic", dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
+    ("rope_parameters", "longrope", dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})),
+    ("rope_parameters", "linear", dict(rope_scaling={"rope_type": "linear", "factor": 2.0})),
+    ("rope_parameters", 0, dict(rope_parameters={"rope_theta": 0})),
+    ("rope_parameters", -1.0, dict(rope_theta=-1.0)),
+    ("rope_parameters", None, dict(rope_parameters={"rope_theta": None})),
+    ("rope_parameters", "partial_rotary_factor", dict(rope_parameters={"partial_rotary_factor": 0.5})),
+    *[("chunk_size", value, {}) for value in (0, -1, 8.0, True)],
+    *[(name, value, {}) for name in ("num_memory_tokens", "num_pause_tokens") for value in (-1, 1.0, None, True)],
+    ("num_pause_tokens", 513, {}),
+    ("num_pause_tokens", 3, dict(chunk_size=2)),
+    *[("memory_write", value, {}) for value in ("token", "", None)],
+    *[("memory_solidifier", value, {}) for value in ("gated", None, True)],
+    *[("pause_placement", value, {}) for value in ("Fixed", None)],
+    ("separate_solidifiers", True, {}),  # of "none"
+    *[
+        (name, value, {})
+        for name in ("separate_solidifiers", "memory_norm", "use_xl_cache", "tie_word_embeddings", "use_cache")
+        for value in (1, None, "yes")
+    ],
+    *[("bptt_chunks", value, {}) for value in (0, -1, 1.0, True, "2")],
+]
+
+
+@pytest.mark.parametrize(("name", "value", "others"), REFUSED)
+def test_refuses(name: str, value: Any, others: dict[str, Any]) -> None:
+    """A value outside what is allowed is a ValueError that names the field and the value."""
+    arguments = others if name == "rope_parameters" else {name: value, **others}
+    with pytest.raises(ValueError) as error:
+        BakaConfig(**arguments)
+    assert f"`{name}`" in str(error.value)
+    # In a message about rope_parameters, None is the theta; strings are quoted as Python does.
+    assert repr(value) in str(error.value)
+
+
+def test_refuses_what_was_changed_afterwards() -> None:
+    """A config made valid and spoilt later builds no model."""
+    config = tiny_config()
+    config.chunk_size = 1
+    with pytest.raises(ValueError, match=r"`num_pause_tokens` must be at most `chunk_size` .*got 2"):
+        BakaModel(config)
+    config = tiny_config()
+    config.num_memory_tokens = -1
+    with pytest.raises(ValueError, match="`num_memory_tokens` must be an integer of at least 0, got -1"):
+        BakaModel(config)
+
+
+def test_says_what_is_allowed() -> None:
+    """Whoever mistypes a name reads the names there are."""
+    for field, allowed in (
+        ("memory_write", ["carry", "tokens"]),
+        ("memory_solidifier", ["none", "glu", "gelephant", "mlp", "layer"]),
+        ("pause_placement", ["fixed", "random"]),
+        ("hidden_act", ["elephant", "silu", "gelu"]),
+    ):
+        with pytest.raises(ValueError) as error:
+            BakaConfig(**{field: "?"})
+        assert all(name in str(error.value) for name in allowed)

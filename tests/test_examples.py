@@ -1,0 +1,244 @@
+"""The examples: their parts against naive counterparts, then both run from end to end on a few lines of text."""
+
+import dataclasses
+import io
+import json
+import math
+import sys
+from collections import Counter
+from itertools import chain, pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from baka_hf import BakaConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import generate
+import train
+
+TEXT = "def add(a, b):\n    return a + b\n\n\nclass Tree:\n    def __init__(self):\n        self.leaves = []\n" * 30
+
+
+def texts(*documents: str) -> Dataset:
+    return Dataset.from_dict({"name": [f"{i}" for i in range(len(documents))], "text": documents})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train.train_tokenizer([TEXT], vocab_size=300)
+
+
+# ---- train.py ----
+
+
+def test_every_field_of_the_config_can_be_set() -> None:
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    fields = {field.name for field in dataclasses.fields(BakaConfig)} - inherited
+    elsewhere = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache"}
+    arguments = {field.name for field in dataclasses.fields(train.ModelArguments)}
+    assert arguments == fields - elsewhere
+    BakaConfig(vocab_size=300, **dataclasses.asdict(train.ModelArguments()))
+
+
+def test_standard_library_is_split_by_module() -> None:
+    training, validation = train.load_documents(train.DataArguments())
+    names = {*training["name"]} | {*validation["name"]}
+    assert {"argparse.py", "json/decoder.py"} <= names
+    assert not any("test" in name.split("/")[:-1] for name in names)
+    assert {*training["name"]}.isdisjoint(validation["name"])
+    assert 0.01 < len(validation) / len(names) < 0.1
+
+
+def test_text_files_and_lines_are_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"id": i, "body": f"line {i}"}) + "\n" for i in range(3)))
+    documents = train.text_files([f"{tmp_path}/*.txt", f"{tmp_path}/*.jsonl"], text_column="body")
+    assert documents["name"][:] == ["a.txt:0", "b.jsonl:0", "b.jsonl:1", "b.jsonl:2"]
+    assert documents["text"][:] == ["one\n\ntwo\n", "line 0", "line 1", "line 2"]
+
+
+def test_a_data_set_keeps_its_own_validation_split(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": f"of the {split} split"}) + "\n")
+    training, validation = train.load_documents(train.DataArguments(dataset_name=str(tmp_path)))
+    assert training["text"][:] == ["of the train split"]
+    assert validation["text"][:] == ["of the validation split"]
+
+
+def test_nothing_found_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no file matches .*missing"):
+        train.load_documents(train.DataArguments(text_files=[f"{tmp_path}/missing*.txt"]))
+    (tmp_path / "one.txt").write_text("alone")
+    with pytest.raises(ValueError, match="of 1 documents"):
+        train.load_documents(train.DataArguments(text_files=[f"{tmp_path}/one.txt"]))
+    (tmp_path / "rows.jsonl").write_text('{"body": "text"}\n')
+    with pytest.raises(ValueError, match="no column 'text', but body"):
+        train.load_documents(train.DataArguments(text_files=[f"{tmp_path}/rows.jsonl"]))
+    with pytest.raises(ValueError, match="not both"):
+        train.DataArguments(text_files=["a"], dataset_name="b")
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 258 .*, got 100"):
+        train.train_tokenizer([TEXT], vocab_size=100)
+
+
+@pytest.mark.parametrize("text", ["", "plain", "  indented\n\n\ttabs\r\n", "naïve 🐘 日本語\x00"])
+def test_tokenizer_gives_back_every_byte(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_blocks_score_every_token_of_a_text_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = train.encode(texts(TEXT, "", "short", TEXT[:200]), tokenizer, "")
+    blocks = train.cut(documents, length=16, pad_token_id=tokenizer.pad_token_id)
+    targets = []
+    for block in blocks:
+        assert {len(column) for column in block.values()} == {16}
+        real = sum(block["attention_mask"])
+        assert block["labels"][:real] == block["input_ids"][:real]
+        assert block["labels"][real:] == [train.IGNORED] * (16 - real)
+        targets += block["labels"][1:real]
+    assert tokenizer.decode(targets) == "".join([TEXT, "short", TEXT[:200]])
+
+
+def test_samples_are_the_documents_end_to_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = train.encode(texts(TEXT, "short", TEXT), tokenizer, "")
+    samples = train.pack(documents, length=16)["input_ids"]
+    whole = list(chain.from_iterable(documents["input_ids"]))
+    assert list(chain.from_iterable(samples)) == whole[: len(whole) // 16 * 16]
+
+
+def test_bigram_equals_a_naive_count(tokenizer: PreTrainedTokenizerFast) -> None:
+    training = train.encode(texts(TEXT, TEXT[50:]), tokenizer, "")
+    held_out = train.encode(texts(TEXT[10:300], "unseen words"), tokenizer, "")
+    size = len(tokenizer)
+    nats, k = train.bigram_nats(training, train.cut(held_out, 16, tokenizer.pad_token_id), size)
+
+    stream = list(chain.from_iterable(training["input_ids"]))
+    pairs, contexts = Counter(pairwise(stream)), Counter(stream[:-1])
+    expected = -sum(
+        math.log((pairs[a, b] + k) / (contexts[a] + k * size))
+        for document in held_out["input_ids"]
+        for a, b in pairwise(document)
+    )
+    assert nats == pytest.approx(expected)
+
+
+def test_scores_state_one_loss_in_three_units() -> None:
+    assert train.scores(nats=math.log(2) * 80, tokens=40, num_bytes=100) == pytest.approx(
+        {"nats_per_token": 2 * math.log(2), "perplexity": 4.0, "bits_per_byte": 0.8}
+    )
+
+
+# ---- generate.py ----
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 10_000])
+def test_pieces_have_the_tokens_of_the_whole(tokenizer: PreTrainedTokenizerFast, size: int) -> None:
+    pieces = list(generate.pieces(io.StringIO(TEXT), size))
+    assert "".join(pieces) == TEXT
+    assert max(map(len, pieces)) < size + 80  # a line has less than 80 characters
+    if size > 80:
+        assert list(chain.from_iterable(tokenizer(pieces).input_ids)) == tokenizer(TEXT).input_ids
+
+
+# ---- both ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A checkpoint of examples/train.py after six steps on a .txt and a .jsonl file, and how to go on with it."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "code.txt").write_text(TEXT)
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": TEXT[i:]}) + "\n" for i in range(20)))
+    arguments = (
+        f"--text_files {folder}/*.txt {folder}/*.jsonl --validation_fraction 0.2 --vocab_size 300 "
+        "--chunks_per_sample 3 --hidden_size 16 --intermediate_size 32 --num_hidden_layers 2 --num_attention_heads 2 "
+        "--chunk_size 16 --num_memory_tokens 2 --num_pause_tokens 1 --memory_solidifier glu --gradient_accumulation_steps 2 "
+        "--logging_steps 1 --eval_steps 2 --save_steps 2 --max_steps 6 --save_total_limit 3 --learning_rate 0.01 --warmup_steps 1 "
+        f"--per_device_train_batch_size 4 --disable_tqdm true --output_dir {folder}/out"
+    ).split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *arguments])
+        train.main()
+    return SimpleNamespace(folder=folder, output=folder / "out", arguments=arguments)
+
+
+def history(output: Path) -> list[dict[str, float]]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.mark.smoke
+def test_training_writes_checkpoint_curve_and_card(trained: SimpleNamespace) -> None:
+    files = {path.name for path in trained.output.iterdir()}
+    code = {"modeling_baka.py", "cache_baka.py", "configuration_baka.py"}
+    assert code | {"config.json", "model.safetensors", "tokenizer.json", "checkpoint-6"} <= files
+    assert Image.open(trained.output / "training_curve.png").size == (1200, 675)
+    card = (trained.output / "README.md").read_text()
+    assert "trust_remote_code=True" in card and "bigram, add-" in card and "{{" not in card and "{%" not in card
+    losses = [log["loss"] for log in history(trained.output) if "loss" in log]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.smoke
+def test_resuming_repeats_the_run(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = load_file(trained.output / "model.safetensors")
+    resume = ["--resume_from_checkpoint", f"{trained.output}/checkpoint-4", "--output_dir", f"{trained.folder}/resumed"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *resume])
+    train.main()
+    assert_close(load_file(trained.folder / "resumed" / "model.safetensors"), weights)
+
+
+# transformers 5.23 calls activation checkpointing by its name; 5.17 knows only the old one.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(train.TrainingArguments, name)
+)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("flags", ["--bf16 true --use_cpu true", f"--{CHECKPOINTING} true"])
+def test_training_flags(trained: SimpleNamespace, flags: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    short = f"{flags} --max_steps 2 --save_strategy no --output_dir {tmp_path}".split()
+    monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *short])
+    train.main()
+    assert math.isfinite(history(tmp_path)[-1]["eval_nats_per_token"])
+
+
+def run_generate(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, flags: str, stdin: str = "") -> None:
+    arguments = ["generate.py", "--model", str(trained.output), "--temperature", "0", "--device", "cpu", *flags.split()]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+    generate.main()
+
+
+@pytest.mark.smoke
+def test_a_saved_state_goes_on_as_if_never_stopped(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Read, save, load, write, save, load, write on: the same text and the same state as in one run."""
+    run_generate(trained, monkeypatch, f"--max_new_tokens 60 --save_state {tmp_path}/whole", stdin=TEXT)
+    whole = capsys.readouterr().out
+    run_generate(trained, monkeypatch, f"--max_new_tokens 0 --save_state {tmp_path}/read", stdin=TEXT)
+    run_generate(trained, monkeypatch, f"--max_new_tokens 25 --load_state {tmp_path}/read --save_state {tmp_path}/part")
+    run_generate(trained, monkeypatch, f"--max_new_tokens 35 --load_state {tmp_path}/part --save_state {tmp_path}/done")
+    assert capsys.readouterr().out.replace("\n", "") == whole.replace("\n", "")
+    assert_close(
+        load_file(tmp_path / "done" / "baka_cache.safetensors"),
+        load_file(tmp_path / "whole" / "baka_cache.safetensors"),
+    )
+    assert (tmp_path / "done" / generate.LAST_TOKEN).read_text() == (
+        tmp_path / "whole" / generate.LAST_TOKEN
+    ).read_text()
+
+
+def test_a_prompt_is_shown_and_continued(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_generate(trained, monkeypatch, "--prompt class --max_new_tokens 50")
+    text = capsys.readouterr().out
+    assert text.startswith("class") and len(text) > len("class\n")

@@ -1,0 +1,706 @@
+"""Stock `generate`: the state changes how fast it is, never what it says; and a state can be gone on from."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
+from test_cache import contents, logits_of, rows_out_of_phase
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, set_seed
+
+from baka_hf import BakaCache, BakaForCausalLM
+
+CLOSE = dict(rtol=1e-9, atol=1e-9)
+# With chunks of 5, 30 tokens cross at least five boundaries.
+GREEDY = dict(max_new_tokens=30, do_sample=False)
+
+NAMES = ["pristine", "xl", "pause_without_xl", "rmt_carry", "rmt_without_xl", "layer_separate", "grouped_queries"]
+several_configs = pytest.mark.parametrize("overrides", [CONFIGS[name] for name in NAMES], ids=NAMES)
+
+
+@pytest.fixture(scope="module")
+def model() -> BakaForCausalLM:
+    """Drawn so that its greedy texts are varied; see `test_the_model_is_worth_testing`."""
+    return tiny_model(tiny_config(memory_solidifier="mlp"), seed=5)
+
+
+def prompt(*shape: int, seed: int = 0) -> Tensor:
+    return random_tokens(tiny_config(), *shape, seed=seed)
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.int64)
+
+
+def left_padded(rows: list[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of any length as input_ids and attention_mask."""
+    longest = max(map(len, rows))
+    tokens, mask = torch.full((len(rows), longest), fill), torch.zeros(len(rows), longest, dtype=torch.int64)
+    for row, text in enumerate(rows):
+        tokens[row, longest - len(text) :] = text
+        mask[row, longest - len(text) :] = 1
+    return tokens, mask
+
+
+def state_after(model: BakaForCausalLM, tokens: Tensor, **arguments: Any) -> BakaCache:
+    cache = model.new_cache(len(tokens))
+    logits_of(model, tokens, cache, **arguments)
+    return cache
+
+
+def assert_has_read(model: BakaForCausalLM, cache: BakaCache, texts: list[Tensor]) -> None:
+    """Each row of the state goes on as a fresh reading of its text would."""
+    assert cache.num_tokens.tolist() == [len(text) for text in texts]
+    more = prompt(len(texts), 7, seed=99)
+    found = logits_of(model, more, cache.clone())
+    for row, text in enumerate(texts):
+        expected = logits_of(model, torch.cat([text, more[row]])[None])[0, len(text) :]
+        assert_close(found[row], expected, **CLOSE)
+
+
+def test_the_model_is_worth_testing(model: BakaForCausalLM) -> None:
+    """Its greedy texts are varied, and depend on what was read several chunks before."""
+    text = prompt(1, 21)
+    changed = text.clone()
+    changed[0, 2] += 1
+    found, other = model.generate(text, **GREEDY)[0, 21:], model.generate(changed, **GREEDY)[0, 21:]
+    assert len(set(found.tolist())) >= 6
+    assert not torch.equal(found, other)
+
+
+# With and without a state
+
+
+@pytest.mark.smoke
+@several_configs
+def test_greedy_is_the_same_with_and_without_a_state(overrides: dict[str, Any]) -> None:
+    """Across six boundaries, and both are the argmax of a full reading at every step."""
+    model = tiny_model(tiny_config(**overrides), seed=1)
+    tokens = prompt(2, 7)
+    found = model.generate(tokens, **GREEDY)
+    assert torch.equal(found, model.generate(tokens, use_cache=False, **GREEDY))
+    assert found.shape == (2, 37)
+    assert torch.equal(found[:, 7:], logits_of(model, found)[:, 6:-1].argmax(-1))
+
+
+@pytest.mark.parametrize("length", range(1, 12))
+def test_prompts_of_every_length(model: BakaForCausalLM, length: int) -> None:
+    """Wherever in its chunk a prompt ends."""
+    tokens = prompt(2, length, seed=length)
+    arguments = GREEDY | dict(max_new_tokens=12)
+    assert torch.equal(model.generate(tokens, **arguments), model.generate(tokens, use_cache=False, **arguments))
+
+
+@pytest.mark.smoke
+@several_configs
+def test_left_padded_rows_are_rows_alone(overrides: dict[str, Any]) -> None:
+    """Rows in different phases of their chunks, with the mask given."""
+    model = tiny_model(tiny_config(**overrides), seed=1)
+    rows = [prompt(length, seed=length) for length in (3, 12, 5)]
+    tokens, mask = left_padded(rows)
+    found = model.generate(tokens, attention_mask=mask, **GREEDY)
+    assert torch.equal(found, model.generate(tokens, attention_mask=mask, use_cache=False, **GREEDY))
+    for row, text in enumerate(rows):
+        assert torch.equal(found[row, 12:], model.generate(text[None], **GREEDY)[0, len(text) :])
+
+
+def test_the_mask_is_inferred_from_the_pad_token(model: BakaForCausalLM) -> None:
+    """As transformers does, when the pad token is known and stands in the prompt."""
+    rows = [prompt(length, seed=length).clamp(min=1) for length in (3, 12)]
+    tokens, mask = left_padded(rows)
+    found = model.generate(tokens, pad_token_id=0, **GREEDY)
+    assert torch.equal(found, model.generate(tokens, attention_mask=mask, pad_token_id=0, **GREEDY))
+
+
+def test_without_a_prompt(model: BakaForCausalLM) -> None:
+    """A text can begin with nothing but the begin-of-text token."""
+    assert torch.equal(model.generate(bos_token_id=3, **GREEDY), model.generate(torch.tensor([[3]]), **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(do_sample=True),
+        dict(do_sample=True, temperature=0.7, top_k=5),
+        dict(do_sample=True, top_p=0.8, num_return_sequences=3),
+        dict(do_sample=False, repetition_penalty=1.3),
+        dict(do_sample=False, no_repeat_ngram_size=2),
+        dict(do_sample=True, repetition_penalty=1.2, num_beams=2),
+        dict(do_sample=False, num_beams=3),
+        dict(do_sample=False, num_beams=3, num_return_sequences=2, length_penalty=0.5),
+        dict(do_sample=False, guidance_scale=1.5),
+        dict(do_sample=False, min_new_tokens=12, eos_token_id=12, pad_token_id=0),
+    ],
+    ids=str,
+)
+def test_every_strategy_says_the_same_without_a_state(model: BakaForCausalLM, arguments: dict[str, Any]) -> None:
+    """Sampling with a seed, penalties, beams: for a batch of rows out of phase."""
+    tokens, mask = left_padded([prompt(length, seed=length) for length in (4, 9)])
+    found = []
+    for use_cache in (True, False):
+        set_seed(5)
+        found.append(model.generate(tokens, attention_mask=mask, max_new_tokens=27, use_cache=use_cache, **arguments))
+    assert torch.equal(*found)
+
+
+def test_beams_are_the_same_with_their_scores(model: BakaForCausalLM) -> None:
+    """Beams change places at every step and at every phase of a chunk; their scores tell if a state went astray."""
+    arguments = dict(num_beams=4, num_return_sequences=4, do_sample=False, max_new_tokens=27)
+    arguments |= dict(output_scores=True, return_dict_in_generate=True)
+    found, expected = (model.generate(prompt(2, 7), use_cache=use, **arguments) for use in (True, False))
+    assert torch.equal(found.sequences, expected.sequences)
+    assert_close(found.sequences_scores, expected.sequences_scores, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_with_a_seed(model: BakaForCausalLM) -> None:
+    """The same seed gives the same text, another one another."""
+
+    def sample(seed: int) -> Tensor:
+        set_seed(seed)
+        return model.generate(prompt(1, 7), max_new_tokens=30, do_sample=True)
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+
+
+def test_max_length_counts_the_prompt(model: BakaForCausalLM) -> None:
+    """`max_length` is that of the whole text; `max_new_tokens` that of the continuation."""
+    tokens = prompt(1, 7)
+    found = model.generate(tokens, max_length=20, do_sample=False)
+    assert torch.equal(found, model.generate(tokens, max_new_tokens=13, do_sample=False))
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 7, 100])
+def test_prefill_chunk_size(model: BakaForCausalLM, size: int) -> None:
+    """A prompt is read chunk by chunk anyway: in which pieces it is asked for changes nothing."""
+    tokens, mask = left_padded([prompt(length, seed=length) for length in (4, 17)])
+    expected = model.generate(tokens, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(tokens, attention_mask=mask, prefill_chunk_size=size, **GREEDY), expected)
+
+
+def test_prompts_of_embeddings(model: BakaForCausalLM) -> None:
+    """Embeddings of a prompt, padded or not, are answered as its tokens are; only new tokens come back."""
+    tokens, mask = left_padded([prompt(length, seed=length) for length in (4, 9)])
+    embeds = model.get_input_embeddings()(tokens).detach()
+    expected = model.generate(tokens, attention_mask=mask, **GREEDY)[:, 9:]
+    assert torch.equal(model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY), expected)
+    assert torch.equal(model.generate(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **GREEDY), expected)
+
+
+# What generate gives besides tokens
+
+
+def test_scores_are_the_logits(model: BakaForCausalLM) -> None:
+    """`output_logits` and `output_scores` of every step are those of a full reading."""
+    arguments = GREEDY | dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
+    found = model.generate(prompt(2, 7), **arguments)
+    expected = logits_of(model, found.sequences)[:, 6:-1]
+    assert_close(torch.stack(found.logits, dim=1).double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(torch.stack(found.scores, dim=1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_and_attentions_of_every_step() -> None:
+    """First those of the prompt, then one position at a time: the states and weights of a full reading."""
+    model = tiny_model(tiny_config(attn_implementation="eager"), seed=1)
+    config, slots = model.config, 2 * model.config.stream_length
+    arguments = GREEDY | dict(return_dict_in_generate=True, output_hidden_states=True, output_attentions=True)
+    found = model.generate(prompt(2, 7), **arguments)
+    with torch.no_grad():
+        expected = model(found.sequences[:, :-1], output_hidden_states=True, output_attentions=True)
+    assert len(found.hidden_states) == len(found.attentions) == 30
+    assert [states[0].shape[1] for states in found.hidden_states] == [7] + [1] * 29
+    for layer in range(config.num_hidden_layers + 1):
+        states = torch.cat([step[layer] for step in found.hidden_states], dim=1)
+        assert_close(states, expected.hidden_states[layer], **CLOSE)
+    for layer in range(config.num_hidden_layers):
+        weights = torch.cat([step[layer] for step in found.attentions], dim=2)
+        assert weights.shape == (2, config.num_attention_heads, 36, slots)
+        assert_close(weights, expected.attentions[layer], **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each of the 19 ids."""
+    vocabulary = {f"w{index}": index for index in range(19)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_text_streamer(
+    model: BakaForCausalLM, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture
+) -> None:
+    """Every token is printed once, in order, across boundaries."""
+    inputs = tokenizer("w3 w1 w4 w1 w5 w9 w2", return_tensors="pt", return_token_type_ids=False)
+    found = model.generate(**inputs, streamer=TextStreamer(tokenizer), **GREEDY)
+    assert capsys.readouterr().out.split() == tokenizer.decode(found[0]).split()
+    assert torch.equal(found, model.generate(**inputs, **GREEDY))
+
+
+def test_text_iterator_streamer(model: BakaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Text arrives piece by piece from a thread that generates with a state of the user's."""
+    inputs = tokenizer("w3 w1 w4 w1 w5 w9 w2", return_tensors="pt", return_token_type_ids=False)
+    streamer, state = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60), model.new_cache()
+    arguments = dict(**inputs, streamer=streamer, past_key_values=state, **GREEDY)
+    thread = threading.Thread(target=model.generate, kwargs=arguments)
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    expected = model.generate(**inputs, **GREEDY)[0]
+    assert len(pieces) > 10
+    assert "".join(pieces).split() == tokenizer.decode(expected[7:]).split()
+    assert_has_read(model, state, [expected[:-1]])
+
+
+# From a state
+
+
+def test_a_fresh_state_holds_everything_but_the_last_token(model: BakaForCausalLM) -> None:
+    """A given state is filled in place and is the one that comes back."""
+    state = model.new_cache(2)
+    arguments = GREEDY | dict(return_dict_in_generate=True)
+    found = model.generate(prompt(2, 7), past_key_values=state, **arguments)
+    assert found.past_key_values is state
+    assert state.get_seq_length() == 36
+    assert torch.equal(found.sequences, model.generate(prompt(2, 7), **GREEDY))
+    assert_has_read(model, state, list(found.sequences[:, :-1]))
+
+
+def whole(history: Tensor, new: Tensor) -> dict[str, Tensor]:
+    return dict(input_ids=torch.cat([history, new], dim=1))
+
+
+def whole_with_a_mask(history: Tensor, new: Tensor) -> dict[str, Tensor]:
+    text = torch.cat([history, new], dim=1)
+    return dict(input_ids=text, attention_mask=torch.ones_like(text))
+
+
+def new_tokens(history: Tensor, new: Tensor) -> dict[str, Tensor]:
+    return dict(input_ids=new)
+
+
+def new_tokens_with_their_mask(history: Tensor, new: Tensor) -> dict[str, Tensor]:
+    return dict(input_ids=new, attention_mask=torch.ones_like(new))
+
+
+def new_tokens_with_a_whole_mask(history: Tensor, new: Tensor) -> dict[str, Tensor]:
+    return dict(input_ids=new, attention_mask=ones(len(new), history.shape[1] + new.shape[1]))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "given", [whole, whole_with_a_mask, new_tokens, new_tokens_with_their_mask, new_tokens_with_a_whole_mask]
+)
+@pytest.mark.parametrize(("fed", "length"), [(9, 4), (9, 9), (5, 5), (3, 12), (10, 1), (1, 1)], ids=str)
+def test_continuing(model: BakaForCausalLM, given: Callable, fed: int, length: int) -> None:
+    """From a state of P positions, L more: right, or a ValueError where it cannot be told what the tokens are."""
+    text = prompt(2, fed + length, seed=2)
+    history, new = text[:, :fed], text[:, fed:]
+    state = state_after(model, history)
+    arguments = given(history, new)
+    if length > fed and given in (new_tokens, new_tokens_with_their_mask):
+        before = contents(state)
+        with pytest.raises(ValueError, match=rf"pass an `attention_mask` of shape \[2, {fed + length}\]"):
+            model.generate(**arguments, past_key_values=state, **GREEDY)
+        assert contents(state) == before
+        return
+    found = model.generate(**arguments, past_key_values=state, **GREEDY)
+    expected = model.generate(text, **GREEDY)
+    assert torch.equal(found[:, :-30], arguments["input_ids"])
+    assert torch.equal(found[:, -30:], expected[:, -30:])
+    assert_has_read(model, state, list(expected[:, :-1]))
+
+
+@pytest.mark.parametrize("given", [whole, whole_with_a_mask])
+def test_nothing_new(model: BakaForCausalLM, given: Callable) -> None:
+    """Nothing can be said after a history that was read to its end: its last logits are gone."""
+    history = prompt(2, 9, seed=2)
+    state = state_after(model, history)
+    before = contents(state)
+    with pytest.raises(ValueError, match="has read all of these 9 tokens"):
+        model.generate(**given(history, history[:, :0]), past_key_values=state, **GREEDY)
+    assert contents(state) == before
+
+
+def test_continuing_a_left_padded_batch(model: BakaForCausalLM) -> None:
+    """With the mask of the whole history, with or without the history's tokens; the new tokens padded as well."""
+    old, new = [prompt(n, seed=n) for n in (3, 8, 5)], [prompt(n, seed=n + 50) for n in (6, 2, 7)]
+    (history, history_mask), (tokens, mask) = left_padded(old), left_padded(new)
+    whole_mask = torch.cat([history_mask, mask], dim=1)
+    expected = [model.generate(torch.cat(pair)[None], **GREEDY)[0, -30:] for pair in zip(old, new, strict=True)]
+    for given in (torch.cat([history, tokens], dim=1), tokens):
+        state = state_after(model, history, attention_mask=history_mask)
+        found = model.generate(given, attention_mask=whole_mask, past_key_values=state, **GREEDY)[:, -30:]
+        assert torch.equal(found, torch.stack(expected))
+        texts = [torch.cat([*parts[:2], parts[2][:-1]]) for parts in zip(old, new, expected, strict=True)]
+        assert_has_read(model, state, texts)
+
+
+def test_the_history_of_a_padded_batch_is_recognised(model: BakaForCausalLM) -> None:
+    """A whole history of ids that differ from what was read, only under the mask or not, is told apart."""
+    rows = [prompt(n, seed=n) for n in (3, 8)]
+    history, mask = left_padded(rows, fill=0)
+    other, _ = left_padded(rows, fill=7)
+    new = prompt(2, 4, seed=3)
+    expected = model.generate(
+        torch.cat([history, new], dim=1), attention_mask=torch.cat([mask, ones(2, 4)], dim=1), **GREEDY
+    )[:, -30:]
+    for text in (history, other):  # what stands under the mask was not read
+        state = state_after(model, history, attention_mask=mask)
+        found = model.generate(
+            torch.cat([text, new], dim=1),
+            attention_mask=torch.cat([mask, ones(2, 4)], dim=1),
+            past_key_values=state,
+            **GREEDY,
+        )
+        assert torch.equal(found[:, -30:], expected)
+    wrong = torch.cat([history, new], dim=1)
+    wrong[1, 2] = (wrong[1, 2] + 1) % 19
+    state = state_after(model, history, attention_mask=mask)
+    with pytest.raises(ValueError, match="the first 8 are not what the state has read"):
+        model.generate(wrong, attention_mask=torch.cat([mask, ones(2, 4)], dim=1), past_key_values=state, **GREEDY)
+
+
+@pytest.mark.parametrize("given", [whole, new_tokens_with_a_whole_mask])
+@pytest.mark.parametrize("chunk_size", [1, 3, 5])
+def test_a_conversation_of_many_turns(given: Callable, chunk_size: int) -> None:
+    """Each answer is that to the whole conversation read afresh, with one state all along."""
+    config = tiny_config(chunk_size=chunk_size, num_pause_tokens=min(2, chunk_size))
+    model = tiny_model(config, seed=1)
+    state, text = model.new_cache(), torch.zeros(1, 0, dtype=torch.int64)
+    for turn, (length, answer) in enumerate([(4, 9), (1, 1), (30, 2), (2, 12), (7, 5), (1, 8)]):
+        fed = state.get_seq_length()  # the last answer's last token is not among it
+        text = torch.cat([text, prompt(1, length, seed=turn)], dim=1)
+        arguments = given(text[:, :fed], text[:, fed:])
+        found = model.generate(**arguments, past_key_values=state, max_new_tokens=answer, do_sample=False)
+        text = torch.cat([text, found[:, -answer:]], dim=1)
+        assert torch.equal(text, model.generate(text[:, :-answer], max_new_tokens=answer, do_sample=False))
+    assert_has_read(model, state, [text[0, :-1]])
+
+
+def test_max_length_across_calls(model: BakaForCausalLM) -> None:
+    """`max_length` counts the ids that are passed: the whole text if it is, the new tokens if only they are."""
+    text = prompt(1, 13)
+    expected = model.generate(text, max_new_tokens=20, do_sample=False)
+    found = model.generate(text, past_key_values=state_after(model, text[:, :9]), max_length=20, do_sample=False)
+    assert torch.equal(found, expected[:, :20])
+    found = model.generate(text[:, 9:], past_key_values=state_after(model, text[:, :9]), max_length=20, do_sample=False)
+    assert torch.equal(found, expected[:, 9:29])
+
+
+def test_penalties_across_calls(model: BakaForCausalLM) -> None:
+    """With the whole history they see all of it, as without a state."""
+    text, arguments = prompt(2, 13), GREEDY | dict(repetition_penalty=1.4, no_repeat_ngram_size=3)
+    found = model.generate(text, past_key_values=state_after(model, text[:, :9]), **arguments)
+    assert torch.equal(found, model.generate(text, **arguments))
+
+
+def test_embeddings_after_a_state(model: BakaForCausalLM) -> None:
+    """The whole history as embeddings, or new ones with a mask over all that was fed."""
+    text = prompt(2, 13)
+    embeds = model.get_input_embeddings()(text).detach()
+    expected = model.generate(text, **GREEDY)[:, 13:]
+    for given, length in ((embeds, 13), (embeds[:, 4:], 9)):
+        arguments = dict(inputs_embeds=given, attention_mask=ones(2, 13))
+        state = state_after(model, text[:, : 13 - 9])
+        assert torch.equal(model.generate(**arguments, past_key_values=state, **GREEDY), expected), length
+    state = state_after(model, text[:, :4])
+    assert torch.equal(model.generate(inputs_embeds=embeds, past_key_values=state, **GREEDY), expected)
+
+
+def test_after_embeddings_ids_are_new_unless_said_otherwise(model: BakaForCausalLM) -> None:
+    """What was fed as embeddings has no ids to be recognised by: a longer text needs a mask over all."""
+    text = prompt(1, 13)
+    embeds = model.get_input_embeddings()(text).detach()
+
+    def state() -> BakaCache:
+        cache = model.new_cache()
+        with torch.no_grad():
+            model(inputs_embeds=embeds[:, :4], past_key_values=cache)
+        return cache
+
+    with pytest.raises(ValueError, match=r"pass an `attention_mask` of shape \[1, 17\]"):
+        model.generate(text, past_key_values=state(), **GREEDY)
+    found = model.generate(text[:, 4:], attention_mask=ones(1, 13), past_key_values=state(), **GREEDY)
+    assert torch.equal(found[:, -30:], model.generate(text, **GREEDY)[:, -30:])
+
+
+def test_whole_history_after_going_back(model: BakaForCausalLM) -> None:
+    """A state that was cropped knows what it has still read."""
+    text, other = prompt(1, 13), prompt(1, 9, seed=1)
+    state = model.new_cache()
+    state.activate_past_recording()
+    logits_of(model, text, state)
+    state.crop(-6)
+    changed = torch.cat([text[:, :7], other], dim=1)
+    found = model.generate(changed, past_key_values=state, **GREEDY)
+    assert torch.equal(found, model.generate(changed, **GREEDY))
+
+
+def test_use_cache_false_with_a_state_is_refused(model: BakaForCausalLM) -> None:
+    """Every step would feed the whole text into it again."""
+    state = state_after(model, prompt(1, 9))
+    before = contents(state)
+    for given in (state, model.new_cache()):
+        with pytest.raises(ValueError, match="use_cache"):
+            model.generate(prompt(1, 13), past_key_values=given, use_cache=False, **GREEDY)
+    assert contents(state) == before
+
+
+# Rows that end early
+
+
+def rows_that_end(model: BakaForCausalLM) -> tuple[Tensor, Tensor, int, list[Tensor]]:
+    """Padded prompts, their mask, a token that ends their answers at different steps, and each text up to there."""
+    rows = [prompt(length, seed=length) for length in (3, 12, 5, 9)]
+    tokens, mask = left_padded(rows)
+    answers = [model.generate(row[None], **GREEDY)[0, len(row) :] for row in rows]
+    for stop in range(19):
+        ends = [answer.tolist().index(stop) for answer in answers if stop in answer]
+        if len(ends) == 4 and len(set(ends)) >= 3 and max(ends) - min(ends) > 6:
+            texts = [torch.cat([row, a[:end]]) for row, a, end in zip(rows, answers, ends, strict=True)]
+            return tokens, mask, stop, texts
+    raise AssertionError("no token ends all rows at different steps: choose another seed")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("pad_is_eos", [True, False])
+@pytest.mark.parametrize("eos_is_a_list", [True, False])
+def test_rows_that_end_early_keep_a_clean_state(model: BakaForCausalLM, pad_is_eos: bool, eos_is_a_list: bool) -> None:
+    """No padding enters a row that has met EOS: its state is that of its text before EOS, and it goes on from there."""
+    tokens, mask, stop, texts = rows_that_end(model)
+    state = model.new_cache(4)
+    pad = stop if pad_is_eos else next(t for t in range(19) if t != stop)
+    absent = next(t for t in range(19) if t != stop and not any(t in text for text in texts))
+    found = model.generate(
+        tokens,
+        attention_mask=mask,
+        past_key_values=state,
+        eos_token_id=[absent, stop] if eos_is_a_list else stop,
+        pad_token_id=pad,
+        **GREEDY,
+    )
+    for row, text in enumerate(texts):
+        prompt_length = int(mask[row].sum())
+        answer = torch.cat([text[prompt_length:], torch.tensor([stop])])
+        assert torch.equal(found[row, 12 : 12 + len(answer)], answer)
+        assert (found[row, 12 + len(answer) :] == pad).all()
+    assert_has_read(model, state, texts)
+
+    # The next turn: each row's EOS, then what is said to it.
+    said = [torch.cat([torch.tensor([stop]), prompt(length, seed=length + 30)]) for length in (2, 6, 1, 9)]
+    new, new_mask = left_padded(said, fill=pad)
+    whole_mask = torch.cat([ones(4, state.get_seq_length()), new_mask], dim=1)
+    arguments = dict(max_new_tokens=12, do_sample=False)
+    found = model.generate(new, attention_mask=whole_mask, past_key_values=state, pad_token_id=pad, **arguments)
+    for row, (text, more) in enumerate(zip(texts, said, strict=True)):
+        assert torch.equal(found[row, -12:], model.generate(torch.cat([text, more])[None], **arguments)[0, -12:])
+
+
+def test_a_history_with_early_ends_is_not_taken_for_what_was_read(model: BakaForCausalLM) -> None:
+    """The whole output holds EOS tokens that rows have not read: refused, where EOS would be lost in silence."""
+    tokens, mask, stop, _ = rows_that_end(model)
+    state = model.new_cache(4)
+    found = model.generate(
+        tokens, attention_mask=mask, past_key_values=state, eos_token_id=stop, pad_token_id=stop, **GREEDY
+    )
+    text = torch.cat([found, prompt(4, 3)], dim=1)
+    before = contents(state)
+    with pytest.raises(ValueError, match="not what the state has read"):
+        model.generate(text, attention_mask=(text != -1).long(), past_key_values=state, **GREEDY)
+    assert contents(state) == before
+
+
+def test_prompts_that_hold_eos(model: BakaForCausalLM) -> None:
+    """Only what is generated ends a row: EOS within or at the end of a prompt is text, and is read."""
+    tokens = prompt(2, 9)
+    tokens[0, 4] = tokens[0, -1] = tokens[1, 2] = 12
+    arguments = GREEDY | dict(eos_token_id=12, pad_token_id=12, min_new_tokens=30)
+    state = model.new_cache(2)
+    found = model.generate(tokens, attention_mask=ones(2, 9), past_key_values=state, **arguments)
+    for row in (0, 1):
+        assert torch.equal(found[row], model.generate(tokens[row, None], attention_mask=ones(1, 9), **arguments)[0])
+    assert_has_read(model, state, list(found[:, :-1]))
+
+
+def test_a_single_row_that_ends(model: BakaForCausalLM) -> None:
+    """Its EOS is the last token, and so not in the state."""
+    tokens, _, stop, texts = rows_that_end(model)
+    state = model.new_cache()
+    found = model.generate(tokens[1:2], past_key_values=state, eos_token_id=stop, pad_token_id=stop, **GREEDY)
+    assert torch.equal(found[0], torch.cat([texts[1], torch.tensor([stop])]))
+    assert_has_read(model, state, [texts[1]])
+
+
+# Beams and several answers from one state
+
+
+def test_beam_search_from_a_state(model: BakaForCausalLM) -> None:
+    """A state repeated for each beam gives the beams of a fresh reading, with the whole history or new tokens."""
+    text, arguments = prompt(2, 13), dict(num_beams=3, do_sample=False, max_new_tokens=20)
+    expected = model.generate(text, **arguments)
+    for given in (whole, whole_with_a_mask, new_tokens_with_a_whole_mask):
+        state = state_after(model, text[:, :9])
+        state.batch_repeat_interleave(3)
+        found = model.generate(**given(text[:, :9], text[:, 9:]), past_key_values=state, **arguments)
+        assert torch.equal(found[:, -20:], expected[:, -20:])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("own_state", [True, False])
+def test_the_state_after_beam_search_is_refused(model: BakaForCausalLM, own_state: bool, tmp_path: Any) -> None:
+    """It is that of the running beams, not of what was returned: no call goes on from it, until it is reset."""
+    arguments = dict(num_beams=2, do_sample=False, max_new_tokens=12, return_dict_in_generate=True)
+    arguments |= dict(past_key_values=model.new_cache(4)) if own_state else {}
+    output = model.generate(prompt(2, 7), **arguments)
+    state = output.past_key_values
+    state.save_pretrained(tmp_path)
+    for used in (state, state.clone(), BakaCache.from_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="beam search left this one with the state of its running beams"):
+            model(prompt(4, 1), past_key_values=used)
+        with pytest.raises(ValueError, match="beam search"):
+            model.generate(prompt(4, 3), past_key_values=used, **GREEDY)
+        with pytest.raises(ValueError, match="beam search"):
+            model.generate(prompt(2, 3), past_key_values=used, num_beams=2, do_sample=False, max_new_tokens=2)
+    state.reset()
+    assert torch.equal(logits_of(model, prompt(4, 8), state), logits_of(model, prompt(4, 8), model.new_cache(4)))
+
+
+@pytest.mark.parametrize("given", [whole, whole_with_a_mask, new_tokens_with_a_whole_mask])
+def test_several_answers_from_one_state(model: BakaForCausalLM, given: Callable) -> None:
+    """A state repeated for each answer; every answer's state is its own."""
+    text, arguments = prompt(2, 13), dict(num_return_sequences=3, do_sample=True, max_new_tokens=20)
+    set_seed(3)
+    expected = model.generate(text, **arguments)
+    assert len({tuple(row) for row in expected[:, 13:].tolist()}) == 6
+    state = state_after(model, text[:, :9])
+    state.batch_repeat_interleave(3)
+    set_seed(3)
+    found = model.generate(**given(text[:, :9], text[:, 9:]), past_key_values=state, **arguments)
+    assert torch.equal(found[:, -20:], expected[:, -20:])
+    assert_has_read(model, state, list(expected[:, :-1]))
+
+
+def test_several_answers_need_a_state_each(model: BakaForCausalLM) -> None:
+    """A state that was not repeated is refused and left as it was."""
+    text = prompt(2, 13)
+    state = state_after(model, text[:, :9])
+    before = contents(state)
+    with pytest.raises(ValueError, match="expected a state of batch size 6, got one of 2; `batch_repeat_interleave`"):
+        model.generate(text, past_key_values=state, num_return_sequences=3, do_sample=True, max_new_tokens=2)
+    assert contents(state) == before
+
+
+# Speculation
+
+
+# Three boundaries and more, in chunks of 7.
+SPOKEN = dict(max_new_tokens=24, do_sample=False)
+CHUNKS = {1: dict(chunk_size=1, num_pause_tokens=1), 3: dict(chunk_size=3), 7: dict(chunk_size=7)}
+
+
+@pytest.fixture(scope="module", params=CHUNKS.values(), ids=lambda overrides: f"chunks of {overrides['chunk_size']}")
+def speculating(request: pytest.FixtureRequest) -> BakaForCausalLM:
+    return tiny_model(tiny_config(**request.param), seed=1)
+
+
+def assistants(model: BakaForCausalLM) -> dict[str, dict[str, Any]]:
+    """Ways to speculate: from the text itself, with a smaller model that is mostly wrong, with one always right."""
+    small = tiny_model(tiny_config(num_hidden_layers=1, chunk_size=4, num_memory_tokens=1), seed=3)
+    twin = copy.deepcopy(model)
+    return {
+        "lookup": dict(prompt_lookup_num_tokens=4),
+        "wrong assistant": dict(assistant_model=small),
+        "right assistant": dict(assistant_model=twin),
+    }
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", ["lookup", "wrong assistant", "right assistant"])
+@pytest.mark.parametrize("length", [2, 21])
+def test_speculation_says_what_greedy_says(speculating: BakaForCausalLM, name: str, length: int) -> None:
+    """Guesses that turn out wrong leave no trace, across many boundaries."""
+    tokens = prompt(1, length, seed=length)
+    found = speculating.generate(tokens, **assistants(speculating)[name], **SPOKEN)
+    assert torch.equal(found, speculating.generate(tokens, **SPOKEN))
+
+
+@pytest.mark.parametrize("name", ["lookup", "wrong assistant", "right assistant"])
+@pytest.mark.parametrize("given", [whole, new_tokens_with_a_whole_mask])
+def test_speculation_from_a_state(speculating: BakaForCausalLM, name: str, given: Callable) -> None:
+    """A state goes in and comes out as it does without speculation, turn after turn."""
+    state, text = speculating.new_cache(), torch.zeros(1, 0, dtype=torch.int64)
+    for turn, length in enumerate((11, 5)):
+        fed = state.get_seq_length()
+        text = torch.cat([text, prompt(1, length, seed=turn)], dim=1)
+        arguments = given(text[:, :fed], text[:, fed:]) | assistants(speculating)[name]
+        found = speculating.generate(**arguments, past_key_values=state, **SPOKEN)
+        expected = speculating.generate(text, **SPOKEN)
+        assert torch.equal(found[:, -24:], expected[:, -24:])
+        text = expected
+        # Of the last guesses one may be in the state: it is all text, or text without its last token.
+        fed = state.get_seq_length()
+        assert fed in (text.shape[1] - 1, text.shape[1])
+        assert_has_read(speculating, state, [text[0, :fed]])
+        if fed == text.shape[1]:
+            state.crop(-1)
+
+
+@pytest.mark.parametrize("name", ["lookup", "wrong assistant", "right assistant"])
+def test_speculation_after_a_padded_prompt(speculating: BakaForCausalLM, name: str) -> None:
+    """Padding in front of a single row matters no more than elsewhere."""
+    tokens, mask = left_padded([prompt(9, seed=9), prompt(14, seed=14)])
+    arguments = SPOKEN | dict(attention_mask=mask[:1])
+    found = speculating.generate(tokens[:1], **assistants(speculating)[name], **arguments)
+    assert torch.equal(found, speculating.generate(tokens[:1], **arguments))
+
+
+def test_speculation_that_ends(speculating: BakaForCausalLM) -> None:
+    """EOS among the guesses ends the text where greedy ends it."""
+    tokens = prompt(1, 9)
+    greedy = speculating.generate(tokens, **SPOKEN)[0, 9:].tolist()
+    arguments = SPOKEN | dict(eos_token_id=greedy[17], pad_token_id=0, attention_mask=ones(1, 9))
+    expected = speculating.generate(tokens, **arguments)
+    for how in assistants(speculating).values():
+        assert torch.equal(speculating.generate(tokens, **how, **arguments), expected)
+
+
+def test_speculation_saves_calls(model: BakaForCausalLM) -> None:
+    """With an assistant that is always right the model is called a few times for many tokens."""
+    calls = []
+    model, twin = copy.deepcopy(model), copy.deepcopy(model)
+    model.register_forward_hook(lambda *_: calls.append(1))
+    twin.generation_config.num_assistant_tokens_schedule = "constant"
+    twin.generation_config.num_assistant_tokens = 5
+    twin.generation_config.assistant_confidence_threshold = 0
+    found = model.generate(prompt(1, 9), assistant_model=twin, **GREEDY)
+    assert len(calls) <= 30 // 6 + 1
+    assert torch.equal(found, twin.generate(prompt(1, 9), **GREEDY))
+
+
+def test_sampling_while_speculating(model: BakaForCausalLM) -> None:
+    """Speculative sampling runs, is seeded, and leaves a state of what it said."""
+    how = dict(do_sample=True, max_new_tokens=30) | assistants(model)["wrong assistant"]
+    texts = []
+    for _ in range(2):
+        state = model.new_cache()
+        set_seed(0)
+        texts.append(model.generate(prompt(1, 9), past_key_values=state, **how))
+        assert_has_read(model, state, [texts[-1][0, : state.get_seq_length()]])
+    assert torch.equal(*texts)
+
+
+def test_rows_out_of_phase_go_on(model: BakaForCausalLM) -> None:
+    """A state made by forward calls, its rows in different phases, is generated from row by row as alone."""
+    texts, state = rows_out_of_phase(model, 4, 13, 5)
+    more = prompt(3, 6, seed=6)
+    found = model.generate(more, attention_mask=ones(3, 19), past_key_values=state, **GREEDY)
+    for row, text in enumerate(texts):
+        alone = model.generate(torch.cat([text, more[row]])[None], **GREEDY)
+        assert torch.equal(found[row, -30:], alone[0, -30:])

@@ -1,0 +1,322 @@
+"""Gradients are those of the formulas: through memory and previous keys, as far back as asked; and the elephant's."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
+from naive import read
+from torch import Tensor
+from torch.testing import assert_close
+
+from baka_hf import BakaForCausalLM
+from baka_hf.modeling_baka import ElephantActivation
+
+EXACT = dict(rtol=1e-8, atol=1e-10)
+CHUNKS = 5
+
+every_config = pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
+checkpointed = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+
+# What carries a gradient from chunk to chunk: with XL alone, one chunk back per layer.
+CARRIERS: dict[str, dict[str, Any]] = {
+    "memory_and_xl": dict(),
+    "memory": dict(use_xl_cache=False),
+    "memory_solidified": dict(memory_solidifier="glu", memory_norm=True, use_xl_cache=False),
+    "tokens_and_xl": dict(memory_write="tokens", memory_solidifier="mlp"),
+    "xl": dict(num_memory_tokens=0, num_hidden_layers=3),
+}
+
+
+def checkpoint_activations(model: BakaForCausalLM) -> None:
+    """Under the name that this version of transformers has for it."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def training_model(checkpointing: bool = False, **overrides: Any) -> BakaForCausalLM:
+    """Chunks of 3: a few of them are a short text."""
+    model = tiny_model(tiny_config(**dict(chunk_size=3) | overrides)).train()
+    if checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def text_embeds(model: BakaForCausalLM, length: int, rows: int = 1) -> Tensor:
+    """[B, T, D], a leaf of its own."""
+    tokens = random_tokens(model.config, rows, length)
+    return model.get_input_embeddings()(tokens).detach().requires_grad_()
+
+
+def weigh(logits: Tensor) -> Tensor:
+    """A loss to which every logit matters differently."""
+    return (logits * torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits).cos()).sum()
+
+
+def naive_logits(model: BakaForCausalLM, embeds: Tensor, detach_at: Iterable[int] = ()) -> Tensor:
+    """[T, V] of one row, with the graph to `embeds` [T, D] and to the model's own parameters."""
+    weights = dict(model.named_parameters())
+    return read(model.config, weights, embeds=embeds, detach_at=set(detach_at)).logits
+
+
+def gradients(model: BakaForCausalLM, loss: Tensor, embeds: Tensor) -> dict[str, Tensor]:
+    """Of `loss` with respect to embeddings and parameters; zeros for what it does not depend on."""
+    tensors = {"embeds": embeds, **dict(model.named_parameters())}
+    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), materialize_grads=True), strict=True))
+
+
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, gradient in expected.items():
+        scale = max(1.0, gradient.abs().max().item())
+        assert_close(actual[name] / scale, gradient / scale, **EXACT, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# Through the chunks of a call, and through calls
+
+
+@every_config
+@checkpointed
+def test_gradients_of_one_call(overrides: dict[str, Any], checkpointing: bool) -> None:
+    """Gradients of a text of several chunks are the naive ones, for parameters and for every token."""
+    model = training_model(checkpointing, **overrides)
+    embeds = text_embeds(model, 3 * model.config.chunk_size + 1)
+    actual = gradients(model, weigh(model(inputs_embeds=embeds).logits), embeds)
+    assert_same_gradients(actual, gradients(model, weigh(naive_logits(model, embeds[0])), embeds))
+
+
+def ragged(model: BakaForCausalLM, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings, mask and positions of a row padded left, a row with holes, and a row of two documents."""
+    mask, positions = torch.ones(3, length, dtype=torch.long), torch.arange(length).repeat(3, 1)
+    mask[0, :2] = mask[1, [4, length - 1]] = 0
+    positions[2, 5:] -= 5
+    return text_embeds(model, length, rows=3), mask, positions
+
+
+def documents(embeds: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """The documents [T, D] of a `ragged` batch, in the order of its real tokens."""
+    left_padded, holes, packed = (row[real] for row, real in zip(embeds, mask.bool(), strict=True))
+    return left_padded, holes, packed[:5], packed[5:]
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@checkpointed
+def test_gradients_of_padded_and_packed_rows(carrier: str, checkpointing: bool) -> None:
+    """Rows out of step and documents in the middle of a row get the gradients that each has alone."""
+    model = training_model(checkpointing, **CARRIERS[carrier])
+    embeds, mask, positions = ragged(model, 11)
+    logits = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    naive = torch.cat([naive_logits(model, document) for document in documents(embeds, mask)])
+    assert_same_gradients(gradients(model, weigh(logits), embeds), gradients(model, weigh(naive), embeds))
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@checkpointed
+@pytest.mark.parametrize("lengths", [(6, 7), (4, 1, 8), (5, 5, 3), (1,) * 13], ids=str)
+def test_gradients_across_calls(carrier: str, checkpointing: bool, lengths: tuple[int, ...]) -> None:
+    """Text in several calls, cut anywhere, has the gradients of one call."""
+    model = training_model(checkpointing, **CARRIERS[carrier])
+    embeds, cache = text_embeds(model, 13), model.new_cache(1)
+    parts = [model(inputs_embeds=part, past_key_values=cache).logits[0] for part in embeds.split(lengths, dim=1)]
+    actual = gradients(model, weigh(torch.cat(parts)), embeds)
+    assert_same_gradients(actual, gradients(model, weigh(naive_logits(model, embeds[0])), embeds))
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@checkpointed
+def test_gradients_of_rows_out_of_step_across_calls(carrier: str, checkpointing: bool) -> None:
+    """Rows that take different numbers of tokens from every call have the gradients that each has alone."""
+    model = training_model(checkpointing, **CARRIERS[carrier])
+    embeds, cache = text_embeds(model, 13, rows=3), model.new_cache(3)
+    mask = torch.tensor([[1] * 13, [0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 1, 1]])
+    parts = [
+        model(inputs_embeds=part, attention_mask=real, past_key_values=cache).logits
+        for part, real in zip(embeds.split((4, 1, 4, 4), dim=1), mask.split((4, 1, 4, 4), dim=1), strict=True)
+    ]
+    logits = torch.cat(parts, dim=1)[mask.bool()]
+    naive = torch.cat([naive_logits(model, row[real]) for row, real in zip(embeds, mask.bool(), strict=True)])
+    assert_close(logits, naive, **EXACT)
+    assert_same_gradients(gradients(model, weigh(logits), embeds), gradients(model, weigh(naive), embeds))
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@checkpointed
+def test_detached_state(carrier: str, checkpointing: bool) -> None:
+    """After cache.detach_() between two chunks, gradients are those of a chunk whose past is a constant."""
+    model = training_model(checkpointing, **CARRIERS[carrier])
+    embeds, cache = text_embeds(model, 13), model.new_cache(1)
+    first = model(inputs_embeds=embeds[:, :6], past_key_values=cache).logits[0]
+    assert cache.memory.requires_grad or not model.config.num_memory_tokens
+    cache.detach_()
+    assert not cache.memory.requires_grad
+    second = model(inputs_embeds=embeds[:, 6:], past_key_values=cache).logits[0]
+    naive = naive_logits(model, embeds[0], detach_at=[2])
+    assert_same_gradients(
+        gradients(model, weigh(torch.cat([first, second])), embeds), gradients(model, weigh(naive), embeds)
+    )
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+def test_detached_within_a_chunk(carrier: str) -> None:
+    """cache.detach_() cuts the text of an unfinished chunk off too, and leaves what is said as it was."""
+    model = training_model(**CARRIERS[carrier])
+    embeds, cache = text_embeds(model, 13), model.new_cache(1)
+    model(inputs_embeds=embeds[:, :7], past_key_values=cache)
+    cache.detach_()
+    logits = model(inputs_embeds=embeds[:, 7:], past_key_values=cache).logits[0]
+    assert_close(logits, naive_logits(model, embeds[0])[7:], **EXACT)
+    (gradient,) = torch.autograd.grad(weigh(logits), embeds)
+    assert gradient[0, :7].eq(0).all()
+    assert gradient[0, 7:].ne(0).any(dim=-1).all()
+
+
+# bptt_chunks: the loss of chunk i takes the state that entered chunk i-k for a constant
+
+
+def windowed_logits(model: BakaForCausalLM, embeds: Tensor, bptt_chunks: int) -> Tensor:
+    """`naive_logits`, those of every chunk from a reading of its own with its own window."""
+    n = model.config.chunk_size
+    windows = [
+        naive_logits(model, embeds, detach_at=[i - bptt_chunks] if i > bptt_chunks else []).split(n)[i]
+        for i in range(math.ceil(len(embeds) / n))
+    ]
+    return torch.cat(windows)
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("bptt_chunks", [None, 1, 2, 3], ids="k={}".format)
+@checkpointed
+def test_bptt_window_of_each_chunk(carrier: str, bptt_chunks: int | None, checkpointing: bool) -> None:
+    """The loss of chunk i has a gradient in chunks i-k … i and in no other, and it is the naive one."""
+    model = training_model(checkpointing, bptt_chunks=bptt_chunks, **CARRIERS[carrier])
+    n, window = model.config.chunk_size, bptt_chunks or CHUNKS
+    reach = min(window, model.config.num_hidden_layers) if carrier == "xl" else window
+    embeds = text_embeds(model, CHUNKS * n)
+    for i in range(CHUNKS):
+        logits, naive = model(inputs_embeds=embeds).logits[0], windowed_logits(model, embeds[0], window)
+        actual = gradients(model, weigh(logits.split(n)[i]), embeds)
+        reached = [j for j, gradient in enumerate(actual["embeds"][0].split(n)) if gradient.ne(0).any()]
+        assert reached == list(range(max(0, i - reach), i + 1))
+        assert_same_gradients(actual, gradients(model, weigh(naive.split(n)[i]), embeds))
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("bptt_chunks", [1, 2, 3], ids="k={}".format)
+@checkpointed
+def test_bptt_of_a_whole_text(carrier: str, bptt_chunks: int, checkpointing: bool) -> None:
+    """One backward pass over a text adds up its chunks' windows; its logits are those of no window."""
+    model = training_model(checkpointing, bptt_chunks=bptt_chunks, **CARRIERS[carrier])
+    embeds = text_embeds(model, CHUNKS * model.config.chunk_size - 1)
+    logits = model(inputs_embeds=embeds).logits[0]
+    assert_close(logits, naive_logits(model, embeds[0]), **EXACT)
+    naive = windowed_logits(model, embeds[0], bptt_chunks)
+    assert_same_gradients(gradients(model, weigh(logits), embeds), gradients(model, weigh(naive), embeds))
+
+
+@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("bptt_chunks", [1, 2], ids="k={}".format)
+@checkpointed
+def test_bptt_of_padded_and_packed_rows(carrier: str, bptt_chunks: int, checkpointing: bool) -> None:
+    """Windows are counted in each document's own chunks, whatever the phase of the other rows."""
+    model = training_model(checkpointing, bptt_chunks=bptt_chunks, **CARRIERS[carrier])
+    embeds, mask, positions = ragged(model, 16)
+    logits = model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    naive = torch.cat([windowed_logits(model, document, bptt_chunks) for document in documents(embeds, mask)])
+    assert_same_gradients(gradients(model, weigh(logits), embeds), gradients(model, weigh(naive), embeds))
+
+
+# Gradient checkpointing, and parameters left out
+
+
+@pytest.mark.smoke
+@every_config
+def test_checkpointing_changes_no_gradient(overrides: dict[str, Any]) -> None:
+    """Checkpointing computes blocks twice and gives the gradients of computing them once."""
+    passes, results = [], []
+    for checkpointing in (False, True):
+        model = training_model(checkpointing, **overrides)
+        tokens = random_tokens(model.config, 2, 3 * model.config.chunk_size + 1)
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        model.model.layers[0].mlp.register_forward_pre_hook(count)
+        model(tokens, labels=tokens).loss.backward()
+        passes.append(calls)
+        results.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert passes[1] == 2 * passes[0] > 0
+    for name, gradient in results[0].items():
+        assert_close(results[1][name], gradient, rtol=1e-6, atol=1e-12)
+
+
+@every_config
+@checkpointed
+@pytest.mark.parametrize("chunks", [None, 1, 2], ids=["within_a_chunk", "one_chunk", "two_chunks"])
+def test_every_parameter_gets_a_gradient(overrides: dict[str, Any], checkpointing: bool, chunks: int | None) -> None:
+    """No parameter is left without a gradient, however short the text: data-parallel training waits for each."""
+    model = training_model(checkpointing, **overrides)
+    length = 2 if chunks is None else max(2, chunks * model.config.chunk_size)
+    tokens = random_tokens(model.config, 2, length)
+    model(tokens, labels=tokens).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@every_config
+def test_training_reads_as_evaluation_does(overrides: dict[str, Any]) -> None:
+    """Whatever training does for its gradients, embeddings, blocks and logits are those of eval mode."""
+    model = training_model(**overrides)
+    tokens = random_tokens(model.config, 2, 10)
+    training = model(tokens, output_hidden_states=True)
+    evaluation = model.eval()(tokens, output_hidden_states=True)
+    assert_close(training.logits, evaluation.logits, **EXACT)
+    assert_close(training.hidden_states, evaluation.hidden_states, **EXACT)
+
+
+# Elephant: 1 / (1 + |x|^8)
+
+MAGNITUDES = [0, 1e-8, 1e-4, 1e-2, 0.3, 0.5, 0.9, 1, 1.1, 1.5, 2, 3, 3.9, 4, 4.1, 5, 10, 100, 255, 1e3, 6e4]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def elephant(x: Tensor) -> Tensor:
+    return 1 / (1 + x.abs() ** 8)
+
+
+def elephant_derivative(x: Tensor) -> Tensor:
+    return -8 * x * x.abs() ** 6 / (1 + x.abs() ** 8) ** 2
+
+
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_elephant_gradcheck(check: Callable[..., bool]) -> None:
+    """First and second derivatives are those of the finite differences."""
+    x = torch.cat([torch.tensor([0, 1e-3, -1, 1, 2, -4]), torch.linspace(-3, 3, 25)]).double().requires_grad_()
+    assert check(ElephantActivation(), (x,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_elephant_in_every_dtype(dtype: torch.dtype) -> None:
+    """Finite forward and backward, and within one rounding of the formula in float64."""
+    x = torch.tensor([sign * magnitude for magnitude in MAGNITUDES for sign in (1, -1)], dtype=dtype)
+    x.requires_grad_()
+    y = ElephantActivation()(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    exact = x.detach().double()
+    info = torch.finfo(dtype)
+    # float32 and float64 have no wider format to compute |x|^8 in: a few roundings instead of one.
+    rounding = dict(rtol=info.eps * (1 if info.bits == 16 else 16), atol=info.tiny * info.eps)
+    assert_close(y.detach().double(), elephant(exact), **rounding)
+    assert_close(x.grad.double(), elephant_derivative(exact), **rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_elephant_far_out(dtype: torch.dtype) -> None:
+    """At the end of a format's range the elephant is 0 and flat, where |x|^8 is infinite."""
+    x = torch.tensor([1.0, -1.0], dtype=dtype).mul(torch.finfo(dtype).max).requires_grad_()
+    y = ElephantActivation()(x)
+    y.sum().backward()
+    assert y.eq(0).all() and x.grad.eq(0).all()

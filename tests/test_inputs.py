@@ -1,0 +1,290 @@
+"""Bad input: a ValueError that says what was expected and what came, and a state left exactly as it was."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_tokens, tiny_config, tiny_model
+from test_cache import contents, logits_of, rows_out_of_phase
+from torch import Tensor
+from transformers import DynamicCache
+
+from baka_hf import BakaCache, BakaForCausalLM, BakaForSequenceClassification
+
+
+@pytest.fixture(scope="module")
+def model() -> BakaForCausalLM:
+    """Two rows of chunks of 5, 19 token ids, D = 12."""
+    return tiny_model(tiny_config())
+
+
+@pytest.fixture
+def cache(model: BakaForCausalLM) -> Iterator[BakaCache]:
+    """A state of two rows out of phase, 13 positions fed. After the test it must be what it was, and read on."""
+    _, cache = rows_out_of_phase(model, 4, 13)
+    before, twin = contents(cache), cache.clone()
+    yield cache
+    assert contents(cache) == before
+    for length in (1, 7):
+        tokens = random_tokens(model.config, 2, length, seed=length)
+        assert torch.equal(logits_of(model, tokens, cache), logits_of(model, tokens, twin))
+
+
+def refused(call: Callable, *said: str) -> None:
+    """`call` raises a ValueError whose message holds all of `said`."""
+    with pytest.raises(ValueError) as error:
+        call()
+    for words in said:
+        assert words in str(error.value)
+
+
+def ones(*shape: int) -> Tensor:
+    return torch.ones(shape, dtype=torch.int64)
+
+
+modes = pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad], ids=["no_grad", "grad"])
+
+TEXTS: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
+    "a negative token id": (dict(input_ids=torch.tensor([[3, 4], [3, -1]])), ("from 0 to 18", "got -1")),
+    "a token id beyond the vocabulary": (dict(input_ids=torch.tensor([[3, 19], [0, 1]])), ("from 0 to 18", "got 19")),
+    "a wrong single token": (dict(input_ids=torch.tensor([[18], [19]])), ("from 0 to 18", "got 19")),
+    "token ids far out": (dict(input_ids=torch.tensor([[2**40], [0]])), ("from 0 to 18", str(2**40))),
+    "no tokens": (dict(input_ids=ones(2, 0)), ("at least one row and one token", "(2, 0)")),
+    "no rows": (dict(input_ids=ones(0, 2)), ("at least one row and one token", "(0, 2)")),
+    "no embeddings": (dict(inputs_embeds=torch.zeros(2, 0, 12)), ("at least one row and one token", "(2, 0, 12)")),
+    "float token ids": (dict(input_ids=torch.ones(2, 3)), ("integers of shape [batch, length]", "torch.float32")),
+    "bool token ids": (dict(input_ids=ones(2, 3).bool()), ("integers of shape [batch, length]", "torch.bool")),
+    "token ids without a batch": (dict(input_ids=ones(3)), ("[batch, length]", "(3,)")),
+    "three-dimensional token ids": (dict(input_ids=ones(2, 3, 1)), ("[batch, length]", "(2, 3, 1)")),
+    "embeddings of another width": (dict(inputs_embeds=torch.zeros(2, 3, 13)), ("[batch, length, 12]", "(2, 3, 13)")),
+    "embeddings without a batch": (dict(inputs_embeds=torch.zeros(3, 12)), ("[batch, length, 12]", "(3, 12)")),
+    "neither": (dict(), ("exactly one of `input_ids` and `inputs_embeds`",)),
+    "both": (dict(input_ids=ones(2, 3), inputs_embeds=torch.zeros(2, 3, 12)), ("exactly one of `input_ids` and",)),
+}
+
+
+@modes
+@pytest.mark.parametrize(("arguments", "said"), TEXTS.values(), ids=TEXTS)
+def test_text(model: BakaForCausalLM, cache: BakaCache, mode: Any, arguments: Any, said: tuple[str, ...]) -> None:
+    """Neither the language model nor the decoder reads it, from a state or from nothing."""
+    with mode():
+        refused(lambda: model(**arguments, past_key_values=cache), *said)
+        refused(lambda: model.model(**arguments, past_key_values=cache), *said)
+        refused(lambda: model(**arguments), *said)
+
+
+def test_text_to_train_on(model: BakaForCausalLM) -> None:
+    """While training too, where a wrong id would otherwise die in a kernel."""
+    trained = tiny_model(model.config).train()
+    tokens = torch.tensor([[3, 4, 19]])
+    refused(lambda: trained(tokens, labels=tokens), "from 0 to 18", "got 19")
+
+
+def test_the_vocabulary_is_the_embeddings(model: BakaForCausalLM) -> None:
+    """After `resize_token_embeddings` the new ids are read and the next one is refused."""
+    resized = tiny_model(tiny_config())
+    resized.resize_token_embeddings(21)
+    assert resized(torch.tensor([[20]])).logits.shape == (1, 1, 21)
+    refused(lambda: resized(torch.tensor([[21]])), "from 0 to 20", "got 21")
+
+
+# `P + L` is 13 + 3 here.
+MASKS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+    "shorter than the text": ((2, 2), ("[2, 3] or [2, 16]", "got [2, 2]")),
+    "between text and history": ((2, 4), ("[2, 3] or [2, 16]", "got [2, 4]")),
+    "as long as the history": ((2, 13), ("[2, 3] or [2, 16]", "got [2, 13]")),
+    "longer than all": ((2, 17), ("[2, 3] or [2, 16]", "got [2, 17]")),
+    "of one row": ((1, 3), ("[2, 3] or [2, 16]", "got [1, 3]")),
+    "of more rows": ((4, 3), ("[2, 3] or [2, 16]", "got [4, 3]")),
+    "without a batch": ((3,), ("[2, 3] or [2, 16]", "got [3]")),
+    "of four dimensions": ((2, 1, 3, 3), ("[2, 3] or [2, 16]", "got [2, 1, 3, 3]")),
+}
+
+
+@pytest.mark.parametrize(("shape", "said"), MASKS.values(), ids=MASKS)
+def test_mask(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...], said: tuple[str, ...]) -> None:
+    """A mask is [B, L] or [B, P + L], nothing is broadcast or cut to fit."""
+    refused(lambda: model(ones(2, 3), attention_mask=ones(*shape), past_key_values=cache), *said)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 16), (1, 3), (3,), (2, 1, 3, 3)], ids=str)
+def test_mask_without_a_state(model: BakaForCausalLM, shape: tuple[int, ...]) -> None:
+    """Then there is one shape only."""
+    refused(
+        lambda: model(ones(2, 3), attention_mask=ones(*shape)),
+        "expected an `attention_mask` of shape [2, 3], got " + str(list(shape)),
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 16), (3, 3), (3,), (3, 2, 3)], ids=str)
+def test_position_ids(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...]) -> None:
+    """Positions are those of this call's tokens."""
+    refused(
+        lambda: model(ones(2, 3), position_ids=ones(*shape), past_key_values=cache),
+        f"expected `position_ids` of shape [2, 3], got {list(shape)}",
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 4), (1, 3), (6,)], ids=str)
+def test_labels(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...]) -> None:
+    """Labels have the shape of the text; it is said before anything is read."""
+    refused(
+        lambda: model(ones(2, 3), labels=ones(*shape), past_key_values=cache),
+        f"expected `labels` of shape [2, 3], got {list(shape)}",
+    )
+    refused(
+        lambda: model(inputs_embeds=torch.zeros(2, 3, 12), labels=ones(*shape), past_key_values=cache),
+        f"expected `labels` of shape [2, 3], got {list(shape)}",
+    )
+
+
+# States
+
+
+@modes
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_state_of_another_batch_size(model: BakaForCausalLM, cache: BakaCache, mode: Any, batch_size: int) -> None:
+    """Nothing is broadcast: not one row to many, not many to one."""
+    with mode():
+        refused(
+            lambda: model(ones(batch_size, 3), past_key_values=cache),
+            f"expected a state of batch size {batch_size}, got one of 2",
+        )
+
+
+OTHER_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "hidden_size": (16, dict(head_dim=6)),
+    "num_hidden_layers": (3, {}),
+    "num_key_value_heads": (1, {}),
+    "head_dim": (8, {}),
+    "hidden_act": ("silu", {}),
+    "rope_theta": (50.0, {}),
+    "chunk_size": (6, {}),
+    "num_memory_tokens": (3, {}),
+    "memory_write": ("tokens", {}),
+    "memory_solidifier": ("glu", {}),
+    "separate_solidifiers": (True, dict(memory_solidifier="mlp")),
+    "memory_norm": (True, {}),
+    "num_pause_tokens": (1, {}),
+    "pause_placement": ("random", {}),
+    "use_xl_cache": (False, {}),
+}
+
+
+def test_every_field_of_a_signature_is_tried(cache: BakaCache) -> None:
+    """The list above is complete."""
+    assert OTHER_CONFIGS.keys() == cache.signature.keys()
+
+
+@pytest.mark.parametrize("name", OTHER_CONFIGS)
+def test_a_state_of_another_config(cache: BakaCache, name: str) -> None:
+    """Whatever the state depends on must agree; the message names the field and both values."""
+    value, others = OTHER_CONFIGS[name]
+    said = ["another configuration"]
+    if not others:
+        said.append(f"expected {name}={value!r}, got {cache.signature[name]!r}")
+    other = tiny_model(tiny_config(**{name: value}, **others))
+    refused(lambda: other(ones(2, 3), past_key_values=cache), *said)
+    refused(lambda: other.generate(ones(2, 20), past_key_values=cache, max_new_tokens=2), *said)
+
+
+def test_a_state_of_a_config_that_differs_elsewhere(model: BakaForCausalLM) -> None:
+    """What the state does not depend on may differ: how many query heads share its keys, how gradients are cut."""
+    other = tiny_model(tiny_config(num_attention_heads=4, num_key_value_heads=2, head_dim=6, bptt_chunks=1))
+    assert logits_of(other, ones(2, 3), model.new_cache(2)).shape == (2, 3, 19)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [DynamicCache(), ((torch.zeros(2, 2, 3, 6), torch.zeros(2, 2, 3, 6)),) * 2, {}, torch.zeros(2)],
+    ids=lambda other: type(other).__name__,
+)
+def test_a_state_of_another_class(model: BakaForCausalLM, other: Any) -> None:
+    """A cache of transformers' own, legacy tuples, anything: refused by forward and generate."""
+    name = type(other).__name__
+    refused(lambda: model(ones(2, 3), past_key_values=other), f"to be a BakaCache (see `new_cache`), got {name}")
+    refused(
+        lambda: model.generate(ones(2, 3), past_key_values=other, max_new_tokens=2),
+        f"to be a BakaCache (see `new_cache`), got {name}",
+    )
+
+
+# generate
+
+
+def generation(model: BakaForCausalLM, cache: BakaCache, tokens: Tensor, **arguments: Any) -> Callable:
+    return lambda: model.generate(
+        tokens, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0, **arguments
+    )
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("implementation", ["static", "offloaded", "quantized"])
+def test_cache_implementation(model: BakaForCausalLM, cache: BakaCache, implementation: str) -> None:
+    """The state is a BakaCache; other kinds are refused, not ignored."""
+    arguments = dict(max_new_tokens=2, cache_implementation=implementation)
+    refused(lambda: model.generate(ones(2, 3), **arguments), "cache_implementation", implementation)
+    refused(lambda: model.generate(ones(2, 3), past_key_values=cache, **arguments))
+
+
+def test_generate_from_a_wrong_text(model: BakaForCausalLM, cache: BakaCache) -> None:
+    """A wrong id in the prompt is noticed before anything is read."""
+    tokens = torch.tensor([[3, 19], [0, 1]])
+    refused(generation(model, cache, tokens), "from 0 to 18", "got 19")
+    refused(lambda: model.generate(tokens, max_new_tokens=2), "from 0 to 18", "got 19")
+
+
+def test_beam_search_from_a_wrong_text(model: BakaForCausalLM, cache: BakaCache) -> None:
+    """A search that never began does not mark the state as one of running beams."""
+    refused(generation(model, cache, torch.tensor([[3, 19]]), num_beams=2), "from 0 to 18", "got 19")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "arguments"),
+    [(1, {}), (3, {}), (2, dict(num_beams=2)), (2, dict(num_return_sequences=2, do_sample=True))],
+    ids=str,
+)
+def test_generate_with_a_state_of_another_batch_size(
+    model: BakaForCausalLM, cache: BakaCache, batch_size: int, arguments: dict[str, Any]
+) -> None:
+    """The expanded batch must be the state's; a refusal does not mark the state as one of beam search."""
+    arguments = dict(past_key_values=cache, max_new_tokens=3, pad_token_id=0) | arguments
+    refused(lambda: model.generate(ones(batch_size, 4), **arguments), "state of batch size", "got one of 2")
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 16), (2, 18), (1, 4), (2, 1, 4, 4)], ids=str)
+def test_generate_with_a_mask_of_another_shape(
+    model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...]
+) -> None:
+    """[B, L] or [B, P + L], as for a forward call."""
+    refused(
+        generation(model, cache, ones(2, 4), attention_mask=ones(*shape)),
+        "expected an `attention_mask` of shape [2, 4] or [2, 17]",
+        f"got {list(shape)}",
+    )
+
+
+def test_generate_from_too_many_new_tokens(model: BakaForCausalLM, cache: BakaCache) -> None:
+    """More tokens than the history, which do not begin with it: transformers would drop the first 13 in silence."""
+    for mask in (None, ones(2, 15)):
+        refused(
+            generation(model, cache, ones(2, 15), attention_mask=mask),
+            "got 15 tokens of which the first 13 are not what the state has read",
+            "`attention_mask` of shape [2, 28]",
+        )
+
+
+def test_generate_from_too_few_embeddings(model: BakaForCausalLM, cache: BakaCache) -> None:
+    """Embeddings without a full mask stand for the whole history, so there are more of them than was read."""
+    refused(
+        lambda: model.generate(inputs_embeds=torch.zeros(2, 4, 12), past_key_values=cache, max_new_tokens=2),
+        "more than the 13 positions that the state has read, got 4",
+    )
+
+
+def test_classification_of_a_wrong_text() -> None:
+    """The classifier refuses what the language model refuses."""
+    model = BakaForSequenceClassification(tiny_config()).eval()
+    for arguments, said in TEXTS.values():
+        refused(lambda arguments=arguments: model(**arguments), *said)

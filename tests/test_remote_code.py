@@ -1,0 +1,259 @@
+"""What `save_pretrained` writes is a model of its own: it loads where `baka_hf` is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_tokens, tiny_config, tiny_model
+from safetensors.torch import load_file
+from test_cache import contents, logits_of
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.testing import assert_close
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from baka_hf import BakaCache, BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
+
+CODE = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py"}
+PROMPTS = ["w3 w1 w4 w1 w5 w9 w2 w6", "w7"]
+LENGTH = 12  # of answers: three boundaries and more
+
+# Run where `import baka_hf` fails. Arguments: folders to read from and to write to.
+LOAD = """
+import sys
+sys.modules["baka_hf"] = None
+import json
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+)
+source, target = map(Path, sys.argv[1:3])
+prompts, length, found = json.loads(sys.argv[3]), int(sys.argv[4]), {}
+trusted = dict(trust_remote_code=True)
+tokens = torch.arange(13)[None] * 5 % 19
+config = AutoConfig.from_pretrained(source, **trusted)
+model = AutoModelForCausalLM.from_pretrained(source, **trusted)
+decoder = AutoModel.from_pretrained(source, **trusted)
+classifier = AutoModelForSequenceClassification.from_pretrained(source / "classifier", **trusted)
+found["classes"] = [f"{type(x).__module__} {type(x).__name__}" for x in (config, model, decoder, classifier)]
+state = model.new_cache(1)
+with torch.no_grad():
+    tensors = dict(
+        logits=model(tokens).logits, hidden=decoder(tokens).last_hidden_state, verdict=classifier(tokens).logits,
+    )
+    model(tokens, past_key_values=state)
+tensors["generated"] = model.generate(tokens, max_new_tokens=length, do_sample=False)
+save_file(tensors, target / "tensors.safetensors")
+state.save_pretrained(target / "state")
+speak = pipeline("text-generation", model=str(source), device="cpu", **trusted)
+arguments = dict(max_new_tokens=length, do_sample=False, return_full_text=False)
+found["single"] = [speak(prompt, **arguments)[0]["generated_text"] for prompt in prompts]
+found["batched"] = [answer[0]["generated_text"] for answer in speak(prompts, batch_size=2, **arguments)]
+model.save_pretrained(target)
+AutoTokenizer.from_pretrained(source, **trusted).save_pretrained(target)
+classifier.save_pretrained(target / "classifier")
+(target / "found.json").write_text(json.dumps(found))
+"""
+
+RESUME = """
+import sys
+sys.modules["baka_hf"] = None
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+source, target = map(Path, sys.argv[1:3])
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+classifier = AutoModelForSequenceClassification.from_pretrained(source / "classifier", trust_remote_code=True)
+state = type(model.new_cache(1)).from_pretrained(source / "state")
+tokens = torch.arange(13)[None] * 5 % 19
+with torch.no_grad():
+    tensors = dict(
+        logits=model(tokens).logits,
+        verdict=classifier(tokens).logits,
+        resumed=model(tokens + 1 - 19 * (tokens == 18), past_key_values=state).logits,
+    )
+save_file(tensors, target / "resumed.safetensors")
+"""
+
+
+def run(script: str, home: Path, *arguments: Any) -> None:
+    """Run a script in a process of its own, with a Hugging Face home of its own and nothing of this one's paths."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, *map(str, arguments)],
+        env=variables | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def model() -> BakaForCausalLM:
+    return tiny_model(tiny_config(memory_solidifier="layer", pad_token_id=0), torch.float32, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each of the 19 ids."""
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(19)}, unk_token="w1"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", padding_side="left")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    model: BakaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Model and tokenizer, and a classifier in a folder below."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    BakaForSequenceClassification(tiny_config(num_labels=3)).save_pretrained(folder / "classifier")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elsewhere(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a process without the package made of the checkpoint, and another one of what that one saved."""
+    target = tmp_path_factory.mktemp("elsewhere")
+    run(LOAD, tmp_path_factory.mktemp("home"), checkpoint, target, json.dumps(PROMPTS), LENGTH)
+    run(RESUME, tmp_path_factory.mktemp("another_home"), target, target)
+    return target
+
+
+TOKENS = torch.arange(13)[None] * 5 % 19
+
+
+def test_a_checkpoint_holds_its_code(checkpoint: Path) -> None:
+    """The three files of the remote-code set, and no other Python file, beside whichever model was saved."""
+    for folder in (checkpoint, checkpoint / "classifier"):
+        assert {path.name for path in folder.glob("*.py")} == CODE
+
+
+@pytest.mark.smoke
+def test_logits_elsewhere(elsewhere: Path, checkpoint: Path) -> None:
+    """AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification: all bit-equal."""
+    found = load_file(elsewhere / "tensors.safetensors")
+    model = BakaForCausalLM.from_pretrained(checkpoint)
+    classifier = BakaForSequenceClassification.from_pretrained(checkpoint / "classifier")
+    with torch.no_grad():
+        assert torch.equal(found["logits"], model(TOKENS).logits)
+        assert torch.equal(found["hidden"], model.model(TOKENS).last_hidden_state)
+        assert torch.equal(found["verdict"], classifier(TOKENS).logits)
+    classes = json.loads((elsewhere / "found.json").read_text())["classes"]
+    assert all(name.startswith("transformers_modules.") for name in classes)
+    names = ["BakaConfig", "BakaForCausalLM", "BakaModel", "BakaForSequenceClassification"]
+    assert [name.split()[1] for name in classes] == names
+
+
+def test_the_checkpoint_is_the_model(model: BakaForCausalLM, checkpoint: Path) -> None:
+    """The weights are those in memory, bit for bit."""
+    loaded = BakaForCausalLM.from_pretrained(checkpoint)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    assert_close(logits_of(loaded, TOKENS), logits_of(model, TOKENS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.smoke
+def test_generation_elsewhere(elsewhere: Path, model: BakaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """`generate`, and `pipeline("text-generation")` for one text and a batch of texts of different lengths."""
+    found = load_file(elsewhere / "tensors.safetensors")["generated"]
+    arguments = dict(max_new_tokens=LENGTH, do_sample=False, attention_mask=torch.ones_like(TOKENS))
+    assert torch.equal(found, model.generate(TOKENS, **arguments))
+    found = json.loads((elsewhere / "found.json").read_text())
+    for index, prompt in enumerate(PROMPTS):
+        tokens = tokenizer(prompt, return_tensors="pt").input_ids
+        expected = model.generate(tokens, max_new_tokens=LENGTH, do_sample=False)[0, tokens.shape[1] :]
+        for answers in (found["single"], found["batched"]):
+            # `decode` drops the pad token, as a special one.
+            assert answers[index].split() == tokenizer.decode(expected, skip_special_tokens=True).split()
+
+
+@pytest.mark.smoke
+def test_saved_again_elsewhere(elsewhere: Path) -> None:
+    """A model loaded with remote code saves a checkpoint that loads in another process, bit-equal, code included."""
+    first, second = load_file(elsewhere / "tensors.safetensors"), load_file(elsewhere / "resumed.safetensors")
+    assert torch.equal(first["logits"], second["logits"])
+    assert torch.equal(first["verdict"], second["verdict"])
+    for folder in (elsewhere, elsewhere / "classifier"):
+        assert {path.name for path in folder.glob("*.py")} == CODE
+    with_package = BakaForCausalLM.from_pretrained(elsewhere)
+    assert torch.equal(logits_of(with_package, TOKENS), first["logits"])
+
+
+def test_a_state_saved_elsewhere(elsewhere: Path, checkpoint: Path) -> None:
+    """Saved in one process, resumed in a second one, and in this one: bit-identical to never having stopped."""
+    model = BakaForCausalLM.from_pretrained(checkpoint)
+    state = model.new_cache(1)
+    logits_of(model, TOKENS, state)
+    resumed = BakaCache.from_pretrained(elsewhere / "state", config=model.config)
+    assert contents(resumed) == contents(state)
+    expected = logits_of(model, (TOKENS + 1) % 19, state)
+    assert torch.equal(load_file(elsewhere / "resumed.safetensors")["resumed"], expected)
+    assert torch.equal(logits_of(model, (TOKENS + 1) % 19, resumed), expected)
+
+
+# With the package at hand
+
+
+@pytest.mark.parametrize("trust", [True, False])
+def test_local_classes_come_first(checkpoint: Path, trust: bool) -> None:
+    """Where the package is imported, Auto classes give its classes and ask no questions."""
+    trusted = dict(trust_remote_code=True) if trust else {}
+    assert type(AutoConfig.from_pretrained(checkpoint, **trusted)) is BakaConfig
+    assert type(AutoModel.from_pretrained(checkpoint, **trusted)) is BakaModel
+    assert type(AutoModelForCausalLM.from_pretrained(checkpoint, **trusted)) is BakaForCausalLM
+    folder = checkpoint / "classifier"
+    found = AutoModelForSequenceClassification.from_pretrained(folder, **trusted)
+    assert type(found) is BakaForSequenceClassification
+
+
+def test_pipeline(checkpoint: Path, model: BakaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """`pipeline("text-generation")` with local classes."""
+    speak = pipeline("text-generation", model=str(checkpoint), device="cpu")
+    found = speak(PROMPTS[0], max_new_tokens=LENGTH, do_sample=False, return_full_text=False)[0]["generated_text"]
+    tokens = tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    expected = model.generate(tokens, max_new_tokens=LENGTH, do_sample=False)[0, tokens.shape[1] :]
+    assert found.split() == tokenizer.decode(expected, skip_special_tokens=True).split()
+
+
+def test_states_of_both_classes_are_one(checkpoint: Path) -> None:
+    """A state of the package's class is taken by a model of the checkpoint's code, and the other way round."""
+    local = BakaForCausalLM.from_pretrained(checkpoint)
+    remote = get_class_from_dynamic_module("modeling_baka.BakaForCausalLM", str(checkpoint)).from_pretrained(checkpoint)
+    assert type(remote) is not BakaForCausalLM and type(remote.new_cache(1)) is not BakaCache
+    whole = random_tokens(local.config, 2, 22).clamp(min=1)  # 0 is padding
+    tokens, more = whole[:, :13], whole[:, 13:]
+    expected = logits_of(local, whole)[:, 13:]
+    for reader, other in ((local, remote), (remote, local)):
+        state = reader.new_cache(2)
+        logits_of(reader, tokens, state)
+        assert_close(logits_of(other, more, state.clone()), expected, rtol=0, atol=1e-5)
+        found = other.generate(whole, past_key_values=state, max_new_tokens=5, do_sample=False)
+        assert torch.equal(found, local.generate(whole, max_new_tokens=5, do_sample=False))
+
+
+def test_a_remote_config_is_no_stranger(checkpoint: Path) -> None:
+    """The package's model and state take a config of the checkpoint's code: nothing asks for its very class."""
+    config = get_class_from_dynamic_module("configuration_baka.BakaConfig", str(checkpoint)).from_pretrained(checkpoint)
+    assert type(config) is not BakaConfig
+    assert BakaCache(config, 2).nbytes == BakaCache(tiny_config(memory_solidifier="layer"), 2).nbytes
