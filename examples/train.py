@@ -51,8 +51,8 @@ IGNORED = -100
 class ModelArguments:
     """BakaConfig's fields, but for vocab_size and token ids (the tokenizer's) and use_cache (TrainingArguments')."""
 
-    hidden_size: int = field(default=256, metadata={"help": "Width D of the residual stream."})
-    intermediate_size: int = field(default=768, metadata={"help": "Width of the gated MLPs."})
+    hidden_size: int = field(default=192, metadata={"help": "Width D of the residual stream."})
+    intermediate_size: int = field(default=576, metadata={"help": "Width of the gated MLPs."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Blocks."})
     num_attention_heads: int = field(default=4, metadata={"help": "Query heads of a block."})
     num_key_value_heads: int | None = field(
@@ -129,16 +129,17 @@ class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's own, with defaults that suit the default model and data on two CPU cores."""
 
     output_dir: str | None = field(default="baka-small", metadata={"help": "Where checkpoint and curve are written."})
-    max_steps: int = field(default=600, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Samples of a step on each device."})
+    max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=40, metadata={"help": "Steps, or share of all steps, of linear warm-up."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second momentum."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between two points of the training loss."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate while training."})
-    eval_steps: float | None = field(default=200, metadata={"help": "Steps between two evaluations."})
-    save_steps: float = field(default=200, metadata={"help": "Steps between two checkpoints to resume from."})
+    eval_steps: float | None = field(default=100, metadata={"help": "Steps between two evaluations."})
+    save_steps: float = field(default=250, metadata={"help": "Steps between two checkpoints to resume from."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
     # Pinning without an accelerator does nothing but warn.
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory of batches."})

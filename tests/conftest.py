@@ -11,6 +11,8 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
+
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=150)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -400,6 +400,15 @@ def test_crop_as_far_as_is_recorded() -> None:
         assert contents(cache) == before
 
 
+def test_crop_counts_in_tensors_too() -> None:
+    """Assisted generation counts its guesses in a tensor; what the state says of itself stays plain numbers."""
+    model = tiny_model(tiny_config())
+    cache = model.new_cache()
+    logits_of(model, random_tokens(model.config, 1, 4), cache)
+    cache.crop(torch.tensor(-3))
+    assert type(cache.get_seq_length()) is int and cache.get_seq_length() == 1
+
+
 def test_crop_everything() -> None:
     """A state that has forgotten all it read reads a new text as a new state does, and takes a seed."""
     model = tiny_model(tiny_config())

@@ -418,11 +418,12 @@ def test_what_stands_under_padding_does_not_matter(overrides: dict[str, Any]) ->
 
 
 @state_configs
-def test_rows_out_of_phase(overrides: dict[str, Any]) -> None:
+@pytest.mark.parametrize("chunks", [(0, 1), (1, 2), (0, 2)], ids=["in_the_first_chunk", "in_the_second", "in_both"])
+def test_rows_out_of_phase(overrides: dict[str, Any], chunks: tuple[int, int]) -> None:
     """Rows at every phase of their chunks, read on together by one token and by many, are naive each."""
     model = tiny_model(tiny_config(**overrides))
-    n = model.config.chunk_size
-    rows = texts(model, *(10 + phase for phase in range(1, 2 * n + 1)))
+    n, (first, last) = model.config.chunk_size, chunks
+    rows = texts(model, *(10 + phase for phase in range(first * n + 1, last * n + (n == 1))))
     cache = prefill(model, [row[:-10] for row in rows])
     for start, end in ((-10, -9), (-9, -8), (-8, -1)):
         logits = model(torch.stack([row[start:end] for row in rows]), past_key_values=cache).logits

@@ -54,8 +54,8 @@ class BakaConfig(PreTrainedConfig):
         pause_placement (`str`, defaults to `"fixed"`): `"fixed"`, before every (n // P)-th token, or `"random"`
             while training.
         use_xl_cache (`bool`, defaults to `True`): Attend to the previous chunk's keys and values.
-        bptt_chunks (`int`, *optional*): Gradients reach this many chunks before the one a loss stands in; `None`
-            for all chunks of the call.
+        bptt_chunks (`int`, *optional*): Gradients reach exactly this many chunks before the one a loss stands in, and
+            none from before the call; each chunk is then read up to `bptt_chunks` times. `None` for all chunks.
         tie_word_embeddings (`bool`, defaults to `False`): One matrix for `embed_tokens` and `lm_head`.
         use_cache (`bool`, defaults to `True`): Return the recurrent state when not training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special token ids.

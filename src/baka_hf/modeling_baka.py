@@ -941,9 +941,9 @@ class _Pass:
             numbers = torch.arange(self.half + S, device=device)[None]
         numbers = numbers + S - self.half
         horizons = torch.where(slots < R, S + R - 1, torch.where(slots >= S - R, 2 * S - 1, S + slots))
-        if not isinstance(span.has_previous, bool):
-            hidden = (numbers < S) & ~span.has_previous.to(device)[:, None]
-            numbers = numbers.masked_fill(hidden, 2 * S)
+        if span.has_previous is not True:
+            has_previous = torch.as_tensor(span.has_previous, device=device).reshape(-1, 1)
+            numbers = numbers.masked_fill((numbers < S) & ~has_previous, 2 * S)
 
         batch_size = max(numbers.shape[0], horizons.shape[0])
         if batch_size == 1:
