@@ -349,6 +349,44 @@ def test_crop_rows_out_of_phase(overrides: dict[str, Any], piece: int) -> None:
         forget_and_go_on(model, texts, cache.clone(), count)
 
 
+def test_crop_after_rows_have_moved() -> None:
+    """What was recorded moves with its rows."""
+    model = tiny_model(tiny_config())
+    texts, cache = rows_out_of_phase(model, 2, 5, 9)
+    cache.activate_past_recording()
+    tokens = random_tokens(model.config, 3, 13, seed=5)
+    logits_of(model, tokens, cache)
+    texts = [torch.cat(pair) for pair in zip(texts, tokens, strict=True)]
+    reordered, selected, repeated = cache.clone(), cache.clone(), cache.clone()
+    reordered.reorder_cache(torch.tensor([2, 0, 0]))
+    selected.batch_select_indices(torch.tensor([1]))
+    repeated.batch_repeat_interleave(2)
+    for moved, rows in ((reordered, [2, 0, 0]), (selected, [1]), (repeated, [0, 0, 1, 1, 2, 2])):
+        for count in (1, 4, 9, 13):
+            forget_and_go_on(model, [texts[row] for row in rows], moved.clone(), count)
+
+
+@pytest.mark.parametrize("how", ["reset_rows", "position_ids"])
+def test_crop_in_a_new_text(how: str) -> None:
+    """What was recorded of the text before it does not come back."""
+    model = tiny_model(tiny_config())
+    old, new = random_tokens(model.config, 2, 14), random_tokens(model.config, 2, 12, seed=1)
+    cache = model.new_cache(2)
+    cache.activate_past_recording()
+    logits_of(model, old, cache)
+    if how == "reset_rows":
+        cache.reset_rows(torch.tensor([True, False]))
+        logits_of(model, new[:, :1], cache)
+    else:
+        more = torch.cat([old[:, :1], new[:, :1]], dim=1)
+        logits_of(model, more, cache, position_ids=torch.tensor([[14, 0], [14, 15]]))
+        old = torch.cat([old, old[:, :1]], dim=1)
+    logits_of(model, new[:, 1:], cache)
+    texts = [new[0], torch.cat([old[1], new[1]])]
+    for count in range(1, 12):
+        forget_and_go_on(model, texts, cache.clone(), count)
+
+
 @every_state
 def test_crop_within_the_chunk_needs_no_recording(overrides: dict[str, Any]) -> None:
     """Up to the last boundary it is free; one further is a ValueError."""
@@ -841,7 +879,8 @@ def test_refuses_to_seed_what_has_read_or_has_no_memory() -> None:
 
 
 def gradients(model: BakaForCausalLM, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
 
 def read_on(model: BakaForCausalLM, cache: BakaCache) -> None:
@@ -889,11 +928,14 @@ def test_a_graph_survives_what_the_state_does_next(
 ) -> None:
     """A loss whose graph holds the state's tensors has the same gradients after the state was used without one."""
     model = tiny_model(tiny_config(**overrides))
+    for layer in model.model.layers:  # keys without a gradient of their own are part of a graph as well
+        layer.self_attn.k_proj.requires_grad_(False)
     tokens = random_tokens(model.config, 2, length + 4)
+    mask = torch.ones(2, 4) if in_step else torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
 
     def two_calls(afterwards: Callable | None) -> list[Tensor]:
         cache = model.new_cache(2)
-        model(tokens[:, :4], past_key_values=cache)
+        model(tokens[:, :4], attention_mask=mask, past_key_values=cache)
         loss = model(tokens[:, 4:], past_key_values=cache).logits.square().sum() + cache.memory.sum()
         if afterwards is not None:
             afterwards(model, cache)

@@ -159,8 +159,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     arguments = (
         f"--text_files {folder}/*.txt {folder}/*.jsonl --validation_fraction 0.2 --vocab_size 300 "
         "--chunks_per_sample 3 --hidden_size 16 --intermediate_size 32 --num_hidden_layers 2 --num_attention_heads 2 "
-        "--chunk_size 16 --num_memory_tokens 2 --num_pause_tokens 1 --memory_solidifier glu --gradient_accumulation_steps 2 "
-        "--logging_steps 1 --eval_steps 2 --save_steps 2 --max_steps 6 --save_total_limit 3 --learning_rate 0.01 --warmup_steps 1 "
+        "--chunk_size 16 --num_memory_tokens 2 --num_pause_tokens 1 --memory_solidifier glu "
+        "--gradient_accumulation_steps 2 --logging_steps 1 --eval_steps 2 --save_steps 2 --max_steps 6 "
+        "--save_total_limit 3 --learning_rate 0.01 --warmup_steps 1 "
         f"--per_device_train_batch_size 4 --disable_tqdm true --output_dir {folder}/out"
     ).split()
     with pytest.MonkeyPatch.context() as patch:
