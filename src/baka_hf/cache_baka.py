@@ -351,11 +351,18 @@ class BakaCache(Cache):
         return self.clone().detach_()
 
     def _advance(
-        self, num_positions: int, num_tokens: torch.Tensor, seeded: torch.Tensor, pauses: torch.Tensor, num_aligned: int
+        self,
+        num_positions: int,
+        num_tokens: torch.Tensor,
+        seeded: torch.Tensor,
+        pauses: torch.Tensor,
+        num_aligned: int,
+        restarted: bool,
     ) -> None:
         """Count what a call of `num_positions` has read, in the last `num_aligned` of which no row had padding.
 
-        `num_tokens` [B] is what each row has read of its text by now; nobody can crop to before its beginning.
+        `num_tokens` [B] is what each row has read of its text by now; nobody can crop to before its beginning. If a
+        text has `restarted`, the boundaries recorded may be those of the text before.
         """
         for layer in self.layers:
             layer.seq_length += num_positions
@@ -363,7 +370,9 @@ class BakaCache(Cache):
         self._aligned = min(aligned, int(num_tokens.min()))
         self._num_tokens, self._seeded, self._pauses = num_tokens, seeded, pauses
         self._boundaries = [
-            b for b in self._boundaries if bool((num_tokens - b["num_tokens"] < RECORDED_POSITIONS).any())
+            boundary
+            for boundary in self._boundaries
+            if not restarted and bool((num_tokens - boundary["num_tokens"] < RECORDED_POSITIONS).any())
         ]
 
     def _remember_ids(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
@@ -411,7 +420,7 @@ class BakaCache(Cache):
             ValueError: the number is positive, or goes back over padding, a reset, or a boundary not recorded. The
                 state is left as it was.
         """
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # transformers also counts with tensors
         if count == 0:
             return
         if count < 0:

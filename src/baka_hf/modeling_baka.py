@@ -660,7 +660,8 @@ class BakaModel(BakaPreTrainedModel):
             text = self._text_of(span, ids, inputs_embeds, batch_size)
             pass_.read(span, text, index, len(spans))
         if cache is not None and seeded is not None:
-            pass_.close(spans, seeded, length, int(whole_columns.flip(0).cumprod(0).sum()))
+            num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
+            pass_.close(spans, seeded, length, num_aligned, restarted=restarts is not None)
             if input_ids is None:
                 cache._history = None
             else:
@@ -1110,7 +1111,9 @@ class _Pass:
             ):
                 buffer[:, :, :S] = _where(layout.completes, own, buffer[:, :, :S])
 
-    def close(self, spans: list[Span], seeded: torch.Tensor, num_positions: int, num_aligned: int) -> None:
+    def close(
+        self, spans: list[Span], seeded: torch.Tensor, num_positions: int, num_aligned: int, restarted: bool
+    ) -> None:
         """Leave the state behind in the cache. In the last `num_aligned` positions no row had padding."""
         cache, stream = self.cache, self.last
         assert cache is not None
@@ -1125,7 +1128,7 @@ class _Pass:
                 layer.keys, layer.values, layer.is_shared = keys, values, True
         num_tokens = spans[-1].num_tokens if spans else cache._num_tokens
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
-        cache._advance(num_positions, num_tokens, seeded, pauses, num_aligned)
+        cache._advance(num_positions, num_tokens, seeded, pauses, num_aligned, restarted)
 
     def outputs(
         self, spans: list[Span], batch_size: int, length: int, real: torch.Tensor | None
