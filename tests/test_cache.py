@@ -112,6 +112,22 @@ def test_counts_are_copies() -> None:
     assert cache.num_tokens.tolist() == [3]
 
 
+def test_when_a_state_comes_back() -> None:
+    """By default as the config says, and not while training; `use_cache` and a state of one's own decide otherwise."""
+    tokens = torch.tensor([[1, 2, 3]])
+    for use_cache in (True, False):
+        model = tiny_model(tiny_config(use_cache=use_cache))
+        assert (model(tokens).past_key_values is not None) is use_cache
+        for mode in (True, False):
+            model.train(mode)
+            assert model(tokens, use_cache=True).past_key_values is not None
+            assert model(tokens, use_cache=False).past_key_values is None
+            cache = model.new_cache()
+            assert model(tokens, past_key_values=cache).past_key_values is cache
+        model.train()
+        assert model(tokens).past_key_values is None
+
+
 def test_is_a_transformers_cache() -> None:
     """What `generate` and others ask of a cache."""
     model = tiny_model(tiny_config(num_hidden_layers=3), torch.float32)
@@ -921,15 +937,18 @@ AFTERWARDS = [read_on, read_one, read_padded, read_detached, read_in_inference_m
 
 
 @pytest.mark.parametrize("overrides", [STATES["carry"], STATES["without_xl"]], ids=["carry", "without_xl"])
-@pytest.mark.parametrize("length", [3, 5, 12])
+@pytest.mark.parametrize("length", [3, 12])
+@pytest.mark.parametrize("in_step", [True, False], ids=["in step", "out of step"])
+@pytest.mark.parametrize("trained", ["everything", "q_proj"])
 @pytest.mark.parametrize("afterwards", AFTERWARDS, ids=lambda f: f.__name__)
 def test_a_graph_survives_what_the_state_does_next(
-    overrides: dict[str, Any], length: int, afterwards: Callable
+    overrides: dict[str, Any], length: int, in_step: bool, trained: str, afterwards: Callable
 ) -> None:
     """A loss whose graph holds the state's tensors has the same gradients after the state was used without one."""
     model = tiny_model(tiny_config(**overrides))
-    for layer in model.model.layers:  # keys without a gradient of their own are part of a graph as well
-        layer.self_attn.k_proj.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        # With the queries alone, keys and values of the first block are in the graph, but have no gradient themselves.
+        parameter.requires_grad_(trained == "everything" or trained in name)
     tokens = random_tokens(model.config, 2, length + 4)
     mask = torch.ones(2, 4) if in_step else torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
 
@@ -963,7 +982,7 @@ def test_reading_on_without_a_graph_continues_the_text(overrides: dict[str, Any]
 @pytest.mark.parametrize("length", [3, 5, 12])
 def test_a_prefix_read_in_inference_mode_is_trained_upon(length: int) -> None:
     """Its tensors are inference tensors, which autograd refuses: gradients are those after a detached prefix."""
-    model = tiny_model(tiny_config())
+    model = tiny_model(tiny_config(memory_solidifier="glu"))
     prefix, tokens = random_tokens(model.config, 2, length), random_tokens(model.config, 2, 8, seed=1)
 
     def after(cache: BakaCache) -> list[Tensor]:
