@@ -3,15 +3,14 @@
 import os
 import tempfile
 
-# Before transformers is imported: it reads these once.
+# Before torch and transformers are imported: they read these once, and so do the processes that tests start. The models
+# are tiny, a second thread would cost more than it gives, and other bits than those of one.
 _hf_home = tempfile.TemporaryDirectory(prefix="baka-hf-tests-")
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": _hf_home.name}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": _hf_home.name, "OMP_NUM_THREADS": "1"}
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it gives
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=150)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=2000)

@@ -680,6 +680,18 @@ def test_speculation_saves_calls(model: BakaForCausalLM) -> None:
     assert torch.equal(found, twin.generate(prompt(1, 9), **GREEDY))
 
 
+@pytest.mark.parametrize("refused", [whole, new_tokens_with_a_whole_mask])
+@pytest.mark.parametrize("given", [whole, new_tokens, new_tokens_with_a_whole_mask])
+def test_a_state_after_a_refused_speculation(model: BakaForCausalLM, refused: Callable, given: Callable) -> None:
+    """transformers speculates for one row only; a state of two goes on as if nobody had tried."""
+    text = prompt(2, 13)
+    state = state_after(model, text[:, :9])
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(**refused(text[:, :9], text[:, 9:]), past_key_values=state, prompt_lookup_num_tokens=3, **GREEDY)
+    found = model.generate(**given(text[:, :9], text[:, 9:]), past_key_values=state, **GREEDY)
+    assert torch.equal(found[:, -30:], model.generate(text, **GREEDY)[:, -30:])
+
+
 def test_sampling_while_speculating(model: BakaForCausalLM) -> None:
     """Speculative sampling runs, is seeded, and leaves a state of what it said."""
     how = dict(do_sample=True, max_new_tokens=30) | assistants(model)["wrong assistant"]

@@ -265,6 +265,13 @@ def test_generate_with_a_mask_of_another_shape(
     )
 
 
+def test_generate_with_an_early_exit(model: BakaForCausalLM) -> None:
+    """Drafts by the first layers alone would need a state of their own; the model stays whole after the refusal."""
+    arguments = dict(assistant_early_exit=1, max_new_tokens=2)
+    refused(lambda: model.generate(ones(1, 4), **arguments), "`assistant_early_exit`", "got 1")
+    assert model.config.num_hidden_layers == 2
+
+
 def test_generate_from_too_many_new_tokens(model: BakaForCausalLM, cache: BakaCache) -> None:
     """More tokens than the history, which do not begin with it: transformers would drop the first 13 in silence."""
     for mask in (None, ones(2, 15)):
