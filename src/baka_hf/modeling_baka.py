@@ -13,7 +13,7 @@ chunk that are read in one pass, and gives each row its place; everything recurr
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .cache_baka import BakaCache, BakaCacheLayer, Placement, check_signature, hash_tokens, pad_slots, signature_of
@@ -580,7 +580,7 @@ class BakaModel(BakaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Read text, from its beginning or on from a state.
 
@@ -1225,7 +1225,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """Logits and loss; arguments as in `BakaModel.forward`, and
 
@@ -1450,7 +1450,7 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """Logits [B, num_labels] at each row's last real token; arguments as in `BakaModel.forward`, and `labels` [B].
 
