@@ -580,7 +580,7 @@ class BakaModel(BakaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
     ) -> BaseModelOutputWithPast:
         """Read text, from its beginning or on from a state.
 
@@ -1225,7 +1225,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
     ) -> CausalLMOutputWithPast:
         """Logits and loss; arguments as in `BakaModel.forward`, and
 
@@ -1450,7 +1450,7 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
     ) -> SequenceClassifierOutputWithPast:
         """Logits [B, num_labels] at each row's last real token; arguments as in `BakaModel.forward`, and `labels` [B].
 
