@@ -53,7 +53,7 @@ class ModelArguments:
 
     hidden_size: int = field(default=192, metadata={"help": "Width D of the residual stream."})
     intermediate_size: int = field(default=576, metadata={"help": "Width of the gated MLPs."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Blocks."})
+    num_hidden_layers: int = field(default=2, metadata={"help": "Blocks."})
     num_attention_heads: int = field(default=4, metadata={"help": "Query heads of a block."})
     num_key_value_heads: int | None = field(
         default=None, metadata={"help": "Key and value heads of a block; fewer than query heads is GQA."}
@@ -65,7 +65,7 @@ class ModelArguments:
     rope_parameters: dict | str | None = field(
         default=None, metadata={"help": 'As JSON; if not given, {"rope_type": "default", "rope_theta": 10000.0}.'}
     )
-    chunk_size: int = field(default=128, metadata={"help": "Tokens of text in a chunk."})
+    chunk_size: int = field(default=64, metadata={"help": "Tokens of text in a chunk."})
     num_memory_tokens: int = field(default=8, metadata={"help": "Memory vectors handed from chunk to chunk; 0: none."})
     memory_write: Literal["carry", "tokens"] = field(
         default="carry", metadata={"help": "What a chunk's write positions start from: the memory read, or m_0."}
@@ -75,7 +75,7 @@ class ModelArguments:
     )
     separate_solidifiers: bool = field(default=False, metadata={"help": "One solidifier to read, one to write."})
     memory_norm: bool = field(default=False, metadata={"help": "LayerNorm over the memory that is handed on."})
-    num_pause_tokens: int = field(default=4, metadata={"help": "Pause tokens in a chunk; 0: none."})
+    num_pause_tokens: int = field(default=2, metadata={"help": "Pause tokens in a chunk; 0: none."})
     pause_placement: Literal["fixed", "random"] = field(
         default="fixed", metadata={"help": "Where pauses stand while training."}
     )
@@ -130,15 +130,15 @@ class TrainingArguments(transformers.TrainingArguments):
 
     output_dir: str | None = field(default="baka-small", metadata={"help": "Where checkpoint and curve are written."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Samples of a step on each device."})
-    max_steps: int = field(default=500, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
+    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=40, metadata={"help": "Steps, or share of all steps, of linear warm-up."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second momentum."})
-    logging_steps: float = field(default=20, metadata={"help": "Steps between two points of the training loss."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two points of the training loss."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate while training."})
-    eval_steps: float | None = field(default=100, metadata={"help": "Steps between two evaluations."})
+    eval_steps: float | None = field(default=250, metadata={"help": "Steps between two evaluations."})
     save_steps: float = field(default=250, metadata={"help": "Steps between two checkpoints to resume from."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
     # Pinning without an accelerator does nothing but warn.
