@@ -320,3 +320,30 @@ def test_elephant_far_out(dtype: torch.dtype) -> None:
     y = ElephantActivation()(x)
     y.sum().backward()
     assert y.eq(0).all() and x.grad.eq(0).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the tracer
+@pytest.mark.parametrize("hidden_act", ["elephant", "silu"])
+def test_gradients_of_the_traced_model(hidden_act: str) -> None:
+    """What torch.compile traces has the gradients of the model, each of them."""
+    model = training_model(hidden_act=hidden_act, memory_solidifier="gelephant")
+    tokens = random_tokens(model.config, 2, 3 * model.config.chunk_size + 1)
+    results = []
+    for forward in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        forward(tokens, labels=tokens).loss.backward()
+        results.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in results[0].items():
+        assert gradient.abs().max() > 0
+        assert_close(results[1][name], gradient, rtol=1e-9, atol=1e-15)
+
+
+def test_traced_elephant_far_out() -> None:
+    """The formula that compilers see is finite, forward and backward, as far as numbers go."""
+    module = torch.compile(ElephantActivation(), backend="eager")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        limit = torch.finfo(dtype).max
+        x = torch.tensor([-limit, -6e4, -300.0, -1e-8, 0.0, 1e-8, 1.0, 4.0, 6e4, limit], dtype=dtype).requires_grad_()
+        module(x).sum().backward()
+        assert x.grad.isfinite().all() and module(x).isfinite().all()
+        assert_close(x.grad[6], torch.tensor(-2.0, dtype=dtype))

@@ -37,17 +37,27 @@ from .configuration_baka import BakaConfig
 logger = logging.get_logger(__name__)
 
 
-class _Elephant(torch.autograd.Function):
-    """elephant(x) = 1 / (1 + x^8), computed in float32 at least: x^8 overflows fp16 beyond 4.
+def _elephant(x: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + x^8), computed in float32 at least: x^8 overflows fp16 beyond 4."""
+    fourth = _within_range(x).square().square()
+    return (1 / (1 + fourth * fourth)).to(x.dtype)
 
-    The derivative is -8 x^7 g^2 with g = elephant(x), which autograd would compute as ∞/∞ for large x. Here it is
-    multiplied in an order in which zero, as g soon is, meets no infinity; x^4 must not overflow, x^8 may.
+
+def _within_range(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 or float64, held where x^4 does not overflow. There x^8 has long done so and elephant is 0."""
+    limit = 1e70 if x.dtype == torch.float64 else 1e9
+    return x.to(_at_least_float32(x.dtype)).clamp(-limit, limit)
+
+
+class _Elephant(torch.autograd.Function):
+    """elephant with its derivative -8 x^7 g^2, g = elephant(x), written out: it keeps nothing but x for it.
+
+    It is multiplied in an order in which zero, as g soon is, meets no infinity and g^2 does not vanish early.
     """
 
     @staticmethod
     def forward(x: torch.Tensor) -> torch.Tensor:
-        fourth = x.to(_at_least_float32(x.dtype)).square().square()
-        return (1 / (1 + fourth * fourth)).to(x.dtype)
+        return _elephant(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -56,9 +66,7 @@ class _Elephant(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
-        dtype = _at_least_float32(x.dtype)
-        limit = torch.finfo(dtype).max ** 0.24
-        wide = x.to(dtype).clamp(-limit, limit)
+        wide = _within_range(x)
         square = wide * wide
         fourth = square * square
         gate = 1 / (1 + fourth * fourth)
@@ -69,7 +77,8 @@ class ElephantActivation(nn.Module):
     """elephant(x) = 1 / (1 + |x / a|^d) with a = 1, d = 8 (arXiv 2310.01365): a bump that opens around zero."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Elephant.apply(x)
+        # Compilers derive and fuse the plain formula; that of PyTorch 2.11 loses the gradient of the function above.
+        return _elephant(x) if torch.compiler.is_compiling() else _Elephant.apply(x)
 
 
 def get_activation(name: str) -> nn.Module:
