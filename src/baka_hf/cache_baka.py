@@ -161,7 +161,7 @@ class BakaCache(Cache):
         # On the host, so that the shape of the next step is known without waiting for the device:
         self._num_tokens = torch.zeros(batch_size, dtype=torch.int64)  # taken in since the row's text began
         self._seeded = torch.zeros(batch_size, dtype=torch.bool)  # rows that began with another stream's memory
-        self._pauses = fixed_pauses(signature["chunk_size"], pauses).expand(batch_size, pauses).clone()
+        self._pauses = torch.zeros(batch_size, pauses, dtype=torch.int64)  # where those of the chunk in progress stand
         self._aligned = 0  # trailing positions at which every row took a token: `crop` can count back over them
 
         # For generate: the hash of the tokens read (None: unknown, as when embeddings were fed), the rows that met EOS,
@@ -607,11 +607,6 @@ def check_signature(found: dict[str, Any], expected: dict[str, Any]) -> None:
                 f"the state belongs to another configuration: expected {name}={expected[name]!r}, "
                 f"got {found.get(name)!r}."
             )
-
-
-def fixed_pauses(chunk_size: int, num_pause_tokens: int) -> torch.Tensor:
-    """[1, P] text positions before which the pauses of a chunk stand: p · (n // P)."""
-    return (torch.arange(num_pause_tokens) * (chunk_size // max(num_pause_tokens, 1)))[None]
 
 
 def hash_tokens(input_ids: torch.Tensor, real: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor:

@@ -842,9 +842,8 @@ class _Pass:
         self.streams: dict[int, Stream] = {0: stream if self.bptt_chunks is None else stream.detach()}
         self.last = stream
         n, count = config.chunk_size, config.num_pause_tokens
-        self.pauses: Any = [p * (n // count) for p in range(count)]
-        if config.uses_random_pauses and cache is not None:
-            self.pauses = cache._pauses
+        self.fixed_pauses = [p * (n // count) for p in range(count)]
+        self.pauses: Any = self.fixed_pauses if cache is None or not config.uses_random_pauses else cache._pauses
         self.masks: dict[Any, torch.Tensor | None] = {}
         self.states: list[list[torch.Tensor]] = []
         self.weights: list[list[torch.Tensor]] = []
@@ -897,7 +896,7 @@ class _Pass:
         pauses = self.pauses
         if config.uses_random_pauses:
             kept = torch.as_tensor(pauses).expand(self.batch_size, -1)
-            drawn = torch.arange(config.num_pause_tokens) * (config.chunk_size // config.num_pause_tokens)
+            drawn = torch.tensor(self.fixed_pauses)
             if self.model.training:
                 others = torch.randperm(config.chunk_size - 1)[: config.num_pause_tokens - 1].sort().values + 1
                 drawn = torch.cat([torch.zeros(1, dtype=torch.int64), others])
