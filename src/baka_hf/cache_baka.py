@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import safe_open, safe_save_file
 
@@ -150,8 +149,8 @@ class BakaCache(Cache):
         device = torch.get_default_device() if device is None else torch.device(device)
         self.signature = signature
         memories, pauses = signature["num_memory_tokens"], signature["num_pause_tokens"]
-        self.stream_length = 2 * memories + signature["chunk_size"] + pauses
-        slots = self.stream_length * (2 if signature["use_xl_cache"] else 1)
+        stream_length = 2 * memories + signature["chunk_size"] + pauses
+        slots = stream_length * (2 if signature["use_xl_cache"] else 1)
         shape = (batch_size, signature["num_key_value_heads"], slots, signature["head_dim"])
         layers = [BakaCacheLayer(shape, device, dtype) for _ in range(signature["num_hidden_layers"])]
         super().__init__(layers=layers)
@@ -448,10 +447,10 @@ class BakaCache(Cache):
 
         for rows, boundary in restore:
             kept = iter(boundary["tensors"])
-            self.memory = _choose(rows, next(kept), self.memory)
+            self.memory = choose_rows(rows, next(kept), self.memory)
             for layer in self.layers:
-                layer.keys = _choose(rows, next(kept), layer.keys)
-                layer.values = _choose(rows, next(kept), layer.values)
+                layer.keys = choose_rows(rows, next(kept), layer.keys)
+                layer.values = choose_rows(rows, next(kept), layer.values)
                 layer.is_shared = False
             self._pauses = torch.where(rows[:, None], boundary["pauses"], self._pauses)
         self._num_tokens = target
@@ -633,13 +632,9 @@ def _as_int64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-def _choose(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
-    return torch.where(rows.to(no.device).view(-1, *[1] * (no.ndim - 1)), yes.to(no), no)
-
-
-def pad_slots(tensor: torch.Tensor, left: int, right: int) -> torch.Tensor:
-    """Add `left` and `right` empty slots to keys or values [B, H, slots, head_dim]."""
-    return F.pad(tensor, (0, 0, left, right)) if left or right else tensor
+def choose_rows(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    """`yes` [B, …] in the rows where `rows` [B] is True and `no` [B, …] in the others."""
+    return torch.where(rows.to(yes.device).view(-1, *[1] * (yes.ndim - 1)), yes, no.to(yes))
 
 
 __all__ = ["BakaCache"]

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from .cache_baka import BakaCache, BakaCacheLayer, Placement, check_signature, hash_tokens, pad_slots, signature_of
+from .cache_baka import BakaCache, BakaCacheLayer, Placement, check_signature, choose_rows, hash_tokens, signature_of
 from .configuration_baka import BakaConfig
 
 logger = logging.get_logger(__name__)
@@ -477,6 +477,11 @@ def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layo
     text = text.clamp(0, slots.shape[1] - 1)
     write = (S - R - lo[:, None] + torch.arange(R)).clamp(0, slots.shape[1] - 1)
     return Layout(begins, completes, followed, lo, hi, [], slots, valid, sources, text, write)
+
+
+def pad_slots(tensor: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """Add `left` and `right` empty slots to keys or values [B, H, slots, head_dim]."""
+    return nn.functional.pad(tensor, (0, 0, left, right)) if left or right else tensor
 
 
 def gather_positions(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -1206,7 +1211,7 @@ def _where(rows: Any, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
     """`yes` in the rows that `rows`, a bool or a tensor [B], says and `no` in the others."""
     if isinstance(rows, bool):
         return yes if rows else no
-    return torch.where(rows.to(yes.device).view(-1, *[1] * (yes.ndim - 1)), yes, no.to(yes))
+    return choose_rows(rows, yes, no)
 
 
 class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
