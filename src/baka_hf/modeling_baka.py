@@ -12,11 +12,12 @@ chunk that are read in one pass, and gives each row its place; everything recurr
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
@@ -35,6 +36,11 @@ from .cache_baka import BakaCache, BakaCacheLayer, Placement, check_signature, c
 from .configuration_baka import BakaConfig
 
 logger = logging.get_logger(__name__)
+
+IGNORED = -100  # a label that is no target
+
+# Without logits, the loss is computed for so many tokens at a time.
+LOSS_PIECE = 4096
 
 
 def _elephant(x: torch.Tensor) -> torch.Tensor:
@@ -540,6 +546,33 @@ class BakaPreTrainedModel(PreTrainedModel):
             for weight in module.output_weights:  # type: ignore[union-attr]
                 init.normal_(weight, std=self.config.initializer_range / self.config.hidden_size**0.5)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        """Gradient checkpointing, and one argument more: `gradient_checkpointing_kwargs={"granularity": "chunk"}`.
+
+        "layer", the default, keeps each block's input of every chunk and computes a block again in the backward pass.
+        "chunk" keeps what a chunk began with (memory, keys and values of the one before) and computes all blocks of
+        the chunk again: beside these states, activation memory is that of one chunk, however many a call has.
+        """
+        arguments = dict(getattr(gradient_checkpointing_func, "keywords", {}))
+        granularity = arguments.pop("granularity", "layer")
+        if granularity not in ("layer", "chunk"):
+            raise ValueError(
+                f"`granularity` of gradient checkpointing must be 'layer' or 'chunk', got {granularity!r}."
+            )
+        by_chunk = granularity == "chunk"
+        if by_chunk and arguments.setdefault("use_reentrant", False):
+            raise ValueError("checkpointing with granularity='chunk' needs use_reentrant=False, got True.")
+        if isinstance(gradient_checkpointing_func, partial):
+            gradient_checkpointing_func = partial(gradient_checkpointing_func.func, **arguments)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for module in self.modules():
+            if isinstance(module, BakaModel):
+                module.checkpoints_chunks = enable and by_chunk
+            elif by_chunk and isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = False
+
     def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None) -> BakaCache:
         """An empty state of this model's own class, device and dtype.
 
@@ -575,6 +608,7 @@ class BakaModel(BakaPreTrainedModel):
         self.layers = nn.ModuleList([BakaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+        self.checkpoints_chunks = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -664,15 +698,13 @@ class BakaModel(BakaPreTrainedModel):
             keeps = cache is not None
             spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
 
-        if inputs_embeds is None and torch.is_grad_enabled():
-            inputs_embeds = self.embed_tokens(ids)
-        if self.training and torch.is_grad_enabled() and inputs_embeds is not None:
-            inputs_embeds = inputs_embeds + self._anchor(inputs_embeds)
-
         pass_ = _Pass(self, cache, batch_size, with_states, with_weights)
+        if inputs_embeds is None and torch.is_grad_enabled() and not pass_.recomputes:
+            inputs_embeds = self.embed_tokens(ids)  # one call has one gradient to add up, not one for every chunk
         for index, span in enumerate(spans):
-            text = self._text_of(span, ids, inputs_embeds, batch_size)
-            pass_.read(span, text, index, len(spans))
+            pass_.read(span, self._text_of(span, ids, inputs_embeds), index, len(spans))
+        if spans and self.training and torch.is_grad_enabled():
+            pass_.states[0][-1] = pass_.states[0][-1] + self._anchor(pass_.states[0][-1])
         if cache is not None and seeded is not None:
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
             pass_.close(spans, seeded, length, num_aligned, restarted=restarts is not None)
@@ -777,19 +809,15 @@ class BakaModel(BakaPreTrainedModel):
 
     # How a call is read
 
-    def _text_of(
-        self, span: Span, ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, batch_size: int
-    ) -> torch.Tensor:
-        """Embeddings [B, T, D] of a span's tokens."""
+    def _text_of(self, span: Span, ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """A span's tokens: ids [B, T], or embeddings [B, T, D] if there are any."""
         source = ids if inputs_embeds is None else inputs_embeds
         assert source is not None
         if isinstance(span.column, int):
-            part = source[:, span.column : span.column + span.length]
-        else:
-            columns = span.column[:, None] + torch.arange(span.length)
-            columns = columns.clamp(max=source.shape[1] - 1).to(source.device)
-            part = source.gather(1, columns) if source.ndim == 2 else gather_positions(source, columns)
-        return self.embed_tokens(part) if part.ndim == 2 else part
+            return source[:, span.column : span.column + span.length]
+        columns = span.column[:, None] + torch.arange(span.length)
+        columns = columns.clamp(max=source.shape[1] - 1).to(source.device)
+        return source.gather(1, columns) if source.ndim == 2 else gather_positions(source, columns)
 
     def learned_memory(self, like: torch.Tensor) -> torch.Tensor:
         """m_0, [R, D], in the dtype and on the device of `like`."""
@@ -836,6 +864,7 @@ class _Pass:
         self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
         self.in_place = cache is not None and not torch.is_grad_enabled()
         self.bptt_chunks = config.bptt_chunks if torch.is_grad_enabled() else None
+        self.recomputes = model.checkpoints_chunks and model.training and torch.is_grad_enabled()
         layers = config.num_hidden_layers
         if cache is None:
             stream = Stream(None, [None] * layers, [None] * layers, self.half)
@@ -865,11 +894,12 @@ class _Pass:
         return Stream(readable(cache.memory), keys, values)
 
     def read(self, span: Span, text: torch.Tensor, index: int, num_spans: int) -> None:
-        """Read span number `index`, whose embeddings are `text` [B, T, D]."""
+        """Read span number `index`, whose tokens are `text`: ids [B, T] or embeddings [B, T, D]."""
         span, pauses = self._place_pauses(span)
         followed = self.cache is not None or index + 1 < num_spans
         layout = lay_out(span, self.config, pauses, followed)
-        view = self._view(span, layout, text)
+        dtype = text.dtype if text.ndim == 3 else self.model.embed_tokens.weight.dtype
+        view = self._view(span, layout, text.device, dtype)
 
         # `bptt_chunks=k`: the loss of chunk i may reach back k chunks, that of chunk i+1 as well, but one less of the
         # same. So the chunk is read from copies of its state that differ in the reach of their gradients alone: reach
@@ -882,7 +912,11 @@ class _Pass:
             return k is not None and (reach == min(index + 1, k) or (reach <= k and index + 1 + k - reach < num_spans))
 
         for depth, stream in self.streams.items():
-            after, states, weights = self._read_stream(span, layout, view, text, stream)
+            arguments = span, layout, view, text, stream
+            if self.recomputes:
+                after, states, weights = self.model._gradient_checkpointing_func(self._read_stream, *arguments)
+            else:
+                after, states, weights = self._read_stream(*arguments)
             if depth == reach:
                 self.states.append(states)
                 self.weights.append(weights)
@@ -915,10 +949,12 @@ class _Pass:
             pauses = torch.tensor(pauses, dtype=torch.int64).reshape(1, -1)
         return span, pauses
 
-    def _view(self, span: Span, layout: Layout, text: torch.Tensor) -> tuple[Any, torch.Tensor | None, Placement]:
+    def _view(
+        self, span: Span, layout: Layout, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Any, torch.Tensor | None, Placement]:
         """What all blocks share for a span: angles, mask, and the place of its keys and values."""
-        config, half, S, device = self.config, self.half, self.config.stream_length, text.device
-        cos, sin = rotary_table(*_rotary_key(config), device, _at_least_float32(text.dtype))
+        config, half, S = self.config, self.half, self.config.stream_length
+        cos, sin = rotary_table(*_rotary_key(config), device, _at_least_float32(dtype))
         if layout.in_step:
             own = slice(S + layout.lo, S + layout.hi)
             angles = cos[own], sin[own]
@@ -927,24 +963,26 @@ class _Pass:
             placement = Placement(first, half + layout.lo, half + layout.hi)
             key = (layout.lo, layout.hi, first) if isinstance(span.has_previous, bool) else None
             if key is None or key not in self.masks:
-                self.masks[key] = self._mask(span, layout, placement, text)
+                self.masks[key] = self._mask(span, layout, placement, device, dtype)
             mask = self.masks[key]
         else:
             slots = layout.slots.to(device)
             angles = cos[S + slots][:, None], sin[S + slots][:, None]
             index = (half + slots)[:, None, :, None]
             placement = Placement(slots=index, valid=layout.valid.to(device)[:, None, :, None])
-            mask = self._mask(span, layout, placement, text)
+            mask = self._mask(span, layout, placement, device, dtype)
         return angles, mask, placement
 
-    def _mask(self, span: Span, layout: Layout, placement: Placement, text: torch.Tensor) -> torch.Tensor | None:
+    def _mask(
+        self, span: Span, layout: Layout, placement: Placement, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor | None:
         """allowed(q, k) as one comparison: each key has a number, each query a horizon, and sees keys up to it.
 
         Keys are numbered by their slots, 0 … S-1 in the previous stream and S … 2S-1 in the own one. The horizon of a
         text query is its own slot, of a read query the last read slot, of a write query the last slot of all. Keys of
         a previous stream that a row does not have are numbered beyond every horizon.
         """
-        config, S, R, device = self.config, self.config.stream_length, self.config.num_memory_tokens, text.device
+        config, S, R = self.config, self.config.stream_length, self.config.num_memory_tokens
         if layout.in_step and layout.hi - layout.lo == 1 and isinstance(span.has_previous, bool):
             return None  # a single query, and every key before it is in its past
         if layout.in_step:
@@ -981,7 +1019,7 @@ class _Pass:
             attention_mask=None,
             allow_is_causal_skip=False,
             use_vmap=False,
-            dtype=text.dtype,
+            dtype=dtype,
             config=config,
             device=device,
         )
@@ -997,6 +1035,7 @@ class _Pass:
         """Run the blocks over one span: the state after it, hidden states [B, T, D] and weights of its text."""
         model, config, half, S = self.model, self.config, self.half, self.config.stream_length
         R = config.num_memory_tokens
+        text = model.embed_tokens(text) if text.ndim == 2 else text
         memory, read, write = stream.memory, None, None
         if R and (_any(layout.begins) or _any(layout.completes)):
             learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
@@ -1238,6 +1277,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
     ) -> CausalLMOutputWithPast:
         """Logits and loss; arguments as in `BakaModel.forward`, and
@@ -1245,16 +1285,24 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, L] int64 token ids, -100 where there is no target; they are shifted here.
             logits_to_keep: only compute logits of the last so many positions (0: all), or of a 1-D tensor of positions.
+            skip_logits: compute the loss alone, piece by piece: [B, L, vocab_size] never exists and `logits` is None.
+            kwargs: among them `shift_labels` [B, L] int64, the target of each position itself, which counts instead of
+                `labels`: so the last position of a call can have one.
 
         Returns:
-            `loss` (if `labels` is given), `logits` [B, L, vocab_size], `past_key_values`.
+            `loss` (if there are labels), `logits` [B, L, vocab_size], `past_key_values`.
 
         Raises:
-            ValueError: as `BakaModel.forward`; or `labels` have another shape than the text.
+            ValueError: as `BakaModel.forward`; or labels have another shape than the text, or `skip_logits` has none.
         """
         text = input_ids if input_ids is not None else inputs_embeds
-        if labels is not None and text is not None and labels.shape != text.shape[:2]:
-            raise ValueError(f"expected `labels` of shape {list(text.shape[:2])}, got {list(labels.shape)}.")
+        # No parameter of its own: transformers takes every one with "label" in its name for one that must be there.
+        shift_labels = kwargs.get("shift_labels")
+        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
+            if targets is not None and text is not None and targets.shape != text.shape[:2]:
+                raise ValueError(f"expected `{name}` of shape {list(text.shape[:2])}, got {list(targets.shape)}.")
+        if skip_logits and labels is None and shift_labels is None:
+            raise ValueError("expected `labels` or `shift_labels` with `skip_logits=True`: there is nothing to return.")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1265,11 +1313,17 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits = loss = None
+        if skip_logits:
+            targets = shift_labels
+            if targets is None and labels is not None:
+                targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            loss = self._loss_by_pieces(hidden_states, targets, kwargs.get("num_items_in_batch"))
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+            if labels is not None or shift_labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1277,6 +1331,32 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss_by_pieces(
+        self, hidden_states: torch.Tensor, targets: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """The loss of `hidden_states` [B, L, D] for `targets` [B, L], no more than `LOSS_PIECE` logits at a time.
+
+        In the backward pass a piece's logits are computed again.
+        """
+        targets = targets.to(hidden_states.device)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != IGNORED).sum()
+
+        def total(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(hidden_states)
+            size = self.config.vocab_size
+            return self.loss_function(
+                logits=logits, labels=None, vocab_size=size, shift_labels=targets, num_items_in_batch=1
+            )
+
+        pieces = zip(hidden_states.flatten(0, 1).split(LOSS_PIECE), targets.flatten().split(LOSS_PIECE), strict=True)
+        if torch.is_grad_enabled():
+            losses = [checkpoint(total, *piece, use_reentrant=False) for piece in pieces]
+        else:
+            losses = [total(*piece) for piece in pieces]
+        loss = torch.stack(losses).sum()
+        return loss / torch.as_tensor(num_items_in_batch, device=loss.device)
 
     # What `generate` asks of a recurrent model. It gets the tokens new to the state or the whole history, and tells
     # them apart by the length of the mask: as long as the tokens for the whole history, longer by what was fed before

@@ -1,0 +1,293 @@
+"""Training across documents: a `Trainer` whose rows are lanes, with memory that goes on from step to step.
+
+    lanes = LaneDataset(documents, num_lanes=8, chunk_size=512, chunks_per_step=4)
+    trainer = BakaTrainer(model, BakaTrainingArguments("out", per_device_train_batch_size=8), train_dataset=lanes)
+    trainer.train()
+
+Each step goes on where the last one left every lane: the state is detached between steps, a row's starts anew where the
+row begins with a document, evaluation has a state of its own, and every process saves its state with each checkpoint.
+With any other data set, whose rows have nothing to do with those before, `BakaTrainer` is a plain `Trainer`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.utils import logging
+
+from .cache_baka import BakaCache
+from .data import IGNORED, LaneDataset, StreamingLanes
+
+logger = logging.get_logger(__name__)
+
+STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process's rows
+PLACES_FILE = "lanes.json"  # in that folder: which rows these are
+
+
+@dataclass
+class BakaTrainingArguments(TrainingArguments):
+    """`TrainingArguments`, and what a recurrent model has beside."""
+
+    carry_memory: bool = field(
+        default=True, metadata={"help": "Let each step of lanes go on with the state of the last; else start empty."}
+    )
+    chunks_per_backward: int | None = field(
+        default=None,
+        metadata={
+            "help": "Chunks that gradients span. A step of more is read in pieces of so many, each with a backward "
+            "pass of its own and the state carried between them. All of the step's if not given."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chunks = self.chunks_per_backward
+        if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1):
+            raise ValueError(f"`chunks_per_backward` must be an integer of at least 1, got {chunks!r}.")
+
+
+class BakaTrainer(Trainer):
+    """A `Trainer` that carries memory from step to step when it is given `LaneDataset` or `StreamingLanes`.
+
+    Data sets of lanes are read in order, one row per lane: `num_lanes` must be the batch size per device times the
+    number of processes. Their batches need no collator. While training no logits are kept, the loss is computed piece
+    by piece. The evaluation loss of a `LaneDataset` is the mean over all its targets.
+
+    Takes what `Trainer` takes; `args` may be any `TrainingArguments`. `train` and `evaluate` raise
+
+        ValueError: the number of lanes is not that of the rows; more than one device in one process; the checkpoint to
+            resume from was saved with other lanes or holds no state.
+    """
+
+    _signature_columns: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = kwargs.get("data_collator") or (args[2] if len(args) > 2 else None)
+        super().__init__(*args, **kwargs)
+        if given is None and (_is_lanes(self.train_dataset) or _is_lanes(self.eval_dataset)):
+            self.data_collator = default_data_collator  # not a tokenizer's, which would add a mask
+        self._state: BakaCache | None = None
+        self._places: list[list[int]] | None = None  # of StreamingLanes: where each row stands
+        self._lanes: LaneDataset | StreamingLanes | None = None  # what is being read
+        self._skips_logits = True
+
+    # Rows in order, every lane in its place
+
+    def get_train_dataloader(self) -> Any:
+        self._state, self._places, self._lanes = None, None, None
+        if _is_lanes(self.train_dataset):
+            self._lanes = self.train_dataset
+            self._check_lanes(self.train_dataset, self._train_batch_size)
+        if isinstance(self.train_dataset, StreamingLanes):
+            self.args.ignore_data_skip = True  # the lanes themselves go on where they stood
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if _is_lanes(dataset):
+            self._check_lanes(dataset, self.args.eval_batch_size)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _check_lanes(self, lanes: LaneDataset | StreamingLanes, batch_size: int) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"expected one device per process, got {self.args.n_gpu} (nn.DataParallel): start with "
+                "`accelerate launch` or `torchrun`."
+            )
+        processes = 1 if self.accelerator.split_batches else self.args.world_size
+        if lanes.num_lanes != batch_size * processes:
+            raise ValueError(
+                f"expected {batch_size * processes} lanes, one for each of the {batch_size} rows of {processes} "
+                f"process(es), got num_lanes={lanes.num_lanes}."
+            )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(dataset) if isinstance(dataset, LaneDataset) else super()._get_train_sampler(dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*(self._signature_columns or ()), "shift_labels", "document"]
+
+    # The state from step to step
+
+    @property
+    def _carries(self) -> bool:
+        return self._lanes is not None and getattr(self.args, "carry_memory", True)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        pieces = self._cut(inputs)
+        if not self._carries:
+            self._state = self.model.new_cache(len(inputs["input_ids"])) if len(pieces) > 1 else None
+        losses = []
+        for index, piece in enumerate(pieces):
+            # Processes exchange gradients once, in the last backward pass.
+            waits = index + 1 < len(pieces) and self.accelerator.sync_gradients
+            with self.accelerator.no_sync(model) if waits else nullcontext():
+                losses.append(super().training_step(model, piece, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _cut(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        """A batch in pieces of `chunks_per_backward` chunks."""
+        chunks = getattr(self.args, "chunks_per_backward", None)
+        if chunks is None:
+            return [inputs]
+        length, size = inputs["input_ids"].shape[1], chunks * self.model.config.chunk_size
+        if length <= size:
+            return [inputs]
+        if "labels" in inputs and "shift_labels" not in inputs:  # the last position of a piece has a target too
+            shifted = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+            inputs = {**inputs, "shift_labels": shifted}
+        return [
+            {key: value[:, start : start + size] if key != "document" else value for key, value in inputs.items()}
+            for start in range(0, length, size)
+        ]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        places = inputs.pop("document", None)
+        if isinstance(num_items_in_batch, torch.Tensor):
+            # A step may have no target, when all that is left of an epoch are the last tokens of documents.
+            num_items_in_batch = num_items_in_batch.clamp(min=1)
+        if not model.training and isinstance(self._lanes, LaneDataset):
+            # Trainer means over steps and processes; so weighted, that is the mean over targets.
+            num_items_in_batch = max(self._lanes.stats.num_targets, 1) / self._lanes.num_steps
+            if not self.args.average_tokens_across_devices:
+                num_items_in_batch /= self.args.world_size
+        self._set_signature_columns_if_needed()
+        if (
+            self._skips_logits
+            and "skip_logits" in self._signature_columns
+            and ("labels" in inputs or "shift_labels" in inputs)
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+        ):
+            inputs["skip_logits"] = True
+        state = self._resumed_state(inputs) if self._carries else self._state
+        if state is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+        inputs |= {"past_key_values": state, "use_cache": True}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._state = state.detach_()
+        if places is not None:
+            self._places = places.tolist()
+        return (loss, outputs) if return_outputs else loss
+
+    def _resumed_state(self, inputs: dict[str, Any]) -> BakaCache:
+        """The state to read a batch of lanes with, new in rows that begin with a document."""
+        begins = inputs["position_ids"][:, 0] == 0
+        if self._state is None:
+            self._state = self.model.new_cache(len(begins))
+        self._state.reset_rows(begins)
+        return self._state
+
+    # Evaluation has a state of its own
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        only_loss = kwargs.get("prediction_loss_only", args[1] if len(args) > 1 else None)
+        with self._set_aside():
+            self._lanes = dataloader.dataset if _is_lanes(dataloader.dataset) else None
+            self._skips_logits = self.args.prediction_loss_only if only_loss is None else only_loss
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        kept = self._state, self._places, self._lanes, self._skips_logits
+        self._state = self._places = None
+        try:
+            yield
+        finally:
+            self._state, self._places, self._lanes, self._skips_logits = kept
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before the rest: a checkpoint whose Trainer state is there is complete.
+        if self._carries and self._state is not None and not self.args.save_only_model:
+            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder = checkpoint / STATE_FOLDER.format(rank=self.args.process_index)
+            self._state.save_pretrained(folder)
+            assert self._lanes is not None
+            about = {"num_lanes": self._lanes.num_lanes, "places": self._places, "epoch": self._lanes.epoch}
+            (folder / PLACES_FILE).write_text(json.dumps(about))
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self._carries:
+            return
+        lanes = self._lanes
+        assert lanes is not None
+        folder = Path(checkpoint) / STATE_FOLDER.format(rank=self.args.process_index)
+        if not (folder / PLACES_FILE).is_file():
+            raise ValueError(
+                f"expected the state of this process's lanes in {folder}, found none: the checkpoint was saved with "
+                "fewer processes, or not by a BakaTrainer that carried memory."
+            )
+        about = json.loads((folder / PLACES_FILE).read_text())
+        if about["num_lanes"] != lanes.num_lanes:
+            raise ValueError(
+                f"expected a checkpoint of {lanes.num_lanes} lanes, {checkpoint} was saved with {about['num_lanes']}: "
+                "resume with as many rows per step as before."
+            )
+        self._state = BakaCache.from_pretrained(folder, config=self.model.config, device=self.args.device)
+        self._places = about["places"]
+        if isinstance(lanes, StreamingLanes):
+            places = torch.tensor(self._places, device=self.args.device)
+            lanes.resume(self.accelerator.gather(places).cpu(), epoch=about["epoch"])
+
+
+class ChunkCurriculum(TrainerCallback):
+    """Gradients that span more and more chunks, as RMT (arXiv 2207.06881) and its successors are trained: 1, 2, 4, …
+
+        BakaTrainer(…, callbacks=[ChunkCurriculum({0: 1, 1000: 2, 2000: 4})])
+
+    It sets `args.chunks_per_backward` by the optimizer step. A step reads the same tokens at every level, in pieces of
+    so many chunks with the state carried between them: short spans are learned first and take less memory, and neither
+    the order of the data nor the number of steps depends on the schedule. A resumed run goes on at its step's level.
+
+    Args:
+        schedule: the first step of each level (0 among them) and its number of chunks.
+
+    Raises:
+        ValueError: no level at step 0, a negative step or a number of chunks below 1.
+    """
+
+    def __init__(self, schedule: Mapping[int, int]):
+        if 0 not in schedule:
+            raise ValueError(f"expected a schedule that begins at step 0, got {dict(schedule)!r}.")
+        for step, chunks in schedule.items():
+            if not isinstance(step, int) or step < 0 or not isinstance(chunks, int) or chunks < 1:
+                raise ValueError(
+                    f"expected steps of at least 0 and chunks of at least 1, got {{{step!r}: {chunks!r}}}."
+                )
+        self.schedule = dict(sorted(schedule.items()))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        chunks = self.schedule[max(step for step in self.schedule if step <= state.global_step)]
+        if getattr(args, "chunks_per_backward", None) != chunks:
+            logger.info(f"Step {state.global_step}: gradients span {chunks} chunk(s).")
+        args.chunks_per_backward = chunks
+
+
+def _is_lanes(dataset: Any) -> bool:
+    return isinstance(dataset, LaneDataset | StreamingLanes)
+
+
+__all__ = ["BakaTrainer", "BakaTrainingArguments", "ChunkCurriculum"]

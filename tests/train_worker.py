@@ -1,0 +1,174 @@
+"""A small training run, the same in the test's own process and in one or several others, which may be killed."""
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import random_tokens, tiny_config, tiny_model
+from torch import Tensor
+from torch.multiprocessing import get_context, start_processes
+from transformers import TrainerCallback
+
+from baka_hf import BakaForCausalLM
+from baka_hf.data import LaneDataset, StreamingLanes
+from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum
+
+# Chunks of 5: one token, full chunks, a token more and less, and documents longer than a step.
+LENGTHS = (1, 7, 40, 5, 12, 33, 2, 9, 10, 23, 6, 16)
+
+Weights = dict[str, Tensor]
+
+
+def documents() -> list[list[int]]:
+    return [random_tokens(tiny_config(), length, seed=length).tolist() for length in LENGTHS]
+
+
+class Texts:
+    """The documents as texts, shuffled anew in every epoch."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[str]:
+        order = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(self.epoch))
+        texts = documents()
+        yield from (" ".join(map(str, texts[index])) for index in order)
+
+
+@dataclass
+class Record(TrainerCallback):
+    """What happened: for each optimizer step the weights it began with, its gradients and its loss."""
+
+    weights: list[Weights] = field(default_factory=list)
+    gradients: list[Weights] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    eval_losses: list[float] = field(default_factory=list)
+    tokenized: list[str] = field(default_factory=list)
+    final: Weights = field(default_factory=dict)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: BakaForCausalLM, **_: Any) -> None:
+        self.weights.append(weights_of(model))
+        self.gradients.append({name: whole(parameter.grad) for name, parameter in model.named_parameters()})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        self.losses += [logs["loss"]] if "loss" in logs else []
+        self.eval_losses += [logs["eval_loss"]] if "eval_loss" in logs else []
+
+    def tokenize(self, text: str) -> list[int]:
+        self.tokenized.append(text)
+        return [int(token) for token in text.split()]
+
+
+def weights_of(model: BakaForCausalLM) -> Weights:
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy, of all processes' shards."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+@dataclass
+class Kill(TrainerCallback):
+    """No chance to tidy up."""
+
+    step: int
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trainer(
+    folder: Path,
+    record: Record,
+    *,
+    lanes: int = 3,
+    chunks_per_step: int = 2,
+    stream: bool = False,
+    kill_at: int = -1,
+    schedule: dict[int, int] | None = None,
+    model: dict[str, Any] | None = None,
+    trainer_class: Any = BakaTrainer,
+    **arguments: Any,
+) -> BakaTrainer:
+    """A trainer of a tiny float64 model on `lanes` lanes; `arguments` are those of training."""
+    config = tiny_config(**dict(memory_solidifier="glu") | (model or {}))
+    dataset: Any
+    if stream:
+        dataset = StreamingLanes(Texts(), lanes, config.chunk_size, chunks_per_step, tokenize=record.tokenize)
+    else:
+        dataset = LaneDataset(documents(), lanes, config.chunk_size, chunks_per_step)
+    rows = lanes // int(os.environ.get("WORLD_SIZE", 1))
+    defaults = dict(
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        per_device_train_batch_size=rows,
+        per_device_eval_batch_size=rows,
+        num_train_epochs=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        logging_steps=1,
+        dataloader_pin_memory=False,
+    )
+    callbacks = [record, Kill(kill_at)] + ([ChunkCurriculum(schedule)] if schedule else [])
+    return trainer_class(
+        model=tiny_model(config),
+        args=BakaTrainingArguments(str(folder), **defaults | arguments),
+        train_dataset=dataset,
+        eval_dataset=LaneDataset(documents(), lanes, config.chunk_size, chunks_per_step),
+        callbacks=callbacks,
+    )
+
+
+def train(folder: Path, resume: Path | None = None, **settings: Any) -> Record:
+    record = Record()
+    trained = trainer(folder, record, **settings)
+    trained.train(resume_from_checkpoint=None if resume is None else str(resume))
+    record.final = weights_of(trained.model)
+    return record
+
+
+def in_processes(number: int, runs: dict[Path, dict[str, Any]]) -> list[Record]:
+    """Train in processes of their own, run after run: the folder of each and its settings. Process 0's records."""
+    # Forked from a process that has done the imports, which take longer than everything else.
+    get_context("forkserver").set_forkserver_preload(["baka_hf.training"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    start_processes(_work, args=(number, port, runs), nprocs=number, start_method="forkserver")
+    return [torch.load(folder / "record.pt", weights_only=False) for folder in runs]
+
+
+def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]]) -> None:
+    if number > 1:
+        os.environ |= dict(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(number),
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+        )
+        # transformers 5.17 loads the optimizer onto "cpu:0", a device that torch.load does not know.
+        torch.load = partial(_load, torch.load)
+    for folder, settings in runs.items():
+        record = train(folder, **settings)
+        if rank == 0:
+            torch.save(record, folder / "record.pt")
+    if number > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _load(load: Any, *args: Any, map_location: Any = None, **options: Any) -> Any:
+    return load(*args, map_location="cpu", **options)
