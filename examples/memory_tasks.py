@@ -7,7 +7,8 @@
 
 A segment is a chunk of the model. Without the XL cache, which is off by default, only memory tokens lead from one chunk
 to the next. Every training sample is new; accuracy is that on samples which are never trained on. Training ends when
-all of them are right, at the latest after --max_steps.
+all of them are right, at the latest after --max_steps. Associative retrieval takes many more than the default: at first
+a model, with memory or without need of it, learns which values there were, and not yet whose they are.
 """
 
 import copy

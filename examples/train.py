@@ -1,12 +1,15 @@
 """Train a BakaLLM from scratch with the Hugging Face Trainer and hold it against a bigram model.
 
     python examples/train.py                                              # the sources of Python's standard library
+    python examples/train.py --streaming                                  # memory goes on from step to step
     python examples/train.py --text_files "notes/*.txt" "wiki/*.jsonl"    # own text
     python examples/train.py --dataset_name wikitext --dataset_config_name wikitext-103-raw-v1
 
-A byte-level BPE tokenizer is trained on the training part, the model on samples of several chunks. The model and an
-add-k smoothed bigram model are scored on whole held-out documents. The output folder then holds the checkpoint with
-its tokenizer, its code and its model card, and the training curve.
+A byte-level BPE tokenizer is trained on the training part, the model on samples of several chunks; with --streaming
+on whole documents, in lanes that carry memory from step to step. The model and an add-k smoothed bigram model are
+scored on held-out documents, the model both in blocks of several chunks, each read with an empty memory, and in whole
+documents. The output folder then holds the checkpoint with its tokenizer, its code and its
+model card, and the training curve.
 """
 
 import glob
@@ -25,7 +28,6 @@ from typing import Literal
 import numpy as np
 import tokenizers
 import torch
-import transformers
 from datasets import Dataset, concatenate_datasets, load_dataset
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
@@ -41,6 +43,9 @@ from transformers import (
 )
 
 from baka_hf import BakaConfig, BakaForCausalLM
+from baka_hf.data import LaneDataset
+from baka_hf.evaluation import evaluate_documents
+from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: its first token is predicted from this one
 PADDING = "<|pad|>"
@@ -109,6 +114,10 @@ class DataArguments:
     )
     vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of the tokenizer that is trained."})
     chunks_per_sample: int = field(default=4, metadata={"help": "Chunks of a training sample, and of a scored block."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Train on documents in lanes, with memory carried from step to step, not on samples."},
+    )
 
     def __post_init__(self) -> None:
         if self.text_files and self.dataset_name:
@@ -125,7 +134,7 @@ class DataArguments:
 
 
 @dataclass
-class TrainingArguments(transformers.TrainingArguments):
+class TrainingArguments(BakaTrainingArguments):
     """The Trainer's own, with defaults that suit the default model and data on two CPU cores."""
 
     output_dir: str | None = field(default="baka-small", metadata={"help": "Where checkpoint and curve are written."})
@@ -384,7 +393,17 @@ def main() -> None:
     length = data.chunks_per_sample * model_args.chunk_size
     training_tokens = encode(training_texts, tokenizer, "Tokenizing the training part")
     validation_tokens = encode(validation_texts, tokenizer, "Tokenizing the validation part")
-    training = pack(training_tokens, length)
+    if data.streaming:
+        training = LaneDataset(
+            training_tokens,
+            num_lanes=args.train_batch_size * args.world_size,
+            chunk_size=model_args.chunk_size,
+            chunks_per_step=data.chunks_per_sample,
+            seed=args.seed,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    else:
+        training = pack(training_tokens, length)
     validation = cut(validation_tokens, length, tokenizer.pad_token_id)
     if not len(training):
         raise ValueError(f"The training text is shorter than one sample of {length} tokens.")
@@ -403,12 +422,13 @@ def main() -> None:
     nats, k = bigram_nats(training_tokens, validation, len(tokenizer))
     bigram = scores(nats, num_tokens, num_bytes)
     print(
-        f"{len(training_texts):,} training documents in {len(training):,} samples of {length:,} tokens; "
+        f"{len(training_texts):,} training documents in {len(training):,} "
+        f"{'steps of a lane' if data.streaming else 'samples'} of {length:,} tokens; "
         f"{len(validation_texts):,} validation documents, {num_tokens:,} tokens, {num_bytes:,} bytes; "
         f"{model.num_parameters():,} parameters"
     )
 
-    trainer = Trainer(
+    trainer = (BakaTrainer if data.streaming else Trainer)(
         model,
         args,
         data_collator=default_data_collator,
@@ -428,7 +448,11 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
 
-    table = {"BakaLLM": {score: metrics[f"eval_{score}"] for score in bigram}, f"bigram, add-{k:g}": bigram}
+    table = {"BakaLLM, in blocks": {score: metrics[f"eval_{score}"] for score in bigram}}
+    if args.world_size == 1:
+        whole = evaluate_documents(model, list(validation_tokens["input_ids"]))
+        table["BakaLLM, documents"] = scores(whole["loss"] * num_tokens, num_tokens, num_bytes)
+    table[f"bigram, add-{k:g}"] = bigram
     output = Path(args.output_dir)
     draw_curve(trainer.state.log_history, bigram["nats_per_token"], output / "training_curve.png")
     write_card(
@@ -442,6 +466,7 @@ def main() -> None:
         validation_documents=len(validation_texts),
         validation_bytes=num_bytes,
         sample_tokens=length,
+        streaming=data.streaming,
         args=args,
         steps=trainer.state.global_step,
         table=table,

@@ -18,7 +18,7 @@ EXACT = dict(rtol=1e-8, atol=1e-10)
 CHUNKS = 5
 
 every_config = pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
-checkpointed = pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+checkpointed = pytest.mark.parametrize("checkpointing", [None, "layer", "chunk"], ids=["plain", "by_layer", "by_chunk"])
 
 # What carries a gradient from chunk to chunk: with XL alone, one chunk back per layer.
 CARRIERS: dict[str, dict[str, Any]] = {
@@ -30,18 +30,18 @@ CARRIERS: dict[str, dict[str, Any]] = {
 }
 
 
-def checkpoint_activations(model: BakaForCausalLM) -> None:
+def checkpoint_activations(model: BakaForCausalLM, granularity: str = "layer", **arguments: Any) -> None:
     """Under the name that this version of transformers has for it."""
     name = "activation_checkpointing_enable"
     enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"granularity": granularity, **arguments})
 
 
-def training_model(checkpointing: bool = False, **overrides: Any) -> BakaForCausalLM:
+def training_model(checkpointing: str | None = None, **overrides: Any) -> BakaForCausalLM:
     """Chunks of 3: a few of them are a short text."""
     model = tiny_model(tiny_config(**dict(chunk_size=3) | overrides)).train()
     if checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, checkpointing)
     return model
 
 
@@ -79,7 +79,7 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
 
 @every_config
 @checkpointed
-def test_gradients_of_one_call(overrides: dict[str, Any], checkpointing: bool) -> None:
+def test_gradients_of_one_call(overrides: dict[str, Any], checkpointing: str | None) -> None:
     """Gradients of a text of several chunks are the naive ones, for parameters and for every token."""
     model = training_model(checkpointing, **overrides)
     embeds = text_embeds(model, 3 * model.config.chunk_size + 1)
@@ -103,7 +103,7 @@ def documents(embeds: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 @checkpointed
-def test_gradients_of_padded_and_packed_rows(carrier: str, checkpointing: bool) -> None:
+def test_gradients_of_padded_and_packed_rows(carrier: str, checkpointing: str | None) -> None:
     """Rows out of step and documents in the middle of a row get the gradients that each has alone."""
     model = training_model(checkpointing, **CARRIERS[carrier])
     embeds, mask, positions = ragged(model, 11)
@@ -115,7 +115,7 @@ def test_gradients_of_padded_and_packed_rows(carrier: str, checkpointing: bool) 
 @pytest.mark.parametrize("carrier", CARRIERS)
 @checkpointed
 @pytest.mark.parametrize("lengths", [(6, 7), (4, 1, 8), (5, 5, 3), (1,) * 13], ids=str)
-def test_gradients_across_calls(carrier: str, checkpointing: bool, lengths: tuple[int, ...]) -> None:
+def test_gradients_across_calls(carrier: str, checkpointing: str | None, lengths: tuple[int, ...]) -> None:
     """Text in several calls, cut anywhere, has the gradients of one call."""
     model = training_model(checkpointing, **CARRIERS[carrier])
     embeds, cache = text_embeds(model, 13), model.new_cache(1)
@@ -126,7 +126,7 @@ def test_gradients_across_calls(carrier: str, checkpointing: bool, lengths: tupl
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 @checkpointed
-def test_gradients_of_rows_out_of_step_across_calls(carrier: str, checkpointing: bool) -> None:
+def test_gradients_of_rows_out_of_step_across_calls(carrier: str, checkpointing: str | None) -> None:
     """Rows that take different numbers of tokens from every call have the gradients that each has alone."""
     model = training_model(checkpointing, **CARRIERS[carrier])
     embeds, cache = text_embeds(model, 13, rows=3), model.new_cache(3)
@@ -143,7 +143,7 @@ def test_gradients_of_rows_out_of_step_across_calls(carrier: str, checkpointing:
 
 @pytest.mark.parametrize("carrier", CARRIERS)
 @checkpointed
-def test_detached_state(carrier: str, checkpointing: bool) -> None:
+def test_detached_state(carrier: str, checkpointing: str | None) -> None:
     """After cache.detach_() between two chunks, gradients are those of a chunk whose past is a constant."""
     model = training_model(checkpointing, **CARRIERS[carrier])
     embeds, cache = text_embeds(model, 13), model.new_cache(1)
@@ -188,7 +188,7 @@ def windowed_logits(model: BakaForCausalLM, embeds: Tensor, bptt_chunks: int) ->
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("bptt_chunks", [None, 1, 2, 3], ids="k={}".format)
 @checkpointed
-def test_bptt_window_of_each_chunk(carrier: str, bptt_chunks: int | None, checkpointing: bool) -> None:
+def test_bptt_window_of_each_chunk(carrier: str, bptt_chunks: int | None, checkpointing: str | None) -> None:
     """The loss of chunk i has a gradient in chunks i-k … i and in no other, and it is the naive one."""
     model = training_model(checkpointing, bptt_chunks=bptt_chunks, **CARRIERS[carrier])
     n, window = model.config.chunk_size, bptt_chunks or CHUNKS
@@ -205,7 +205,7 @@ def test_bptt_window_of_each_chunk(carrier: str, bptt_chunks: int | None, checkp
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("bptt_chunks", [1, 2, 3], ids="k={}".format)
 @checkpointed
-def test_bptt_of_a_whole_text(carrier: str, bptt_chunks: int, checkpointing: bool) -> None:
+def test_bptt_of_a_whole_text(carrier: str, bptt_chunks: int, checkpointing: str | None) -> None:
     """One backward pass over a text adds up its chunks' windows; its logits are those of no window."""
     model = training_model(checkpointing, bptt_chunks=bptt_chunks, **CARRIERS[carrier])
     embeds = text_embeds(model, CHUNKS * model.config.chunk_size - 1)
@@ -218,7 +218,7 @@ def test_bptt_of_a_whole_text(carrier: str, bptt_chunks: int, checkpointing: boo
 @pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("bptt_chunks", [1, 2], ids="k={}".format)
 @checkpointed
-def test_bptt_of_padded_and_packed_rows(carrier: str, bptt_chunks: int, checkpointing: bool) -> None:
+def test_bptt_of_padded_and_packed_rows(carrier: str, bptt_chunks: int, checkpointing: str | None) -> None:
     """Windows are counted in each document's own chunks, whatever the phase of the other rows."""
     model = training_model(checkpointing, bptt_chunks=bptt_chunks, **CARRIERS[carrier])
     embeds, mask, positions = ragged(model, 16)
@@ -235,7 +235,7 @@ def test_bptt_of_padded_and_packed_rows(carrier: str, bptt_chunks: int, checkpoi
 def test_checkpointing_changes_no_gradient(overrides: dict[str, Any]) -> None:
     """Checkpointing computes blocks twice and gives the gradients of computing them once."""
     passes, results = [], []
-    for checkpointing in (False, True):
+    for checkpointing in (None, "layer", "chunk"):
         model = training_model(checkpointing, **overrides)
         tokens = random_tokens(model.config, 2, 3 * model.config.chunk_size + 1)
         calls = 0
@@ -248,15 +248,39 @@ def test_checkpointing_changes_no_gradient(overrides: dict[str, Any]) -> None:
         model(tokens, labels=tokens).loss.backward()
         passes.append(calls)
         results.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    assert passes[1] == 2 * passes[0] > 0
+    assert passes[1] == passes[2] == 2 * passes[0] > 0
     for name, gradient in results[0].items():
-        assert_close(results[1][name], gradient, rtol=1e-6, atol=1e-12)
+        for recomputed in results[1:]:
+            assert_close(recomputed[name], gradient, rtol=1e-6, atol=1e-12)
+
+
+def test_checkpointing_by_chunk_keeps_nothing_of_a_chunk() -> None:
+    """Outside of what is computed again, no more is kept for the backward pass than a state and the text's outputs."""
+    kept = {}
+    for num_chunks in (2, 6):
+        model = training_model("chunk", hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
+        tokens = random_tokens(model.config, 1, num_chunks * 3)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: (s.append(x.numel()), x)[1], lambda x: x):
+            model(tokens, labels=tokens, skip_logits=True)
+        kept[num_chunks] = sum(sizes)
+    assert kept[6] - kept[2] <= 4 * 3 * (16 + 1)  # 4 chunks of 3 tokens: an output and a target each
+
+
+@pytest.mark.parametrize("granularity", ["block", True])
+def test_unknown_granularity(granularity: Any) -> None:
+    with pytest.raises(ValueError, match=f"'layer' or 'chunk', got {granularity!r}"):
+        checkpoint_activations(training_model(), granularity)
+    with pytest.raises(ValueError, match="use_reentrant=False, got True"):
+        checkpoint_activations(training_model(), "chunk", use_reentrant=True)
 
 
 @every_config
 @checkpointed
 @pytest.mark.parametrize("chunks", [None, 1, 2], ids=["within_a_chunk", "one_chunk", "two_chunks"])
-def test_every_parameter_gets_a_gradient(overrides: dict[str, Any], checkpointing: bool, chunks: int | None) -> None:
+def test_every_parameter_gets_a_gradient(
+    overrides: dict[str, Any], checkpointing: str | None, chunks: int | None
+) -> None:
     """No parameter is left without a gradient, however short the text: data-parallel training waits for each."""
     model = training_model(checkpointing, **overrides)
     length = 2 if chunks is None else max(2, chunks * model.config.chunk_size)

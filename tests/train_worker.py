@@ -3,13 +3,14 @@
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from helpers import random_tokens, tiny_config, tiny_model
 from torch import Tensor
 from torch.multiprocessing import get_context, start_processes
@@ -97,10 +98,12 @@ def trainer(
     kill_at: int = -1,
     schedule: dict[int, int] | None = None,
     model: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float64,
     trainer_class: Any = BakaTrainer,
+    processing_class: Any = None,
     **arguments: Any,
 ) -> BakaTrainer:
-    """A trainer of a tiny float64 model on `lanes` lanes; `arguments` are those of training."""
+    """A trainer of a tiny model on `lanes` lanes; `arguments` are those of training."""
     config = tiny_config(**dict(memory_solidifier="glu") | (model or {}))
     dataset: Any
     if stream:
@@ -124,12 +127,21 @@ def trainer(
     )
     callbacks = [record, Kill(kill_at)] + ([ChunkCurriculum(schedule)] if schedule else [])
     return trainer_class(
-        model=tiny_model(config),
+        model=tiny_model(config, dtype),
         args=BakaTrainingArguments(str(folder), **defaults | arguments),
         train_dataset=dataset,
         eval_dataset=LaneDataset(documents(), lanes, config.chunk_size, chunks_per_step),
+        processing_class=processing_class,
         callbacks=callbacks,
     )
+
+
+class ShardingTrainer(BakaTrainer):
+    """Shards as the environment says, on the CPU too: accelerate does so for processes that have a GPU each."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        self.args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
 
 
 def train(folder: Path, resume: Path | None = None, **settings: Any) -> Record:
@@ -140,18 +152,21 @@ def train(folder: Path, resume: Path | None = None, **settings: Any) -> Record:
     return record
 
 
-def in_processes(number: int, runs: dict[Path, dict[str, Any]]) -> list[Record]:
+def in_processes(
+    number: int, runs: dict[Path, dict[str, Any]], environment: Mapping[str, str] | None = None
+) -> list[Record]:
     """Train in processes of their own, run after run: the folder of each and its settings. Process 0's records."""
     # Forked from a process that has done the imports, which take longer than everything else.
     get_context("forkserver").set_forkserver_preload(["baka_hf.training"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    start_processes(_work, args=(number, port, runs), nprocs=number, start_method="forkserver")
+    start_processes(_work, args=(number, port, runs, environment or {}), nprocs=number, start_method="forkserver")
     return [torch.load(folder / "record.pt", weights_only=False) for folder in runs]
 
 
-def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]]) -> None:
+def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]], environment: Mapping[str, str]) -> None:
+    os.environ |= environment
     if number > 1:
         os.environ |= dict(
             RANK=str(rank),

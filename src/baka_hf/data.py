@@ -311,18 +311,18 @@ class StreamingLanes(_Lanes, IterableDataset[Row]):
         self.documents, self.tokenize = documents, tokenize
         # Where the next iteration begins. In shared memory, so that a DataLoader worker resumes once, not every epoch.
         self._positions = torch.tensor([[-1, 0]] * num_lanes).share_memory_()
-        self._first_epoch = 0
+        self._first_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._counts: Counter[str] = Counter()
         self._lanes_read: set[int] = set()
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the documents, if they want to know. Accelerate calls it at the beginning of every epoch."""
-        super().set_epoch(self._first_epoch + epoch)
+        super().set_epoch(int(self._first_epoch) + epoch)
         if hasattr(self.documents, "set_epoch"):
             self.documents.set_epoch(self.epoch)
 
     def resume(self, positions: torch.Tensor, epoch: int = 0) -> None:
-        """Let the next iteration, and only that one, go on where the lanes stood.
+        """Let the next iteration, and only that one, go on where the lanes stood; if at the end, with the next epoch.
 
         It runs through the documents again, but of those already taken it tokenizes only the last one of each lane.
 
@@ -340,7 +340,7 @@ class StreamingLanes(_Lanes, IterableDataset[Row]):
         if len(taken.unique()) < len(taken):
             raise ValueError(f"expected a document of its own for every lane, got documents {taken.tolist()}.")
         self._positions.copy_(positions)
-        self._first_epoch = epoch
+        self._first_epoch.fill_(epoch)
         self.set_epoch(0)
 
     def __iter__(self) -> Iterator[Row]:
@@ -350,6 +350,17 @@ class StreamingLanes(_Lanes, IterableDataset[Row]):
                 f"expected at most one DataLoader worker, got {worker.num_workers}: lanes go on from batch to batch. "
                 "To work in parallel, tokenize before (`datasets.map` with `num_proc`) or use `LaneDataset`."
             )
+        resumed, ended = bool((self._positions[:, 0] >= 0).any()), True
+        for row in self._rows():
+            ended = False
+            yield row
+        if resumed and ended:  # the lanes stood at the end of an epoch
+            epoch = self.epoch - int(self._first_epoch)
+            self._first_epoch += 1
+            self.set_epoch(epoch)
+            yield from self._rows()
+
+    def _rows(self) -> Iterator[Row]:
         source = enumerate(self.documents)
         lanes = self._resumed_lanes(source)
         while True:

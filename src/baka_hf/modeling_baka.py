@@ -37,6 +37,11 @@ from .configuration_baka import BakaConfig
 
 logger = logging.get_logger(__name__)
 
+# Under torch.compile only what a chunk's tensors go through is compiled, `_Pass._run`: one program for all chunks. What
+# is decided on the host is marked as such; what runs both is itself left alone.
+on_host = torch.compiler.disable
+runs_compiled_parts = torch.compiler.disable(recursive=False)
+
 IGNORED = -100  # a label that is no target
 
 # Without logits, the loss is computed for so many tokens at a time.
@@ -91,7 +96,7 @@ def get_activation(name: str) -> nn.Module:
     return ElephantActivation() if name == "elephant" else ACT2FN[name]
 
 
-@lru_cache(maxsize=32)
+@torch.compiler.assume_constant_result
 def rotary_table(
     theta: float, head_dim: int, num_slots: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,6 +104,13 @@ def rotary_table(
 
     The angles are computed in float64: no buffer that a cast of the model to half precision could spoil.
     """
+    return _rotary_table(theta, head_dim, num_slots, device, dtype)
+
+
+@lru_cache(maxsize=32)
+def _rotary_table(
+    theta: float, head_dim: int, num_slots: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
         inverse_frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.arange(num_slots, dtype=torch.float64)[:, None] * inverse_frequencies
@@ -546,6 +558,13 @@ class BakaPreTrainedModel(PreTrainedModel):
             for weight in module.output_weights:  # type: ignore[union-attr]
                 init.normal_(weight, std=self.config.initializer_range / self.config.hidden_size**0.5)
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            # FSDP2 gives a sharded model a class of its own. What is saved with it is the code of the model's.
+            model_class = next(base for base in cls.__mro__[1:] if not base.__module__.startswith("torch."))
+            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
@@ -562,7 +581,7 @@ class BakaPreTrainedModel(PreTrainedModel):
                 f"`granularity` of gradient checkpointing must be 'layer' or 'chunk', got {granularity!r}."
             )
         by_chunk = granularity == "chunk"
-        if by_chunk and arguments.setdefault("use_reentrant", False):
+        if arguments.setdefault("use_reentrant", False) and by_chunk:
             raise ValueError("checkpointing with granularity='chunk' needs use_reentrant=False, got True.")
         if isinstance(gradient_checkpointing_func, partial):
             gradient_checkpointing_func = partial(gradient_checkpointing_func.func, **arguments)
@@ -618,6 +637,7 @@ class BakaModel(BakaPreTrainedModel):
         self.embed_tokens = value
 
     @can_return_tuple
+    @runs_compiled_parts
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -651,8 +671,36 @@ class BakaModel(BakaPreTrainedModel):
         Raises:
             ValueError: an argument does not fit the others, the model or the state, which is left as it was.
         """
+        pass_ = self._plan(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_attentions,
+            kwargs.get("within_beam_search", False),
+        )
+        for index in range(len(pass_.spans)):
+            pass_.read(index)
+        return pass_.close()
+
+    @on_host
+    def _plan(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: BakaCache | None,
+        inputs_embeds: torch.Tensor | None,
+        use_cache: bool | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+        within_beam_search: bool,
+    ) -> "_Pass":
+        """Check a call, and cut it into spans."""
         config = self.config
-        cache = past_key_values
         with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = config.output_attentions if output_attentions is None else output_attentions
         if with_weights and config._attn_implementation != "eager":
@@ -661,7 +709,6 @@ class BakaModel(BakaPreTrainedModel):
             )
             with_weights = False
         batch_size, length = self._check_text(input_ids, inputs_embeds)
-        within_beam_search = kwargs.get("within_beam_search", False)
         self._check_cache(cache, batch_size, within_beam_search)
         fed = 0 if cache is None else cache.get_seq_length()
         real = self._check_mask(attention_mask, batch_size, length, fed)
@@ -675,8 +722,9 @@ class BakaModel(BakaPreTrainedModel):
 
         # Without a state every row begins here and nothing needs to be known on the host. With one, count.
         lengths: torch.Tensor | None = None
+        whole_columns = torch.ones(length, dtype=torch.bool)
         if cache is not None or restarts is not None:
-            lengths, whole_columns = torch.full((batch_size,), length), torch.ones(length, dtype=torch.bool)
+            lengths = torch.full((batch_size,), length)
             if real is not None:
                 on_host = real.cpu()
                 lengths, whole_columns = on_host.sum(1), on_host.all(0)
@@ -698,28 +746,15 @@ class BakaModel(BakaPreTrainedModel):
             keeps = cache is not None
             spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
 
-        pass_ = _Pass(self, cache, batch_size, with_states, with_weights)
+        pass_ = _Pass(self, cache, spans, batch_size, length, real, with_states, with_weights)
+        pass_.text = ids if inputs_embeds is None else inputs_embeds
         if inputs_embeds is None and torch.is_grad_enabled() and not pass_.recomputes:
-            inputs_embeds = self.embed_tokens(ids)  # one call has one gradient to add up, not one for every chunk
-        for index, span in enumerate(spans):
-            pass_.read(span, self._text_of(span, ids, inputs_embeds), index, len(spans))
-        if spans and self.training and torch.is_grad_enabled():
-            pass_.states[0][-1] = pass_.states[0][-1] + self._anchor(pass_.states[0][-1])
+            pass_.text = self.embed_tokens(ids)  # one call has one gradient to add up, not one for every chunk
         if cache is not None and seeded is not None:
+            # What the state will know of itself after the call.
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
-            pass_.close(spans, seeded, length, num_aligned, restarted=restarts is not None)
-            if input_ids is None:
-                cache._history = None
-            else:
-                cache._remember_ids(input_ids, real)
-
-        states, weights = pass_.outputs(spans, batch_size, length, real)
-        return BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
-            past_key_values=cache,
-            hidden_states=tuple(states) if with_states else None,
-            attentions=weights,
-        )
+            pass_.following = input_ids, seeded, num_aligned, restarts is not None
+        return pass_
 
     # What a call may hold
 
@@ -807,17 +842,7 @@ class BakaModel(BakaPreTrainedModel):
             restarts = zeros & real & (real.cumsum(1) > 1)
         return restarts if bool(restarts.any()) else None
 
-    # How a call is read
-
-    def _text_of(self, span: Span, ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """A span's tokens: ids [B, T], or embeddings [B, T, D] if there are any."""
-        source = ids if inputs_embeds is None else inputs_embeds
-        assert source is not None
-        if isinstance(span.column, int):
-            return source[:, span.column : span.column + span.length]
-        columns = span.column[:, None] + torch.arange(span.length)
-        columns = columns.clamp(max=source.shape[1] - 1).to(source.device)
-        return source.gather(1, columns) if source.ndim == 2 else gather_positions(source, columns)
+    # What a chunk is made of
 
     def learned_memory(self, like: torch.Tensor) -> torch.Tensor:
         """m_0, [R, D], in the dtype and on the device of `like`."""
@@ -855,11 +880,23 @@ class BakaModel(BakaPreTrainedModel):
 class _Pass:
     """One call of `BakaModel`: reads its spans one after another and collects what they give."""
 
+    text: Any  # the call's ids [B, L], or its embeddings [B, L, D]
+    following: Any = None  # what `close` tells the cache
+
     def __init__(
-        self, model: BakaModel, cache: BakaCache | None, batch_size: int, with_states: bool, with_weights: bool
+        self,
+        model: BakaModel,
+        cache: BakaCache | None,
+        spans: list[Span],
+        batch_size: int,
+        length: int,
+        real: torch.Tensor | None,
+        with_states: bool,
+        with_weights: bool,
     ):
         config = model.config
-        self.model, self.config, self.cache, self.batch_size = model, config, cache, batch_size
+        self.model, self.config, self.cache, self.spans = model, config, cache, spans
+        self.batch_size, self.length, self.real = batch_size, length, real
         self.with_states, self.with_weights = with_states, with_weights
         self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
         self.in_place = cache is not None and not torch.is_grad_enabled()
@@ -893,13 +930,11 @@ class _Pass:
         keys, values = [readable(x.keys) for x in cache.layers], [readable(x.values) for x in cache.layers]
         return Stream(readable(cache.memory), keys, values)
 
-    def read(self, span: Span, text: torch.Tensor, index: int, num_spans: int) -> None:
-        """Read span number `index`, whose tokens are `text`: ids [B, T] or embeddings [B, T, D]."""
-        span, pauses = self._place_pauses(span)
-        followed = self.cache is not None or index + 1 < num_spans
-        layout = lay_out(span, self.config, pauses, followed)
-        dtype = text.dtype if text.ndim == 3 else self.model.embed_tokens.weight.dtype
-        view = self._view(span, layout, text.device, dtype)
+    @runs_compiled_parts
+    def read(self, index: int) -> None:
+        """Read span number `index`."""
+        span, layout, *arguments = self._prepare(index)
+        num_spans = len(self.spans)
 
         # `bptt_chunks=k`: the loss of chunk i may reach back k chunks, that of chunk i+1 as well, but one less of the
         # same. So the chunk is read from copies of its state that differ in the reach of their gradients alone: reach
@@ -912,11 +947,12 @@ class _Pass:
             return k is not None and (reach == min(index + 1, k) or (reach <= k and index + 1 + k - reach < num_spans))
 
         for depth, stream in self.streams.items():
-            arguments = span, layout, view, text, stream
-            if self.recomputes:
-                after, states, weights = self.model._gradient_checkpointing_func(self._read_stream, *arguments)
-            else:
-                after, states, weights = self._read_stream(*arguments)
+            run = self._run_on_host if self.in_place else self._run
+            memory, after, states, weights = run(span.first, layout, *arguments, stream)
+            if self.in_place and self.cache is not None:
+                self.cache.memory = self.cache.memory if memory is None else memory
+                if _any(layout.completes):
+                    self._roll_over(self.cache, span, layout)
             if depth == reach:
                 self.states.append(states)
                 self.weights.append(weights)
@@ -928,6 +964,21 @@ class _Pass:
             if is_read(depth + 1):
                 following[depth + 1] = after
         self.streams = following
+
+    @on_host
+    def _prepare(self, index: int) -> tuple[Span, Layout, Any, torch.Tensor]:
+        """Span number `index`, its layout, its view and its tokens: ids [B, T] or embeddings [B, T, D]."""
+        span, pauses = self._place_pauses(self.spans[index])
+        followed = self.cache is not None or index + 1 < len(self.spans)
+        layout = lay_out(span, self.config, pauses, followed)
+        if isinstance(span.column, int):
+            text = self.text[:, span.column : span.column + span.length]
+        else:
+            columns = span.column[:, None] + torch.arange(span.length)
+            columns = columns.clamp(max=self.text.shape[1] - 1).to(self.text.device)
+            text = self.text.gather(1, columns) if self.text.ndim == 2 else gather_positions(self.text, columns)
+        dtype = text.dtype if text.ndim == 3 else self.model.embed_tokens.weight.dtype
+        return span, layout, self._view(span, layout, text.device, dtype), text
 
     def _place_pauses(self, span: Span) -> tuple[Span, Any]:
         """The text positions of each row's pauses, as `lay_out` takes them; and the span, spread out if they differ."""
@@ -1024,15 +1075,27 @@ class _Pass:
             device=device,
         )
 
+    def _run(self, *arguments: Any) -> Any:
+        if self.recomputes:
+            return self.model._gradient_checkpointing_func(self._read_stream, *arguments)
+        return self._read_stream(*arguments)
+
+    # What a state is given in place stands elsewhere in every call: there would be a compiled program for each.
+    _run_on_host = on_host(_run)
+
     def _read_stream(
         self,
-        span: Span,
+        first: Any,
         layout: Layout,
         view: tuple[Any, torch.Tensor | None, Placement],
         text: torch.Tensor,
         stream: Stream,
-    ) -> tuple[Stream, list[torch.Tensor], list[torch.Tensor]]:
-        """Run the blocks over one span: the state after it, hidden states [B, T, D] and weights of its text."""
+    ) -> tuple[torch.Tensor | None, Stream, list[torch.Tensor], list[torch.Tensor]]:
+        """Run the blocks over one span.
+
+        Returns:
+            The memory that its chunk has read, the state after it, hidden states [B, T, D] and weights of its text.
+        """
         model, config, half, S = self.model, self.config, self.half, self.config.stream_length
         R = config.num_memory_tokens
         text = model.embed_tokens(text) if text.ndim == 2 else text
@@ -1040,13 +1103,13 @@ class _Pass:
         if R and (_any(layout.begins) or _any(layout.completes)):
             learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
             memory = learned if memory is None else memory.to(text)
-            memory = _where(_and(layout.begins, span.first), learned, memory)
+            memory = _where(_and(layout.begins, first), learned, memory)
             if _any(layout.begins):
-                read = learned if span.first is True else _where(span.first, learned, model.solidify(memory, "read"))
+                read = learned if first is True else _where(first, learned, model.solidify(memory, "read"))
             if _any(layout.completes):
                 write = learned
-                if config.memory_write == "carry" and span.first is not True:
-                    write = _where(span.first, learned, model.solidify(memory, "write"))
+                if config.memory_write == "carry" and first is not True:
+                    write = _where(first, learned, model.solidify(memory, "write"))
         hidden_states = self._assemble(layout, text, read, write)
 
         placement = view[2]
@@ -1069,15 +1132,11 @@ class _Pass:
         if not self.in_place:
             after.begin = placement.first if layout.completes is False else 0
 
-        if self.in_place and self.cache is not None:
-            self.cache.memory = memory if memory is not None else self.cache.memory
-            if _any(layout.completes):
-                self._roll_over(self.cache, span, layout)
         if R and _any(layout.completes):
             new = hidden_states[:, -R:] if layout.in_step else gather_positions(hidden_states, layout.write)
             after.memory = _where(layout.completes, model.memory_norm(new) if config.memory_norm else new, memory)
         normed = model.norm(self._text(layout, hidden_states))
-        return after, [*states[:-1], normed] if self.with_states else [normed], all_weights
+        return memory, after, [*states[:-1], normed] if self.with_states else [normed], all_weights
 
     def _assemble(
         self, layout: Layout, text: torch.Tensor, read: torch.Tensor | None, write: torch.Tensor | None
@@ -1127,11 +1186,12 @@ class _Pass:
         if layout.completes is True:
             if not half:
                 return None, None
-            own = [
-                new if kept is None else place(kept, new, placement, half + S)[:, :, half - placement.first :]
-                for kept, new in zip(past, (key, value), strict=True)
-            ]
-            return self._turn_back(own[0]), own[1]
+            if not layout.begins:
+                key, value = (
+                    place(kept, new, placement, half + S)[:, :, half - placement.first :]
+                    for kept, new in zip(past, (key, value), strict=True)
+                )
+            return self._turn_back(key), value
         keys, values = (place(kept, new, placement, half + S) for kept, new in zip(past, (key, value), strict=True))
         if layout.completes is False or not half:
             return keys, values
@@ -1148,6 +1208,7 @@ class _Pass:
         cos, sin = rotary_table(*_rotary_key(self.config), keys.device, _at_least_float32(keys.dtype))
         return apply_rotary(keys, cos[S], -sin[S])
 
+    @on_host
     def _roll_over(self, cache: BakaCache, span: Span, layout: Layout) -> None:
         """The own stream of the rows whose chunk is full becomes their previous one, in place."""
         S = self.config.stream_length
@@ -1163,29 +1224,47 @@ class _Pass:
             ):
                 buffer[:, :, :S] = _where(layout.completes, own, buffer[:, :, :S])
 
-    def close(
-        self, spans: list[Span], seeded: torch.Tensor, num_positions: int, num_aligned: int, restarted: bool
+    @on_host
+    def close(self) -> BaseModelOutputWithPast:
+        """Leave the state behind in the cache, and put together what was read."""
+        if self.spans and self.model.training and torch.is_grad_enabled():
+            first = self.states[0]
+            first[-1] = first[-1] + self.model._anchor(first[-1])
+        if self.cache is not None:
+            self._leave_state(self.cache, *self.following)
+        states, weights = self._outputs()
+        return BaseModelOutputWithPast(
+            last_hidden_state=states[-1],
+            past_key_values=self.cache,
+            hidden_states=tuple(states) if self.with_states else None,
+            attentions=weights,
+        )
+
+    def _leave_state(
+        self, cache: BakaCache, input_ids: torch.Tensor | None, seeded: torch.Tensor, num_aligned: int, restarted: bool
     ) -> None:
-        """Leave the state behind in the cache. In the last `num_aligned` positions no row had padding."""
-        cache, stream = self.cache, self.last
-        assert cache is not None
-        if spans:
+        """What the cache keeps of the call. In the last `num_aligned` positions no row had padding."""
+        stream = self.last
+        if self.spans:
             cache.memory = stream.memory
-        if spans and not self.in_place:
+        if self.spans and not self.in_place:
             total = self.half + self.config.stream_length
             for index, layer in enumerate(cache.layers):
                 keys, values = stream.kept(index, 0, total)
                 if keys is None or values is None:  # nothing of a full chunk is kept without the XL cache
                     keys, values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
                 layer.keys, layer.values, layer.is_shared = keys, values, True
-        num_tokens = spans[-1].num_tokens if spans else cache._num_tokens
+        num_tokens = self.spans[-1].num_tokens if self.spans else cache._num_tokens
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
-        cache._advance(num_positions, num_tokens, seeded, pauses, num_aligned, restarted)
+        cache._advance(self.length, num_tokens, seeded, pauses, num_aligned, restarted)
+        if input_ids is None:
+            cache._history = None
+        else:
+            cache._remember_ids(input_ids, self.real)
 
-    def outputs(
-        self, spans: list[Span], batch_size: int, length: int, real: torch.Tensor | None
-    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:
+    def _outputs(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:
         """Hidden states [B, L, D] and weights [B, H, L, 2S] of the call's tokens, each in its own column."""
+        spans, batch_size, length, real = self.spans, self.batch_size, self.length, self.real
         config, S = self.config, self.config.stream_length
         if not spans:
             like = self.model.norm.weight

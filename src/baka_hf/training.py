@@ -85,9 +85,13 @@ class BakaTrainer(Trainer):
         if _is_lanes(self.train_dataset):
             self._lanes = self.train_dataset
             self._check_lanes(self.train_dataset, self._train_batch_size)
+        loader = super().get_train_dataloader()
         if isinstance(self.train_dataset, StreamingLanes):
             self.args.ignore_data_skip = True  # the lanes themselves go on where they stood
-        return super().get_train_dataloader()
+            # The seed that is drawn for workers whenever an iteration begins must not be one of the training's random
+            # numbers: a resumed run begins one more.
+            loader.base_dataloader.generator = torch.Generator()
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -273,7 +277,7 @@ class ChunkCurriculum(TrainerCallback):
         if 0 not in schedule:
             raise ValueError(f"expected a schedule that begins at step 0, got {dict(schedule)!r}.")
         for step, chunks in schedule.items():
-            if not isinstance(step, int) or step < 0 or not isinstance(chunks, int) or chunks < 1:
+            if type(step) is not int or step < 0 or type(chunks) is not int or chunks < 1:
                 raise ValueError(
                     f"expected steps of at least 0 and chunks of at least 1, got {{{step!r}: {chunks!r}}}."
                 )

@@ -1,0 +1,83 @@
+"""torch.compile of the model: the same numbers, in few programs, however many chunks, steps and calls there are."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import random_tokens, tiny_config, tiny_model
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from baka_hf import BakaForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def num_programs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def train_on_lanes(model: BakaForCausalLM, run: Callable[..., Any], num_steps: int) -> tuple[list[float], list[Tensor]]:
+    """Losses and gradients of steps of three chunks in three lanes, one of which begins a document now and then."""
+    length, config = 3 * model.config.chunk_size, model.config
+    tokens = random_tokens(config, 3, num_steps * length)
+    positions = torch.arange(num_steps * length).repeat(3, 1)
+    positions[1] %= 4 * config.chunk_size
+    state, losses = model.new_cache(3), []
+    model.zero_grad()
+    for step in range(num_steps):
+        part = slice(step * length, (step + 1) * length)
+        state.reset_rows(positions[:, part][:, 0] == 0)
+        outputs = run(
+            input_ids=tokens[:, part],
+            position_ids=positions[:, part],
+            past_key_values=state,
+            use_cache=True,
+            labels=tokens[:, part],
+            skip_logits=True,
+        )
+        outputs.loss.backward()
+        state.detach_()
+        losses.append(outputs.loss.item())
+    return losses, [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(("solidifier", "granularity"), [("gelephant", None), ("layer", "chunk")])
+def test_training_compiles_to_few_programs(solidifier: str, granularity: str | None) -> None:
+    """Losses and gradients are those of the plain model, and later steps need no new program."""
+    model = tiny_model(tiny_config(memory_solidifier=solidifier, num_hidden_layers=1), torch.float64).train()
+    losses, gradients = train_on_lanes(model, model, 8)
+    if granularity:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"granularity": granularity})
+    compiled = torch.compile(model, backend="aot_eager")
+    found = train_on_lanes(model, compiled, 8)
+    assert_close(found[0], losses)
+    assert_close(found[1], gradients)
+    programs = num_programs()
+    assert 0 < programs <= 10
+    train_on_lanes(model, compiled, 8)
+    assert num_programs() == programs
+
+
+def test_reading_with_a_state_needs_no_programs() -> None:
+    """Every call with a state has other slots to write to: nothing but the head is compiled, and all is right."""
+    model = tiny_model(tiny_config(num_hidden_layers=1), torch.float64)
+    compiled = torch.compile(model, backend="aot_eager")
+    tokens = random_tokens(model.config, 2, 61)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        state = model.new_cache(2)
+        assert_close(compiled(tokens[:, :50], past_key_values=state).logits, expected[:, :50])
+        for column in range(50, 61):
+            part = compiled(tokens[:, column : column + 1], past_key_values=state)
+            assert_close(part.logits, expected[:, column : column + 1])
+        assert num_programs() <= 3

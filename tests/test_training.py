@@ -1,0 +1,540 @@
+"""Training on lanes is reading every document by itself, with its memory carried: same losses, same gradients."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from helpers import random_tokens, tiny_config, tiny_model
+from test_trainer import CHECKPOINTING, tokenizer  # noqa: F401 - a fixture
+from torch import Tensor
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.nn import functional as F
+from torch.testing import assert_close
+from train_worker import (
+    LENGTHS,
+    Record,
+    ShardingTrainer,
+    Texts,
+    Weights,
+    documents,
+    in_processes,
+    train,
+    trainer,
+    weights_of,
+)
+from transformers import PreTrainedTokenizerFast, Trainer
+
+from baka_hf import BakaCache, BakaForCausalLM, modeling_baka
+from baka_hf.data import LaneDataset
+from baka_hf.evaluation import evaluate_documents
+from baka_hf.training import BakaTrainingArguments, ChunkCurriculum
+
+Row = dict[str, Tensor]
+EXACT = dict(rtol=1e-5, atol=1e-6)  # of float64: transformers takes losses in float32
+
+
+class NaiveReader:
+    """Reads lanes one document at a time, chunk by chunk and without padding, each with a state of its own."""
+
+    def __init__(self, model: BakaForCausalLM, num_lanes: int):
+        self.model = model.train()
+        self.states: list[BakaCache] = [model.new_cache() for _ in range(num_lanes)]
+
+    def read(self, lane: int, row: Row, span: int) -> tuple[Tensor, int]:
+        """The sum of the losses of a row, in which gradients reach back over `span` chunks at most; its targets."""
+        size, total, count = self.model.config.chunk_size, torch.zeros((), dtype=torch.float64), 0
+        for chunk, start in enumerate(range(0, len(row["labels"]), size)):
+            part = slice(start, start + size)
+            real = row["labels"][part] >= 0
+            if row["position_ids"][start] == 0:
+                self.states[lane] = self.model.new_cache()
+            elif chunk % span == 0:
+                self.states[lane].detach_()
+            if real.any():
+                ids, targets = row["input_ids"][part][real], row["shift_labels"][part][real]
+                logits = self.model(input_ids=ids[None], past_key_values=self.states[lane], use_cache=True).logits
+                total = total + F.cross_entropy(logits[0], targets, reduction="sum")
+                count += int((targets >= 0).sum())
+        return total, count
+
+    def step(self, rows: Sequence[Row], span: int) -> tuple[float, Weights]:
+        """Loss and gradients of an optimizer step that reads `rows`, one of each lane in turn."""
+        read = [self.read(index % len(self.states), row, span) for index, row in enumerate(rows)]
+        loss = torch.stack([total for total, _ in read]).sum() / max(sum(count for _, count in read), 1)
+        parameters = dict(self.model.named_parameters())
+        nothing = sum(parameter.sum() for parameter in parameters.values()) * 0  # a step may have no targets
+        gradients = torch.autograd.grad(loss + nothing, list(parameters.values()))
+        return loss.item(), dict(zip(parameters, gradients, strict=True))
+
+
+def steps_of(dataset: LaneDataset, epochs: int, accumulation: int) -> Iterator[list[Row]]:
+    """The rows of each optimizer step."""
+    for epoch in range(epochs):
+        dataset.set_epoch(epoch)
+        rows, number = [dataset[index] for index in range(len(dataset))], dataset.num_lanes * accumulation
+        yield from (rows[start : start + number] for start in range(0, len(rows), number))
+
+
+def assert_same(found: Weights, expected: Weights, **tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(found[name], tensor, **tolerance or dict(rtol=0, atol=0), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_is_naive(
+    record: Record,
+    lanes: int,
+    *,
+    chunks_per_step: int = 2,
+    accumulation: int = 1,
+    epochs: int = 1,
+    spans: Iterable[int] | None = None,
+    carries: bool = True,
+) -> None:
+    """Step by step, losses and gradients of the recorded weights are those of naive reading; `spans` for each step."""
+    dataset = LaneDataset(documents(), lanes, 5, chunks_per_step)
+    model = tiny_model(tiny_config(memory_solidifier="glu"))
+    reader = NaiveReader(model, lanes)
+    steps = list(steps_of(dataset, epochs, accumulation))
+    assert len(record.losses) == len(record.gradients) == len(steps)
+    spans = [chunks_per_step] * len(steps) if spans is None else spans
+    for rows, span, weights, loss, gradients in zip(
+        steps, spans, record.weights, record.losses, record.gradients, strict=True
+    ):
+        model.load_state_dict(weights)
+        if not carries:
+            reader.states = [model.new_cache() for _ in range(lanes)]
+        expected_loss, expected = reader.step(rows, span)
+        assert loss == pytest.approx(expected_loss, rel=1e-6)  # Trainer adds up in float32
+        assert_same(gradients, expected, **EXACT)
+
+
+# Lanes are documents
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("lanes", [1, pytest.param(3, marks=pytest.mark.smoke), 8])
+def test_lanes_are_documents_read_one_by_one(tmp_path: Path, lanes: int, accumulation: int) -> None:
+    """Over two epochs, with weights that change; also where lanes idle."""
+    record = train(tmp_path, lanes=lanes, gradient_accumulation_steps=accumulation, num_train_epochs=2)
+    assert_is_naive(record, lanes, accumulation=accumulation, epochs=2)
+
+
+def test_steps_without_targets(tmp_path: Path) -> None:
+    """A step that reads the last token of a document and nothing else changes nothing."""
+    record = train(tmp_path, lanes=1, chunks_per_step=1, logging_nan_inf_filter=False)
+    assert 0 in record.losses
+    assert_is_naive(record, 1, chunks_per_step=1)
+
+
+def test_a_tokenizer_does_not_touch_lanes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:  # noqa: F811
+    """With one, Trainer would collate with padding and a mask."""
+    trained = trainer(tmp_path, Record(), processing_class=tokenizer, max_steps=1)
+    keys: list[set[str]] = []
+    trained.model.register_forward_pre_hook(lambda *call: keys.append(set(call[2])), with_kwargs=True)
+    trained.train()
+    assert keys and all("attention_mask" not in names for names in keys)
+
+
+def test_lanes_of_two_processes(tmp_path: Path) -> None:
+    runs = {
+        tmp_path / "1": dict(lanes=2, gradient_accumulation_steps=4),
+        tmp_path / "3": dict(lanes=6),
+        tmp_path / "pieces": dict(
+            lanes=6, gradient_accumulation_steps=2, chunks_per_step=4, chunks_per_backward=3, eval_strategy="epoch"
+        ),
+        tmp_path / "local": dict(lanes=2, average_tokens_across_devices=False, eval_strategy="epoch"),
+    }
+    one, three, pieces, local = in_processes(2, runs)
+    assert_is_naive(one, 2, accumulation=4)
+    assert_is_naive(three, 6)
+    assert_is_naive(pieces, 6, accumulation=2, chunks_per_step=4, spans=[3] * len(pieces.losses))
+    for record in (pieces, local):
+        model = tiny_model(tiny_config(memory_solidifier="glu"))
+        model.load_state_dict(record.final)
+        scored = evaluate_documents(model, documents(), progress=False)
+        assert record.eval_losses == [pytest.approx(scored["loss"], rel=1e-6)]
+
+
+# Killed and resumed
+
+LANES: dict[str, dict[str, Any]] = {
+    "plain": dict(num_train_epochs=2),
+    "random_pauses": dict(num_train_epochs=2, model=dict(pause_placement="random")),
+    "accumulation": dict(num_train_epochs=4, gradient_accumulation_steps=2, max_grad_norm=1.0),
+    "curriculum": dict(num_train_epochs=3, schedule={0: 1, 2: 2, 6: 4}, chunks_per_step=3),
+}
+STREAM: dict[str, Any] = dict(stream=True, max_steps=11, model=dict(pause_placement="random"))
+
+
+def assert_resumed(resumed: Record, uninterrupted: Record) -> None:
+    """The last steps, bit for bit."""
+    assert 0 < len(resumed.losses) < len(uninterrupted.losses)
+    assert resumed.losses == uninterrupted.losses[-len(resumed.losses) :]
+    assert_same(resumed.final, uninterrupted.final)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("plain", 9), ("random_pauses", 3), ("accumulation", 9), ("curriculum", 4), ("stream", 2), ("stream", 8)],
+)
+def test_killed_and_resumed(tmp_path: Path, name: str, step: int) -> None:
+    """Killed without warning in the first or a later epoch, two steps after the last checkpoint."""
+    settings = (LANES | {"stream": STREAM})[name]
+    saving = settings | dict(save_strategy="steps", save_steps=step)
+    with pytest.raises(ProcessExitedException) as caught:
+        in_processes(1, {tmp_path: saving | dict(kill_at=step + 2)})
+    assert caught.value.signal_name == "SIGKILL"
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    resumed = train(tmp_path, tmp_path / f"checkpoint-{step}", **saving)
+    uninterrupted = train(tmp_path, **settings)
+    assert len(resumed.losses) == len(uninterrupted.losses) - step
+    assert_resumed(resumed, uninterrupted)
+
+
+@pytest.mark.parametrize(("accumulation", "steps"), [(1, range(1, 11)), (2, (3, 4))])
+def test_a_stream_resumes_after_any_step(tmp_path: Path, accumulation: int, steps: Sequence[int]) -> None:
+    """Also after the last one of an epoch, the 7th; and only the documents in progress are tokenized again."""
+    settings = STREAM | dict(gradient_accumulation_steps=accumulation)
+    uninterrupted = train(tmp_path, save_strategy="steps", save_steps=1, **settings)
+    assert len(uninterrupted.tokenized) > len(LENGTHS)  # there is a second epoch
+    for step in steps:
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        resumed = train(tmp_path / "resumed", checkpoint, **settings)
+        assert_resumed(resumed, uninterrupted)
+        about = json.loads((checkpoint / "lanes-rank-0" / "lanes.json").read_text())
+        texts = Texts()
+        texts.set_epoch(about["epoch"])
+        taken = [document for document, _ in about["places"] if document >= 0]
+        again = [text for document, text in enumerate(texts) if document in taken or document > max(taken)]
+        assert resumed.tokenized[: len(again)] == again[: len(resumed.tokenized)]
+
+
+def test_two_processes_killed_and_resumed(tmp_path: Path) -> None:
+    lanes = dict(lanes=6, chunks_per_step=1, num_train_epochs=2, model=dict(pause_placement="random"))
+    stream = STREAM | dict(lanes=6, chunks_per_step=1, max_steps=14, gradient_accumulation_steps=2)
+    sharded = stream | dict(accelerator_config=dict(dispatch_batches=False))
+    saving = dict(save_strategy="steps", save_steps=5)
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        in_processes(2, {tmp_path / "lanes": lanes | saving | dict(kill_at=7)})
+    checkpoint = tmp_path / "lanes" / "checkpoint-5"
+    assert {path.name for path in checkpoint.glob("lanes-*")} == {"lanes-rank-0", "lanes-rank-1"}
+    runs = {
+        "lanes": lanes | saving | dict(resume=checkpoint),
+        "lanes-whole": lanes,
+        "stream-whole": stream | saving,
+        "stream": stream | dict(resume=tmp_path / "stream-whole" / "checkpoint-5"),
+        "sharded-whole": sharded | saving,
+        "sharded": sharded | dict(resume=tmp_path / "sharded-whole" / "checkpoint-10"),
+    }
+    records = dict(zip(runs, in_processes(2, {tmp_path / name: run for name, run in runs.items()}), strict=True))
+    for name in ("lanes", "stream", "sharded"):
+        assert_resumed(records[name], records[f"{name}-whole"])
+    assert records["stream-whole"].losses == records["sharded-whole"].losses
+
+
+# Evaluation
+
+
+def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
+    plain = train(tmp_path)
+    evaluated = train(tmp_path, eval_strategy="steps", eval_steps=1)
+    assert len(evaluated.eval_losses) == len(plain.losses) == len(evaluated.losses)
+    assert_same(evaluated.final, plain.final)
+
+
+@pytest.mark.parametrize("lanes", [1, pytest.param(3, marks=pytest.mark.smoke), 8])
+@pytest.mark.parametrize("carries", [True, False])
+def test_evaluation_is_that_of_whole_documents(tmp_path: Path, lanes: int, carries: bool) -> None:
+    """The mean over all tokens, with memory from the first to the last, unless memory is not to be carried."""
+    evaluation = trainer(tmp_path, Record(), lanes=lanes, carry_memory=carries, chunks_per_step=3)
+    expected = evaluate_documents(evaluation.model, documents(), progress=False)["loss"]
+    for _ in range(2):
+        found = evaluation.evaluate()["eval_loss"]
+        assert (found == pytest.approx(expected, rel=1e-6)) is carries
+
+
+def samples(number: int = 6, length: int = 13) -> list[Row]:
+    texts = random_tokens(tiny_config(), number, length, seed=3)
+    return [dict(input_ids=text, labels=text) for text in texts]
+
+
+def test_evaluation_of_lanes_and_of_ordinary_samples(tmp_path: Path) -> None:
+    """Side by side, between steps of lanes; and with logits that a metric can see."""
+    evaluation = trainer(tmp_path, Record(), eval_strategy="steps", eval_steps=2, max_steps=4)
+    evaluation.eval_dataset = {"lanes": evaluation.eval_dataset, "samples": samples()}
+    evaluation.train()
+    assert_same(weights_of(evaluation.model), train(tmp_path, max_steps=4).final)
+
+    found = evaluation.evaluate()
+    texts = torch.stack([sample["input_ids"] for sample in samples()])
+    with torch.no_grad():
+        logits = evaluation.model(texts).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), texts[:, 1:].flatten())
+    assert found["eval_samples_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    scored = evaluate_documents(evaluation.model, documents(), progress=False)
+    assert found["eval_lanes_loss"] == pytest.approx(scored["loss"], rel=1e-6)
+
+    predicted = evaluation.predict(samples())
+    assert_close(torch.from_numpy(predicted.predictions), logits)
+    assert predicted.label_ids.tolist() == texts.tolist()
+
+
+# Without memory from step to step
+
+
+def test_memory_that_is_not_carried(tmp_path: Path) -> None:
+    """Each step begins with an empty state."""
+    assert_is_naive(train(tmp_path, carry_memory=False), 3, carries=False)
+
+
+@pytest.mark.parametrize("chunks", [None, 3])
+def test_memory_that_is_not_carried_still_goes_from_piece_to_piece(tmp_path: Path, chunks: int | None) -> None:
+    record = train(tmp_path, carry_memory=False, chunks_per_step=5, chunks_per_backward=chunks)
+    assert_is_naive(record, 3, chunks_per_step=5, carries=False, spans=[chunks or 5] * len(record.losses))
+
+
+def test_the_stock_trainer_reads_lanes_too(tmp_path: Path) -> None:
+    record = train(tmp_path, trainer_class=Trainer, remove_unused_columns=False, train_sampling_strategy="sequential")
+    assert_is_naive(record, 3, carries=False)
+
+
+# Gradients over a part of the step
+
+
+@pytest.mark.parametrize("chunks", [1, pytest.param(3, marks=pytest.mark.smoke), 4, 9])
+def test_chunks_per_backward(tmp_path: Path, chunks: int) -> None:
+    record = train(tmp_path, chunks_per_step=4, chunks_per_backward=chunks, gradient_accumulation_steps=2)
+    spans = [chunks] * len(record.losses)
+    assert_is_naive(record, 3, chunks_per_step=4, accumulation=2, spans=spans)
+
+
+def test_a_curriculum(tmp_path: Path) -> None:
+    """Each step at its level, also in a resumed run; as many steps on the same tokens as without."""
+    schedule = {3: 2, 0: 1, 5: 3}
+    settings = dict(chunks_per_step=3, num_train_epochs=2, save_strategy="steps", save_steps=4)
+    record = train(tmp_path, schedule=schedule, **settings)
+    assert_is_naive(record, 3, chunks_per_step=3, epochs=2, spans=[1, 1, 1, 2, 2, 3, 3, 3, 3, 3])
+    resumed = train(tmp_path / "resumed", tmp_path / "checkpoint-4", schedule=schedule, **settings)
+    assert_resumed(resumed, record)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, None])
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunks_per_backward_of_ordinary_samples(tmp_path: Path, chunks: int | None, padded: bool) -> None:
+    """Samples with labels alone, or padded left: the gradients of each read alone, cut where the batch is."""
+    batch, lengths = [], (13, 4, 9, 13, 11, 7)
+    for sample, length in zip(samples(), lengths if padded else [13] * 6, strict=True):
+        padding = torch.arange(13) < 13 - length
+        ids, first = sample["input_ids"], 13 - length
+        labels = ids.masked_fill(padding, -100).index_fill(0, torch.tensor([first]), -100)  # nothing predicts the first
+        mask = dict(attention_mask=(~padding).long()) if padded else {}
+        batch.append(dict(input_ids=ids, labels=labels, **mask))
+    record = Record()
+    trained = trainer(tmp_path, record, chunks_per_backward=chunks, max_steps=2, per_device_train_batch_size=3)
+    trained.train_dataset, trained.args.train_sampling_strategy = batch, "sequential"
+    trained.train()
+
+    model = tiny_model(tiny_config(memory_solidifier="glu")).train()
+    for step, (weights, gradients) in enumerate(zip(record.weights, record.gradients, strict=True)):
+        model.load_state_dict(weights)
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for sample in batch[3 * step : 3 * step + 3]:
+            state, targets = model.new_cache(), F.pad(sample["labels"], (0, 1), value=-100)[1:]
+            real = sample.get("attention_mask", torch.ones(13)) > 0
+            for start in range(0, 13, 5 * chunks if chunks else 13):
+                part = slice(start, start + 5 * chunks if chunks else 13)
+                if real[part].any():
+                    ids = sample["input_ids"][part][real[part]]
+                    logits = model(input_ids=ids[None], past_key_values=state.detach_(), use_cache=True).logits
+                    total = total + F.cross_entropy(logits[0], targets[part][real[part]], reduction="sum")
+            count += int((targets >= 0).sum())
+        expected = torch.autograd.grad(total / count, list(model.parameters()))
+        names = [name for name, _ in model.named_parameters()]
+        assert_same(gradients, dict(zip(names, expected, strict=True)), **EXACT)
+
+
+@pytest.mark.parametrize("chunks", [0, -1, 1.0, True, "2"])
+def test_bad_chunks_per_backward(tmp_path: Path, chunks: Any) -> None:
+    with pytest.raises(ValueError, match=f"`chunks_per_backward` must be an integer of at least 1, got {chunks!r}"):
+        BakaTrainingArguments(str(tmp_path), chunks_per_backward=chunks)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({}, "a schedule that begins at step 0, got {}"),
+        ({1: 1}, "a schedule that begins at step 0, got {1: 1}"),
+        ({0: 1, -1: 2}, "got {-1: 2}"),
+        ({0: 0}, "chunks of at least 1, got {0: 0}"),
+        ({0: 1, 10: 1.5}, "got {10: 1.5}"),
+        ({0: 1, 0.5: 2}, "got {0.5: 2}"),
+        ({0: 1, 5: True}, "got {5: True}"),
+    ],
+)
+def test_bad_schedules(schedule: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ChunkCurriculum(schedule)
+
+
+# Memory and precision
+
+
+@pytest.mark.parametrize("granularity", [pytest.param("chunk", marks=pytest.mark.smoke), "layer"])
+@pytest.mark.parametrize("chunks", [None, 2])
+def test_gradient_checkpointing(tmp_path: Path, granularity: str, chunks: int | None) -> None:
+    settings = dict(chunks_per_step=3, chunks_per_backward=chunks)
+    arguments = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"granularity": granularity}}
+    checkpointed = trainer(tmp_path, Record(), **settings, **arguments)
+    checkpointed.train()
+    assert checkpointed.model.model.checkpoints_chunks is (granularity == "chunk")
+    assert checkpointed.model.model.layers[0].gradient_checkpointing is (granularity == "layer")
+    assert_same(weights_of(checkpointed.model), train(tmp_path, **settings).final, rtol=1e-6, atol=1e-8)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    """Mixed precision stays finite and learns, with a state that is carried; the weights stay float32."""
+    record = train(tmp_path, bf16=True, dtype=torch.float32, num_train_epochs=4)
+    exact = train(tmp_path, dtype=torch.float32, num_train_epochs=4)
+    assert all(math.isfinite(loss) for loss in record.losses)
+    assert sum(record.losses[-7:]) < 0.9 * sum(record.losses[:7])
+    assert record.losses != exact.losses and record.losses == pytest.approx(exact.losses, rel=0.1)
+    for name, tensor in record.final.items():
+        assert tensor.dtype == torch.float32 and torch.isfinite(tensor).all(), name
+
+
+# Sharded
+
+
+def launched(name: str) -> Any:
+    """The options of `accelerate launch` with one of the examples' configurations."""
+    path = Path(__file__).parents[1] / "examples" / "accelerate" / name
+    options = launch_command_parser().parse_args(["--config_file", str(path), "examples/train.py"])
+    return _validate_launch_command(options)[0]
+
+
+def test_sharded_by_the_example_configuration(tmp_path: Path) -> None:
+    """Two processes with FSDP2: weights and losses of one process; saved whole, and resumed."""
+    options = launched("fsdp2.yaml")
+    options.mixed_precision = "no"
+    environment = {name: value for name, value in prepare_multi_gpu_env(options).items() if "FSDP" in name}
+    assert environment["FSDP_VERSION"] == "2" and environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "BakaDecoderLayer"
+    whole = dict(lanes=2, save_strategy="steps", save_steps=5, max_grad_norm=1.0)
+    pieces = dict(lanes=6, gradient_accumulation_steps=2, chunks_per_step=4, chunks_per_backward=3, max_grad_norm=1.0)
+    pieces |= dict(eval_strategy="epoch", num_train_epochs=2)
+    recomputed = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"granularity": "chunk"}}
+    runs = {
+        "whole": whole,
+        "resumed": whole | dict(resume=tmp_path / "whole" / "checkpoint-5"),
+        "pieces": pieces | recomputed,
+    }
+    runs = {name: run | dict(trainer_class=ShardingTrainer) for name, run in runs.items()}
+    sharded = dict(
+        zip(runs, in_processes(2, {tmp_path / name: run for name, run in runs.items()}, environment), strict=True)
+    )
+
+    assert_resumed(sharded["resumed"], sharded["whole"])
+    for name, settings in (("whole", whole), ("pieces", pieces)):
+        expected = train(tmp_path / "one", **settings)
+        assert sharded[name].losses == pytest.approx(expected.losses, rel=1e-6)
+        assert sharded[name].eval_losses == pytest.approx(expected.eval_losses, rel=1e-6)
+        assert_same(sharded[name].final, expected.final, rtol=1e-6, atol=1e-8)
+    checkpoint = tmp_path / "whole" / "checkpoint-10"
+    assert_same(weights_of(BakaForCausalLM.from_pretrained(checkpoint)), sharded["whole"].final)
+    code = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py"}
+    assert {path.name for path in checkpoint.glob("*.py")} == code
+    auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_baka.BakaForCausalLM"
+
+
+def test_the_example_configurations() -> None:
+    """They leave nothing to ask for: two GPUs of one machine, in bf16."""
+    plain, sharded = launched("ddp.yaml"), launched("fsdp2.yaml")
+    for options in (plain, sharded):
+        assert (options.num_processes, options.num_machines, options.mixed_precision) == (2, 1, "bf16")
+        assert not options.use_cpu
+    assert plain.multi_gpu and not plain.use_fsdp
+    assert sharded.use_fsdp and int(sharded.fsdp_version) == 2 and not sharded.multi_gpu
+    assert sharded.fsdp_state_dict_type == "FULL_STATE_DICT"  # what `from_pretrained` can read
+
+
+# What does not fit
+
+
+def test_as_many_lanes_as_rows(tmp_path: Path) -> None:
+    for rows, message in (
+        (2, "expected 2 lanes, one for each of the 2 rows of 1 process.*got num_lanes=3"),
+        (4, "4 l"),
+    ):
+        sizes = dict(per_device_train_batch_size=rows, per_device_eval_batch_size=rows)
+        for stream in (False, True):
+            with pytest.raises(ValueError, match=message):
+                train(tmp_path, stream=stream, max_steps=2, **sizes)
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, Record(), **sizes).evaluate()
+    several = trainer(tmp_path, Record())
+    several.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"expected one device per process, got 2 \(nn.DataParallel\)"):
+        several.train()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_checkpoints_of_other_lanes_or_without_a_state(tmp_path: Path, stream: bool) -> None:
+    settings = dict(stream=stream, max_steps=2, save_strategy="steps", save_steps=1)
+    train(tmp_path, **settings)
+    checkpoint = tmp_path / "checkpoint-1"
+    with pytest.raises(ValueError, match=r"expected a checkpoint of 2 lanes, .*checkpoint-1 was saved with 3"):
+        train(tmp_path / "2", checkpoint, lanes=2, **settings)
+    (checkpoint / "lanes-rank-0").rename(checkpoint / "lanes-rank-1")  # what another process would find
+    with pytest.raises(ValueError, match=r"state of this process's lanes in .*lanes-rank-0, found none: .* fewer pro"):
+        train(tmp_path / "2", checkpoint, **settings)
+    train(tmp_path / "2", checkpoint, carry_memory=False, **settings)  # needs none
+
+
+# Losses without logits
+
+
+@pytest.mark.parametrize("piece", [3, 7, 4096])
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("number", [None, 5, torch.tensor(11.0)], ids=str)
+def test_losses_without_logits(monkeypatch: pytest.MonkeyPatch, piece: int, name: str, number: Any) -> None:
+    """The plain loss and its gradients, computed for a few tokens at a time."""
+    monkeypatch.setattr(modeling_baka, "LOSS_PIECE", piece)
+    found = []
+    model = tiny_model(tiny_config()).train()
+    tokens = random_tokens(model.config, 2, 11)
+    labels = {name: random_tokens(model.config, 2, 11, seed=1).masked_fill(tokens > 12, -100)}
+    for skips in (False, True):
+        outputs = model(tokens, **labels, skip_logits=skips, num_items_in_batch=number)
+        assert (outputs.logits is None) is skips
+        gradients = torch.autograd.grad(outputs.loss, list(model.parameters()))
+        found.append((outputs.loss, *gradients))
+        with torch.no_grad():
+            assert_close(model(tokens, **labels, skip_logits=skips, num_items_in_batch=number).loss, outputs.loss)
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected, **EXACT)
+
+
+def test_losses_without_logits_need_targets() -> None:
+    model, tokens = tiny_model(tiny_config()), random_tokens(tiny_config(), 2, 11)
+    with pytest.raises(ValueError, match="expected `labels` or `shift_labels` with `skip_logits=True`"):
+        model(tokens, skip_logits=True)
+    for name in ("labels", "shift_labels"):
+        with pytest.raises(ValueError, match=rf"expected `{name}` of shape \[2, 11\], got \[2, 10\]"):
+            model(tokens, **{name: tokens[:, 1:]}, skip_logits=True)
+
+
+@pytest.mark.smoke
+def test_no_logits_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training and the evaluation of losses never hold the logits of a batch."""
+    shapes = []
+    trained = trainer(tmp_path, Record(), eval_strategy="epoch")
+    trained.model.register_forward_hook(lambda model, inputs, outputs: shapes.append(outputs.logits))
+    trained.train()
+    assert shapes and all(logits is None for logits in shapes)
