@@ -8,8 +8,8 @@
 A byte-level BPE tokenizer is trained on the training part, the model on samples of several chunks; with --streaming
 on whole documents, in lanes that carry memory from step to step. The model and an add-k smoothed bigram model are
 scored on held-out documents, the model both in blocks of several chunks, each read with an empty memory, and in whole
-documents. The output folder then holds the checkpoint with its tokenizer, its code and its
-model card, and the training curve.
+documents. The output folder then holds the checkpoint with its tokenizer, its code and its model card, the training
+curve, and the results for `python -m baka_hf.results`.
 """
 
 import glob
@@ -45,6 +45,7 @@ from transformers import (
 from baka_hf import BakaConfig, BakaForCausalLM
 from baka_hf.data import LaneDataset
 from baka_hf.evaluation import evaluate_documents
+from baka_hf.results import Result, curves_of, write_result
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: its first token is predicted from this one
@@ -439,7 +440,7 @@ def main() -> None:
         preprocess_logits_for_metrics=token_losses,
     )
     resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    outcome = trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     metrics = trainer.evaluate()
     model.config.use_cache = True  # the Trainer switches it off; whoever loads the checkpoint wants it
     trainer.save_model()
@@ -448,12 +449,26 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
 
+    output = Path(args.output_dir)
     table = {"BakaLLM, in blocks": {score: metrics[f"eval_{score}"] for score in bigram}}
     if args.world_size == 1:
-        whole = evaluate_documents(model, list(validation_tokens["input_ids"]))
+        whole = evaluate_documents(model, list(validation_tokens["input_ids"]), num_bytes=num_bytes)
         table["BakaLLM, documents"] = scores(whole["loss"] * num_tokens, num_tokens, num_bytes)
+        samples = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps
+        result = Result.of(
+            model,
+            whole,
+            run_id=output.resolve().name,
+            dataset=data.describe(),
+            split="validation",
+            steps=trainer.state.global_step,
+            seed=args.seed,
+            tokens_seen=samples * length,
+            wall_time=outcome.metrics["train_runtime"],
+            curves=curves_of(trainer.state.log_history),
+        )
+        write_result(output / "results.db", result)
     table[f"bigram, add-{k:g}"] = bigram
-    output = Path(args.output_dir)
     draw_curve(trainer.state.log_history, bigram["nats_per_token"], output / "training_curve.png")
     write_card(
         output / "README.md",

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from baka_hf import BakaConfig
+from baka_hf.results import read_results
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -208,6 +210,26 @@ def test_training_flags(trained: SimpleNamespace, flags: str, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *short])
     train.main()
     assert math.isfinite(history(tmp_path)[-1]["eval_nats_per_token"])
+
+
+def test_streaming_carries_memory_and_resumes(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Lanes train to other weights than samples, and a resumed run to the same; results are there to be listed."""
+    whole, resumed = ["--streaming", "--output_dir", f"{tmp_path}/whole"], ["--output_dir", f"{tmp_path}/resumed"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *whole])
+    train.main()
+    resume = ["--resume_from_checkpoint", f"{tmp_path}/whole/checkpoint-4"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *whole, *resume, *resumed])
+    train.main()
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    assert_close(load_file(tmp_path / "resumed" / "model.safetensors"), weights)
+    samples = load_file(trained.output / "model.safetensors")
+    assert any(not torch.equal(samples[name], weights[name]) for name in weights)
+    assert (tmp_path / "whole" / "checkpoint-4" / "lanes-rank-0" / "baka_cache.safetensors").is_file()
+    (result,) = read_results(tmp_path / "whole" / "results.db")
+    assert (result.run_id, result.steps, result.split) == ("whole", 6, "validation")
+    assert math.isfinite(result.loss) and result.loss_by_chunk and result.curves["train"]
 
 
 def run_generate(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, flags: str, stdin: str = "") -> None:

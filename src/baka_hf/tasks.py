@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-IGNORED = -100
+from .modeling_baka import IGNORED
+
 NUM_KEYS = 26  # the letters
 # How many predictions a sample makes; L symbols or pairs are its source.
 TASKS = {
