@@ -250,7 +250,9 @@ class BakaTrainer(Trainer):
                 f"expected a checkpoint of {lanes.num_lanes} lanes, {checkpoint} was saved with {about['num_lanes']}: "
                 "resume with as many rows per step as before."
             )
-        self._state = BakaCache.from_pretrained(folder, config=self.model.config, device=self.args.device)
+        # By the model's own class: a checkpoint loaded with remote code brought one.
+        cache_class = type(self.model.new_cache())
+        self._state = cache_class.from_pretrained(folder, config=self.model.config, device=self.args.device)
         self._places = about["places"]
         if isinstance(lanes, StreamingLanes):
             places = torch.tensor(self._places, device=self.args.device)
