@@ -467,7 +467,7 @@ BAD_DOCUMENTS: list[tuple[Any, str]] = [
     ([[1, 2], [0.5, 1.0]], "document 1: expected a sequence of token ids, got torch.float32"),
     ([np.ones(3)], "document 0: expected a sequence of token ids, got torch.float64"),
     ([[True, False]], "document 0: expected a sequence of token ids, got torch.bool"),
-    ([[[1, 2]]], r"document 0: expected a sequence of token ids, got torch.int64 of shape \[1, 2\]"),
+    ([[[1, 2]]], r"document 0: expected a sequence of token ids, got torch.int64 of shape \(1, 2\)"),
     (["text"], "document 0: expected a sequence of token ids"),
     ([[1], 2], "document 1: expected a sequence of token ids"),
     (torch.tensor([1, 2, 3]), "document 0: expected a sequence of token ids"),

@@ -80,7 +80,7 @@ class _Lanes:
     def __init__(
         self, num_lanes: int, chunk_size: int, chunks_per_step: int, pad_token_id: int, vocab_size: int | None
     ):
-        _check_positive(num_lanes=num_lanes, chunk_size=chunk_size, chunks_per_step=chunks_per_step)
+        check_positive(num_lanes=num_lanes, chunk_size=chunk_size, chunks_per_step=chunks_per_step)
         self.num_lanes, self.chunk_size, self.chunks_per_step = num_lanes, chunk_size, chunks_per_step
         self.pad_token_id, self.vocab_size = pad_token_id, vocab_size
         self.row_length = chunks_per_step * chunk_size
@@ -125,26 +125,6 @@ class _Lanes:
         row["shift_labels"][offset : offset + len(targets)] = targets
         row["position_ids"][offset:following] = torch.arange(position, position + following - offset)
         return following
-
-    def _token_ids(self, piece: Any, document: int) -> torch.Tensor:
-        """A piece of document number `document` as [T] int64 on the CPU."""
-        try:
-            tokens = piece if isinstance(piece, torch.Tensor) else torch.tensor(piece)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"document {document}: expected a sequence of token ids: {error}") from error
-        if tokens.shape == (0,):
-            raise ValueError(f"document {document} is empty: expected at least one token.")
-        if tokens.ndim != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise ValueError(
-                f"document {document}: expected a sequence of token ids, got {tokens.dtype} of shape "
-                f"{list(tokens.shape)}."
-            )
-        tokens = tokens.to("cpu", torch.int64)
-        least, most = (int(value) for value in tokens.aminmax())
-        if least < 0 or (self.vocab_size is not None and most >= self.vocab_size):
-            expected = "of at least 0" if self.vocab_size is None else f"from 0 to {self.vocab_size - 1}"
-            raise ValueError(f"document {document}: expected token ids {expected}, got {least if least < 0 else most}.")
-        return tokens
 
 
 class LaneDataset(_Lanes, Dataset[Row]):
@@ -193,7 +173,7 @@ class LaneDataset(_Lanes, Dataset[Row]):
         vocab_size: int | None = None,
     ):
         super().__init__(num_lanes, chunk_size, chunks_per_step, pad_token_id, vocab_size)
-        _check_positive(num_epochs=num_epochs)
+        check_positive(num_epochs=num_epochs)
         self.seed, self.shuffle, self.num_epochs = seed, shuffle, num_epochs
 
         if is_datasets_available() and isinstance(documents, datasets.Dataset):
@@ -270,7 +250,7 @@ class LaneDataset(_Lanes, Dataset[Row]):
             document = int(documents[slot])
             position = int(chunk - ends[slot] + self._num_chunks[document]) * self.chunk_size
             piece = self.documents[document][position : position + self.row_length - offset + 1]
-            offset = self._write(row, offset, self._token_ids(piece, document), position)
+            offset = self._write(row, offset, check_document(piece, document, self.vocab_size), position)
             chunk = ends[slot]
             slot += 1
         return row
@@ -395,7 +375,7 @@ class StreamingLanes(_Lanes, IterableDataset[Row]):
             if "input_ids" not in item:
                 raise ValueError(f'document {document}: expected a dict with "input_ids", got {list(item)}.')
             item = item["input_ids"]
-        tokens = self._token_ids(item, document)
+        tokens = check_document(item, document, self.vocab_size)
         if consumed > len(tokens):
             raise ValueError(
                 f"document {document} has {len(tokens)} tokens, {consumed} of which were read before: resume with the "
@@ -504,7 +484,32 @@ def _deal(slots: list[int], num_lanes: int) -> np.ndarray:
     return np.array(lanes)
 
 
-def _check_positive(**values: object) -> None:
+def check_document(piece: Any, number: int, vocab_size: int | None) -> torch.Tensor:
+    """(A piece of) document `number` as [T] int64 on the CPU.
+
+    Raises:
+        ValueError: it is empty, no sequence of integers, or one of them is negative or out of the vocabulary.
+    """
+    name = f"document {number}"
+    try:
+        tokens = piece if isinstance(piece, torch.Tensor) else torch.tensor(piece)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: expected a sequence of token ids: {error}") from error
+    if tokens.shape == (0,):
+        raise ValueError(f"{name} is empty: expected at least one token.")
+    if tokens.ndim != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: expected a sequence of token ids, got {tokens.dtype} of shape {tuple(tokens.shape)}."
+        )
+    tokens = tokens.to("cpu", torch.int64)
+    least, most = (int(value) for value in tokens.aminmax())
+    if least < 0 or (vocab_size is not None and most >= vocab_size):
+        expected = "of at least 0" if vocab_size is None else f"from 0 to {vocab_size - 1}"
+        raise ValueError(f"{name}: expected token ids {expected}, got {least if least < 0 else most}.")
+    return tokens
+
+
+def check_positive(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
+from .data import check_document, check_positive
+
 # A progress bar that is gone before it can be read is only noise.
 SECONDS_UNTIL_PROGRESS = 2.0
 
@@ -65,9 +67,9 @@ def evaluate_documents(
         ValueError: a document is empty, has ids out of the vocabulary or is no sequence of ids (the message has its
             index); there is nothing to score; `batch_size` or `num_bytes` is below 1.
     """
-    for name, value in (("batch_size", batch_size), ("num_bytes", num_bytes)):
-        if (value is not None or name == "batch_size") and not _is_positive(value):
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+    check_positive(batch_size=batch_size)
+    if num_bytes is not None:
+        check_positive(num_bytes=num_bytes)
     reader = _Reader(documents, model.config.vocab_size)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -118,31 +120,10 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Lane]:
         for document in self.documents:
-            tokens = self._check(document)
+            tokens = check_document(document, self.num_documents, self.vocab_size)
             self.num_documents += 1
             if len(tokens) > 1:
                 yield Lane(tokens)
-
-    def _check(self, document: Any) -> torch.Tensor:
-        """The document as [T] int64 on the CPU."""
-        name = f"document {self.num_documents}"
-        try:
-            tokens = document if isinstance(document, torch.Tensor) else torch.tensor(document)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name}: expected a sequence of token ids: {error}") from error
-        if tokens.shape == (0,):
-            raise ValueError(f"{name} is empty: expected at least one token.")
-        if tokens.ndim != 1 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise ValueError(
-                f"{name}: expected a sequence of token ids, got {tokens.dtype} of shape {tuple(tokens.shape)}."
-            )
-        tokens = tokens.to("cpu", torch.int64)
-        least, most = (int(value) for value in tokens.aminmax())
-        if least < 0 or most >= self.vocab_size:
-            raise ValueError(
-                f"{name}: expected token ids from 0 to {self.vocab_size - 1}, got {least if least < 0 else most}."
-            )
-        return tokens
 
 
 def _score(model: Any, documents: Iterator[Lane], batch_size: int, bar: Any) -> tuple[list[float], list[int]]:
@@ -196,10 +177,6 @@ def _count_tokens(documents: Iterable[Any]) -> int | None:
         return sum(max(len(document) - 1, 0) for document in documents)
     except TypeError:
         return None
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 __all__ = ["evaluate_documents"]
