@@ -294,7 +294,7 @@ def test_memory_that_is_not_carried(tmp_path: Path) -> None:
     assert_is_naive(train(tmp_path, carry_memory=False), 3, carries=False)
 
 
-@pytest.mark.parametrize("chunks", [None, 3])
+@pytest.mark.parametrize("chunks", [None, 1, 3])
 def test_memory_that_is_not_carried_still_goes_from_piece_to_piece(tmp_path: Path, chunks: int | None) -> None:
     record = train(tmp_path, carry_memory=False, chunks_per_step=5, chunks_per_backward=chunks)
     assert_is_naive(record, 3, chunks_per_step=5, carries=False, spans=[chunks or 5] * len(record.losses))
@@ -358,6 +358,20 @@ def test_chunks_per_backward_of_ordinary_samples(tmp_path: Path, chunks: int | N
         expected = torch.autograd.grad(total / count, list(model.parameters()))
         names = [name for name, _ in model.named_parameters()]
         assert_same(gradients, dict(zip(names, expected, strict=True)), **EXACT)
+
+
+def test_a_packed_document_that_begins_with_a_piece(tmp_path: Path) -> None:
+    """Two documents of two chunks in a sample: in pieces of two chunks the gradient is that of the whole."""
+    ids, positions = random_tokens(tiny_config(), 20), torch.arange(20) % 10
+    targets = ids.roll(-1).index_fill(0, torch.tensor([9, 19]), -100)
+    sample = dict(input_ids=ids, labels=ids, position_ids=positions, shift_labels=targets)
+    records = []
+    for chunks in (None, 2):
+        records.append(Record())
+        trained = trainer(tmp_path, records[-1], chunks_per_backward=chunks, max_steps=1, per_device_train_batch_size=1)
+        trained.train_dataset = [sample]
+        trained.train()
+    assert_same(records[1].gradients[0], records[0].gradients[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunks", [0, -1, 1.0, True, "2"])

@@ -37,8 +37,8 @@ from .configuration_baka import BakaConfig
 
 logger = logging.get_logger(__name__)
 
-# Under torch.compile only what a chunk's tensors go through is compiled, `_Pass._run`: one program for all chunks. What
-# is decided on the host is marked as such; what runs both is itself left alone.
+# Under torch.compile only what a chunk's tensors go through is compiled, `_Pass._run`: a few programs for all chunks.
+# What is decided on the host is marked as such; what runs both is itself left alone.
 on_host = torch.compiler.disable
 runs_compiled_parts = torch.compiler.disable(recursive=False)
 

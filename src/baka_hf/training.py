@@ -182,7 +182,7 @@ class BakaTrainer(Trainer):
             and self.compute_loss_func is None
         ):
             inputs["skip_logits"] = True
-        state = self._resumed_state(inputs) if self._carries else self._state
+        state = self._state_for(inputs)
         if state is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -193,12 +193,13 @@ class BakaTrainer(Trainer):
             self._places = places.tolist()
         return (loss, outputs) if return_outputs else loss
 
-    def _resumed_state(self, inputs: dict[str, Any]) -> BakaCache:
-        """The state to read a batch of lanes with, new in rows that begin with a document."""
-        begins = inputs["position_ids"][:, 0] == 0
-        if self._state is None:
-            self._state = self.model.new_cache(len(begins))
-        self._state.reset_rows(begins)
+    def _state_for(self, inputs: dict[str, Any]) -> BakaCache | None:
+        """The state to read a batch or a piece of one with, if any: new in rows that begin with a document."""
+        batch_size = len(inputs["input_ids"])
+        if self._state is None and self._carries:
+            self._state = self.model.new_cache(batch_size)
+        if self._state is not None and "position_ids" in inputs:
+            self._state.reset_rows((inputs["position_ids"][:, 0] == 0).expand(batch_size))
         return self._state
 
     # Evaluation has a state of its own
