@@ -53,7 +53,7 @@ class Placement(NamedTuple):
 
     Rows in step share `start` and `stop`: the span takes slots start … stop-1 and sees slots first … stop-1.
     Rows out of step have their own `slots` [B, 1, Q, 1], of which those where `valid` [B, 1, Q, 1] is True count, and
-    see all slots.
+    see all slots. `turn`, cos and sin, is what keys from before the span are still to be turned by.
     """
 
     first: int = 0
@@ -61,6 +61,7 @@ class Placement(NamedTuple):
     stop: int = 0
     slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None
+    turn: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class BakaCacheLayer(CacheLayerMixin):

@@ -84,6 +84,16 @@ class _Elephant(torch.autograd.Function):
         return (-8 * (fourth * gate) * (square * wide) * gate * grad_output).to(x.dtype)
 
 
+def recompute(function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)`; compiled training does not keep its result but computes it again in the backward pass.
+
+    For what is cheap next to the matrix products around it and as large as they are. Uncompiled, a call costs more.
+    """
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)
+
+
 class ElephantActivation(nn.Module):
     """elephant(x) = 1 / (1 + |x / a|^d) with a = 1, d = 8 (arXiv 2310.01365): a bump that opens around zero."""
 
@@ -163,6 +173,8 @@ def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, nu
 
     In step `past` ends where the span starts. Out of step it has all `num_slots` slots.
     """
+    if past is not None and placement.turn is not None:
+        past = apply_rotary(past, *placement.turn)
     if placement.slots is None or placement.valid is None:
         return new if past is None else torch.cat([past.to(new), new], dim=2)
     past = new.new_zeros(*new.shape[:2], num_slots, new.shape[3]) if past is None else past.to(new)
@@ -209,8 +221,8 @@ class BakaAttention(nn.Module):
             key_states, value_states = cache_layer.update(new_key, new_value, placement)
         else:
             num_slots = self.config.stream_length * (1 + self.config.use_xl_cache)
-            key_states = place(past_key, new_key, placement, num_slots)
-            value_states = place(past_value, new_value, placement, num_slots)
+            key_states = recompute(place, past_key, new_key, placement, num_slots)
+            value_states = recompute(place, past_value, new_value, placement._replace(turn=None), num_slots)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -232,7 +244,10 @@ class BakaMLP(nn.Module):
         self.act_fn = get_activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(recompute(self._activate, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+
+    def _activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return self.act_fn(gate) * up
 
 
 class BakaDecoderLayer(GradientCheckpointingLayer):
@@ -254,7 +269,7 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         placement: Placement,
         cache_layer: BakaCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        normed = self.input_layernorm(hidden_states)
+        normed = recompute(self.input_layernorm, hidden_states)
         attended, key, value, weights = self.self_attn(
             normed, past_key, past_value, position_embeddings, attention_mask, placement, cache_layer
         )
@@ -511,13 +526,15 @@ def gather_positions(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 class Stream:
     """What a chunk finds when it begins or goes on, as tensors with gradients that nothing writes into.
 
-    Keys and values of each block stand for slots begin … begin + their length - 1 of the two halves.
+    Keys and values of each block stand for slots begin … begin + their length - 1 of the two halves. Where a chunk has
+    just ended its keys are still as its own attention had them, S slots too late: whoever reads them turns them back.
     """
 
     memory: Any
     keys: list[Any]
     values: list[Any]
     begin: int = 0
+    turns: bool = False
 
     def kept(self, layer: int, first: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Keys and values of slots first … stop-1 of a block."""
@@ -536,7 +553,7 @@ class Stream:
         def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else _where(rows, tensor.detach(), tensor)
 
-        return Stream(cut(self.memory), [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin)
+        return Stream(cut(self.memory), [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin, self.turns)
 
 
 class BakaPreTrainedModel(PreTrainedModel):
@@ -1112,7 +1129,9 @@ class _Pass:
                     write = _where(first, learned, model.solidify(memory, "write"))
         hidden_states = self._assemble(layout, text, read, write)
 
-        placement = view[2]
+        angles, mask, placement = view
+        if stream.turns:
+            placement = placement._replace(turn=self._backwards(text))
         states = [self._text(layout, hidden_states)] if self.with_states else []
         all_weights: list[torch.Tensor] = []
         after = Stream(memory, [None] * len(model.layers), [None] * len(model.layers))
@@ -1122,7 +1141,9 @@ class _Pass:
             if cache_layer is None:
                 past = stream.kept(index, placement.first, placement.start if placement.slots is None else half + S)
             # By position: checkpointing keeps positional arguments for each call of a layer.
-            hidden_states, key, value, weights = layer(hidden_states, *past, *view, cache_layer)
+            hidden_states, key, value, weights = layer(
+                hidden_states, *past, angles, mask, placement, cache_layer
+            )
             if self.with_states:
                 states.append(self._text(layout, hidden_states))
             if self.with_weights:
@@ -1131,6 +1152,7 @@ class _Pass:
                 after.keys[index], after.values[index] = self._keep(layout, placement, past, key, value)
         if not self.in_place:
             after.begin = placement.first if layout.completes is False else 0
+            after.turns = layout.completes is True and self.half > 0
 
         if R and _any(layout.completes):
             new = hidden_states[:, -R:] if layout.in_step else gather_positions(hidden_states, layout.write)
@@ -1191,22 +1213,23 @@ class _Pass:
                     place(kept, new, placement, half + S)[:, :, half - placement.first :]
                     for kept, new in zip(past, (key, value), strict=True)
                 )
-            return self._turn_back(key), value
-        keys, values = (place(kept, new, placement, half + S) for kept, new in zip(past, (key, value), strict=True))
+            return key, value
+        keys = place(past[0], key, placement, half + S)
+        values = place(past[1], value, placement._replace(turn=None), half + S)
         if layout.completes is False or not half:
             return keys, values
         if layout.in_step:
             keys, values = (pad_slots(tensor, placement.first, 0) for tensor in (keys, values))
-        rolled = torch.cat([self._turn_back(keys[:, :, S:]), keys[:, :, S:]], dim=2)
+        rolled = torch.cat([apply_rotary(keys[:, :, S:], *self._backwards(keys)), keys[:, :, S:]], dim=2)
         keys = _where(layout.completes, rolled, keys)
         values = _where(layout.completes, torch.cat([values[:, :, S:], values[:, :, S:]], dim=2), values)
         return keys, values
 
-    def _turn_back(self, keys: torch.Tensor) -> torch.Tensor:
-        """Keys [B, H, S, head_dim] of the own stream as keys of a previous one: S slots earlier."""
+    def _backwards(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [head_dim] that turn keys of the own stream into those of a previous one: S slots earlier."""
         S = self.config.stream_length
-        cos, sin = rotary_table(*_rotary_key(self.config), keys.device, _at_least_float32(keys.dtype))
-        return apply_rotary(keys, cos[S], -sin[S])
+        cos, sin = rotary_table(*_rotary_key(self.config), like.device, _at_least_float32(like.dtype))
+        return cos[S], -sin[S]
 
     @on_host
     def _roll_over(self, cache: BakaCache, span: Span, layout: Layout) -> None:
@@ -1219,7 +1242,7 @@ class _Pass:
             return
         for layer in cache.layers:
             for buffer, own in (
-                (layer.keys, self._turn_back(layer.keys[:, :, S:])),
+                (layer.keys, apply_rotary(layer.keys[:, :, S:], *self._backwards(layer.keys))),
                 (layer.values, layer.values[:, :, S:]),
             ):
                 buffer[:, :, :S] = _where(layout.completes, own, buffer[:, :, :S])
@@ -1253,6 +1276,8 @@ class _Pass:
                 keys, values = stream.kept(index, 0, total)
                 if keys is None or values is None:  # nothing of a full chunk is kept without the XL cache
                     keys, values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
+                elif stream.turns:
+                    keys = apply_rotary(keys, *self._backwards(keys))
                 layer.keys, layer.values, layer.is_shared = keys, values, True
         num_tokens = self.spans[-1].num_tokens if self.spans else cache._num_tokens
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
