@@ -535,6 +535,57 @@ def test_losses_without_logits(monkeypatch: pytest.MonkeyPatch, piece: int, name
         assert_close(actual, expected, **EXACT)
 
 
+@pytest.mark.parametrize("frozen", [(), ("lm_head.weight",), ("model",)], ids=str)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_losses_without_logits_of_other_heads(
+    monkeypatch: pytest.MonkeyPatch, frozen: tuple[str, ...], hooked: bool
+) -> None:
+    """A head that is more than its weight is called as it is, and what is frozen gets no gradient."""
+    monkeypatch.setattr(modeling_baka, "LOSS_PIECE", 5)
+    model = tiny_model(tiny_config(tie_word_embeddings=False)).train()
+    tokens = random_tokens(model.config, 2, 11)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    if hooked:
+        model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    found = []
+    for skips in (False, True):
+        model.zero_grad()
+        loss = model(tokens, labels=tokens, skip_logits=skips).loss
+        loss.backward()
+        found.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for actual, expected in zip(*found, strict=True):
+        assert (actual is None) == (expected is None)
+        if expected is not None:
+            assert_close(actual, expected, **EXACT)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("vocab_size", [96, 101])
+def test_losses_without_logits_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, autocast: bool, vocab_size: int
+) -> None:
+    """Loss and gradients are as near to those of float64 as rounding of their operands allows, over many pieces."""
+    monkeypatch.setattr(modeling_baka, "LOSS_PIECE", 8)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(203, 24, generator=generator).bfloat16()
+    weight = torch.randn(vocab_size, 24, generator=generator).bfloat16()
+    targets = torch.randint(vocab_size, (203,), generator=generator).masked_fill(states[:, 0] > 1, -100)
+    wide = [tensor.double().requires_grad_() for tensor in (states, weight)]
+    expected = F.cross_entropy(wide[0] @ wide[1].T, targets, reduction="sum") / 7
+    expected.backward()
+    dtype = torch.float32 if autocast else torch.bfloat16
+    narrow = [tensor.to(dtype).requires_grad_() for tensor in (states, weight)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = modeling_baka.LinearCrossEntropy.apply(*narrow, targets) / 7
+    loss.backward()
+    assert_close(loss.double(), expected, rtol=2e-3, atol=0)
+    for actual, reference in zip(narrow, wide, strict=True):
+        assert actual.grad.dtype == dtype
+        error = (actual.grad.double() - reference.grad).norm() / reference.grad.norm()
+        assert error < 1e-2
+
+
 def test_losses_without_logits_need_targets() -> None:
     model, tokens = tiny_model(tiny_config()), random_tokens(tiny_config(), 2, 11)
     with pytest.raises(ValueError, match="expected `labels` or `shift_labels` with `skip_logits=True`"):

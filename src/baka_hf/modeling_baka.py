@@ -17,10 +17,12 @@ from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -553,7 +555,9 @@ class Stream:
         def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else _where(rows, tensor.detach(), tensor)
 
-        return Stream(cut(self.memory), [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin, self.turns)
+        return Stream(
+            cut(self.memory), [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin, self.turns
+        )
 
 
 class BakaPreTrainedModel(PreTrainedModel):
@@ -1141,9 +1145,7 @@ class _Pass:
             if cache_layer is None:
                 past = stream.kept(index, placement.first, placement.start if placement.slots is None else half + S)
             # By position: checkpointing keeps positional arguments for each call of a layer.
-            hidden_states, key, value, weights = layer(
-                hidden_states, *past, angles, mask, placement, cache_layer
-            )
+            hidden_states, key, value, weights = layer(hidden_states, *past, angles, mask, placement, cache_layer)
             if self.with_states:
                 states.append(self._text(layout, hidden_states))
             if self.with_weights:
@@ -1340,6 +1342,17 @@ def _in_columns(
     return gather_positions(joined, rank).masked_fill(~real[:, :, None], 0)
 
 
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether its weight says all that the module does: no bias, no subclass, no hooks, nothing wrapped or sharded."""
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    )
+
+
 def _any(rows: Any) -> bool:
     return rows if isinstance(rows, bool) else bool(rows.any())
 
@@ -1355,6 +1368,68 @@ def _where(rows: Any, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
     if isinstance(rows, bool):
         return yes if rows else no
     return choose_rows(rows, yes, no)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear head, summed over tokens, with no more than `LOSS_PIECE` rows of logits at a time.
+
+    Softmax gives the gradient of the logits as soon as there are logits. It is taken on to the hidden states and to the
+    weight there and then, so that no logits are kept or computed twice; the backward pass has only to scale.
+    """
+
+    @staticmethod
+    @runs_compiled_parts
+    def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss, a float32 scalar, of hidden states [T, D] for `targets` [T], -100 for none, by `weight` [V, D]."""
+        device, vocab_size = hidden_states.device.type, weight.shape[0]
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        states = hidden_states.to(dtype)
+        # Rows of logits begin at multiples of 16 bytes: a GPU's matrix products are several times slower otherwise.
+        matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 8))
+        total = torch.zeros((), dtype=_at_least_float32(dtype), device=states.device)
+        grad_hidden = torch.empty_like(states) if needs_hidden else None
+        grad_weight = torch.zeros_like(matrix, dtype=total.dtype) if needs_weight else None
+        with torch.autocast(device, enabled=False):
+            for begin in range(0, len(states), LOSS_PIECE):
+                piece = slice(begin, begin + LOSS_PIECE)
+                loss, gradient = _cross_entropy(
+                    states[piece] @ matrix.T, targets[piece], vocab_size, needs_hidden or needs_weight
+                )
+                total += loss
+                if grad_hidden is not None:
+                    grad_hidden[piece] = gradient @ matrix
+                if grad_weight is not None:
+                    grad_weight += gradient.T @ states[piece]
+        ctx.dtypes = hidden_states.dtype, weight.dtype
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab_size])
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        # In the precision of the sum: a scale rounded to half precision would be off for all of the gradient.
+        scaled = (
+            None if gradient is None else (gradient.to(grad_output.dtype) * grad_output).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, None  # type: ignore[return-value]
+
+
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of logits [T, V'] for `targets` [T], and its gradient [T, V']; only `vocab_size` columns count."""
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    is_target = columns == targets[:, None]
+    wide = logits.to(_at_least_float32(logits.dtype)).masked_fill(columns >= vocab_size, float("-inf"))
+    total = wide.logsumexp(1, keepdim=True)
+    is_real = (targets != IGNORED)[:, None]
+    picked = wide.gather(1, targets.clamp(min=0)[:, None])
+    loss = torch.where(is_real, total - picked, 0).sum()
+    if not with_gradient:
+        return loss, logits
+    return loss, torch.where(is_real, (wide - total).exp() - is_target.to(wide.dtype), 0).to(logits.dtype)
 
 
 class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
@@ -1436,16 +1511,23 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    @runs_compiled_parts
     def _loss_by_pieces(
         self, hidden_states: torch.Tensor, targets: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """The loss of `hidden_states` [B, L, D] for `targets` [B, L], no more than `LOSS_PIECE` logits at a time.
-
-        In the backward pass a piece's logits are computed again.
-        """
+        """The loss of `hidden_states` [B, L, D] for `targets` [B, L], no more than `LOSS_PIECE` logits at a time."""
         targets = targets.to(hidden_states.device)
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORED).sum()
+        hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
+        if self.loss_function is ForCausalLMLoss and _is_plain_linear(self.lm_head):
+            loss = LinearCrossEntropy.apply(hidden_states, self.lm_head.weight, targets)
+        else:
+            loss = self._loss_of_head(hidden_states, targets)
+        return (loss / torch.as_tensor(num_items_in_batch, device=loss.device)).float()  # as transformers' own
+
+    def _loss_of_head(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of any head, adapted, offloaded or quantized. Backward computes logits again."""
 
         def total(hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             logits = self.lm_head(hidden_states)
@@ -1454,13 +1536,12 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
                 logits=logits, labels=None, vocab_size=size, shift_labels=targets, num_items_in_batch=1
             )
 
-        pieces = zip(hidden_states.flatten(0, 1).split(LOSS_PIECE), targets.flatten().split(LOSS_PIECE), strict=True)
+        pieces = zip(hidden_states.split(LOSS_PIECE), targets.split(LOSS_PIECE), strict=True)
         if torch.is_grad_enabled():
             losses = [checkpoint(total, *piece, use_reentrant=False) for piece in pieces]
         else:
             losses = [total(*piece) for piece in pieces]
-        loss = torch.stack(losses).sum()
-        return loss / torch.as_tensor(num_items_in_batch, device=loss.device)
+        return torch.stack(losses).sum()
 
     # What `generate` asks of a recurrent model. It gets the tokens new to the state or the whole history, and tells
     # them apart by the length of the mask: as long as the tokens for the whole history, longer by what was fed before
