@@ -47,7 +47,7 @@ runs_compiled_parts = torch.compiler.disable(recursive=False)
 IGNORED = -100  # a label that is no target
 
 # Without logits, the loss is computed for so many tokens at a time.
-LOSS_PIECE = 4096
+LOSS_PIECE = 8192
 
 
 def _elephant(x: torch.Tensor) -> torch.Tensor:
@@ -223,8 +223,8 @@ class BakaAttention(nn.Module):
             key_states, value_states = cache_layer.update(new_key, new_value, placement)
         else:
             num_slots = self.config.stream_length * (1 + self.config.use_xl_cache)
-            key_states = recompute(place, past_key, new_key, placement, num_slots)
-            value_states = recompute(place, past_value, new_value, placement._replace(turn=None), num_slots)
+            key_states = place(past_key, new_key, placement, num_slots)
+            value_states = place(past_value, new_value, placement._replace(turn=None), num_slots)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -271,7 +271,7 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         placement: Placement,
         cache_layer: BakaCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        normed = recompute(self.input_layernorm, hidden_states)
+        normed = self.input_layernorm(hidden_states)
         attended, key, value, weights = self.self_attn(
             normed, past_key, past_value, position_embeddings, attention_mask, placement, cache_layer
         )
