@@ -171,6 +171,9 @@ class BakaCache(Cache):
         self._prompt: tuple[int, torch.Tensor | None] | None = None
         self._is_beam_search = False
 
+        self.is_static = False  # read by CUDA graphs where there are any, see `new_cache`
+        self._reader: Any = None  # what does so, once it has
+
         self._is_recording = False
         self._boundaries: list[dict[str, Any]] = []
         self._recent_ids: torch.Tensor | None = None
@@ -270,6 +273,7 @@ class BakaCache(Cache):
         fresh._allocate(self.signature, self.batch_size, self.device, self.dtype)
         for layer, old in zip(fresh.layers, self.layers, strict=True):
             layer.keys, layer.values = torch.zeros_like(old.keys), torch.zeros_like(old.values)
+        fresh.is_static, fresh._reader = self.is_static, self._reader
         self.__dict__ = fresh.__dict__
 
     def reset_rows(self, mask: torch.Tensor) -> None:
@@ -345,7 +349,13 @@ class BakaCache(Cache):
             twin.__dict__ = dict(layer.__dict__)
             other.layers.append(twin)
         other._boundaries = [dict(boundary) for boundary in self._boundaries]
+        other._reader = None
         return other._apply(torch.clone, torch.clone)
+
+    def _release(self) -> None:
+        """Let go of what reads these tensors in place: an autograd graph may hold on to them from now on."""
+        if self._reader is not None:
+            self._reader.is_shared, self._reader = True, None
 
     def __deepcopy__(self, memo: dict) -> "BakaCache":
         return self.clone().detach_()

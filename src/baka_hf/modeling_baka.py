@@ -319,7 +319,7 @@ class BakaLayerSolidifier(BakaDecoderLayer):
         self.config = config
 
     def forward(self, memory: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        cos, sin = rotary_table(*_rotary_key(self.config), memory.device, _at_least_float32(memory.dtype))
+        cos, sin = rotary_table_of(self.config, memory.device, memory.dtype)
         length = memory.shape[1]
         hidden_states, *_ = super().forward(memory, None, None, (cos[:length], sin[:length]), None, Placement())
         return hidden_states
@@ -337,11 +337,22 @@ SOLIDIFIERS: dict[str, type[nn.Module]] = {
 }
 
 
+def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [2S, head_dim] of a model's slots, for queries and keys of `dtype`."""
+    return rotary_table(*_rotary_key(config), device, _at_least_float32(dtype))
+
+
 def _rotary_key(config: BakaConfig) -> tuple[float, int, int]:
     return float(config.rope_parameters["rope_theta"]), config.head_dim, 2 * config.stream_length
 
 
 # Spans: which piece of its chunk each row reads in one pass
+
+
+def fixed_pauses(config: BakaConfig) -> list[int]:
+    """The text positions before which the pauses of a chunk stand, unless they are drawn."""
+    count = config.num_pause_tokens
+    return [index * (config.chunk_size // count) for index in range(count)]
 
 
 class Span(NamedTuple):
@@ -362,6 +373,11 @@ class Span(NamedTuple):
     @property
     def in_step(self) -> bool:
         return isinstance(self.start, int)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether all rows read the same columns."""
+        return isinstance(self.column, int) and isinstance(self.count, int)
 
 
 def plan_aligned(length: int, chunk_size: int) -> list[Span]:
@@ -457,7 +473,7 @@ class Layout:
         return isinstance(self.lo, int)
 
 
-def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layout:
+def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool, width: int | None = None) -> Layout:
     """The layout of a span.
 
     Args:
@@ -465,6 +481,7 @@ def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layo
         config: the model's configuration.
         pauses: the text positions before which the pauses stand, ascending: P numbers (in step) or [B, P].
         followed: whether another span, or another call, reads what this one leaves behind.
+        width: Q out of step, if it is known; else it is looked up.
     """
     n, R, S = config.chunk_size, config.num_memory_tokens, config.stream_length
     if span.in_step:
@@ -493,11 +510,12 @@ def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layo
     before = lambda position: (pauses < position[:, None]).sum(1)  # noqa: E731
     lo = torch.where(begins, 0, R + span.start + before(span.start))
     hi = torch.where(completes, S, torch.where(reads, R + end + before(end), lo))
-    slots = lo[:, None] + torch.arange(int((hi - lo).max()))
+    device = lo.device
+    slots = lo[:, None] + torch.arange(int((hi - lo).max()) if width is None else width, device=device)
     valid = slots < hi[:, None]
     slots = slots % S
 
-    pause_slots = R + pauses + torch.arange(pauses.shape[1])
+    pause_slots = R + pauses + torch.arange(pauses.shape[1], device=device)
     pauses_before = (pause_slots[:, None, :] < slots[:, :, None]).sum(2)
     is_pause = (pause_slots[:, None, :] == slots[:, :, None]).any(2)
     # The vectors of a span stand side by side as read [R] | pause [1] | text [T] | write [R].
@@ -507,11 +525,39 @@ def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool) -> Layo
     sources = torch.where(slots < R, slots, sources)
     sources = torch.where(slots >= S - R, R + 1 + longest + slots - (S - R), sources)
 
-    positions = span.start[:, None] + torch.arange(longest)
+    positions = span.start[:, None] + torch.arange(longest, device=device)
     text = R + positions + (pauses[:, None, :] <= positions[:, :, None]).sum(2) - lo[:, None]
     text = text.clamp(0, slots.shape[1] - 1)
-    write = (S - R - lo[:, None] + torch.arange(R)).clamp(0, slots.shape[1] - 1)
+    write = (S - R - lo[:, None] + torch.arange(R, device=device)).clamp(0, slots.shape[1] - 1)
     return Layout(begins, completes, followed, lo, hi, [], slots, valid, sources, text, write)
+
+
+def compare_slots(
+    config: BakaConfig, span: Span, layout: Layout, placement: Placement, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """allowed(q, k) as one comparison: each key has a number, each query a horizon, and sees keys up to it.
+
+    Keys are numbered by their slots, 0 … S-1 in the previous stream and S … 2S-1 in the own one. The horizon of a text
+    query is its own slot, of a read query the last read slot, of a write query the last slot of all. Keys of a previous
+    stream that a row does not have are numbered beyond every horizon.
+
+    Returns:
+        The numbers of the keys [B or 1, K] and the horizons of the queries [B or 1, Q].
+    """
+    S, R = config.stream_length, config.num_memory_tokens
+    half = S if config.use_xl_cache else 0
+    if layout.in_step:
+        slots = torch.arange(layout.lo, layout.hi, device=device)[None]
+        numbers = torch.arange(placement.first, placement.stop, device=device)[None]
+    else:
+        slots = layout.slots.to(device)
+        numbers = torch.arange(half + S, device=device)[None]
+    numbers = numbers + S - half
+    horizons = torch.where(slots < R, S + R - 1, torch.where(slots >= S - R, 2 * S - 1, S + slots))
+    if span.has_previous is not True:
+        has_previous = torch.as_tensor(span.has_previous, device=device).reshape(-1, 1)
+        numbers = numbers.masked_fill((numbers < S) & ~has_previous, 2 * S)
+    return numbers, horizons
 
 
 def pad_slots(tensor: torch.Tensor, left: int, right: int) -> torch.Tensor:
@@ -613,17 +659,21 @@ class BakaPreTrainedModel(PreTrainedModel):
             elif by_chunk and isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = False
 
-    def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None) -> BakaCache:
+    def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None, static: bool = False) -> BakaCache:
         """An empty state of this model's own class, device and dtype.
 
         Args:
             batch_size: number of texts to read side by side.
             memory: the `.memory` of another stream, [R, D] or [batch_size, R, D], for these texts to begin with. What
                 that stream held in keys and values, and of a chunk not yet full, does not come over.
+            static: on a CUDA device keep the state's tensors where they are, changed in place, and read whole chunks
+                and single tokens by CUDA graphs (`graphs_baka`). Their kernels are compiled when first met, and
+                forward hooks are not called. What is not so simple is read as from any other state.
         """
         # Weights that are offloaded have no device; the state follows the blocks' to where they compute.
         device = None if self.device.type == "meta" else self.device
         cache = BakaCache(self.config, batch_size, device, self.dtype)
+        cache.is_static = static
         return cache if memory is None else cache.seed_memory(memory)
 
 
@@ -692,6 +742,11 @@ class BakaModel(BakaPreTrainedModel):
         Raises:
             ValueError: an argument does not fit the others, the model or the state, which is left as it was.
         """
+        step = self._read_token(
+            input_ids, attention_mask, past_key_values, output_hidden_states, output_attentions, **kwargs
+        )
+        if step is not None:
+            return step
         pass_ = self._plan(
             input_ids,
             attention_mask,
@@ -702,6 +757,7 @@ class BakaModel(BakaPreTrainedModel):
             output_hidden_states,
             output_attentions,
             kwargs.get("within_beam_search", False),
+            kwargs.get("num_last_states"),
         )
         for index in range(len(pass_.spans)):
             pass_.read(index)
@@ -719,6 +775,7 @@ class BakaModel(BakaPreTrainedModel):
         output_hidden_states: bool | None,
         output_attentions: bool | None,
         within_beam_search: bool,
+        num_last_states: int | None,
     ) -> "_Pass":
         """Check a call, and cut it into spans."""
         config = self.config
@@ -769,6 +826,10 @@ class BakaModel(BakaPreTrainedModel):
 
         pass_ = _Pass(self, cache, spans, batch_size, length, real, with_states, with_weights)
         pass_.text = ids if inputs_embeds is None else inputs_embeds
+        if pass_.in_place and inputs_embeds is None and not with_states and not with_weights:
+            pass_.reader = self._static_reader(cache)
+        if num_last_states is not None and real is None and all(span.is_aligned for span in spans):
+            pass_.num_last_states = num_last_states
         if inputs_embeds is None and torch.is_grad_enabled() and not pass_.recomputes:
             pass_.text = self.embed_tokens(ids)  # one call has one gradient to add up, not one for every chunk
         if cache is not None and seeded is not None:
@@ -776,6 +837,49 @@ class BakaModel(BakaPreTrainedModel):
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
             pass_.following = input_ids, seeded, num_aligned, restarts is not None
         return pass_
+
+    @on_host
+    def _read_token(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: BakaCache | None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        within_beam_search: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | None:
+        """Read one token in each row from a static state; None if the call or the state is of another kind.
+
+        It is what `forward` does, with as little as possible to do on the host.
+        """
+        config = self.config
+        if cache is None or not getattr(cache, "is_static", False) or input_ids is None or input_ids.shape[-1] != 1:
+            return None
+        if output_hidden_states or output_attentions or config.output_hidden_states or config.output_attentions:
+            return None
+        batch_size, _ = self._check_text(input_ids, None)
+        self._check_cache(cache, batch_size, within_beam_search)
+        real = self._check_mask(attention_mask, batch_size, 1, cache.get_seq_length())
+        reads = torch.ones(batch_size, dtype=torch.bool) if real is None else real[:, 0].cpu()
+        if config.uses_random_pauses and not bool((cache._pauses == torch.tensor(fixed_pauses(config))).all()):
+            return None
+        reader = self._static_reader(cache) if bool(reads.any()) else None
+        if reader is None:
+            return None
+        cache._is_beam_search = within_beam_search
+        states = reader.read_token(self, cache, input_ids, reads)
+        num_aligned = int(bool(reads.all()))
+        cache._advance(1, cache._num_tokens + reads, cache._seeded, cache._pauses, num_aligned, False)
+        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=cache)
+
+    def _static_reader(self, cache: BakaCache | None) -> Any:
+        """What reads a static state by graphs, see `graphs_baka`; None where that is not possible."""
+        if cache is None or not getattr(cache, "is_static", False) or torch.is_grad_enabled():
+            return None
+        from .graphs_baka import reader_of
+
+        return reader_of(self, cache)
 
     # What a call may hold
 
@@ -903,6 +1007,8 @@ class _Pass:
 
     text: Any  # the call's ids [B, L], or its embeddings [B, L, D]
     following: Any = None  # what `close` tells the cache
+    reader: Any = None  # reads whole chunks by graphs, from a static state
+    num_last_states: int | None = None  # how many columns' states are asked for, from the last one back; None: all
 
     def __init__(
         self,
@@ -919,6 +1025,7 @@ class _Pass:
         self.model, self.config, self.cache, self.spans = model, config, cache, spans
         self.batch_size, self.length, self.real = batch_size, length, real
         self.with_states, self.with_weights = with_states, with_weights
+        self.blocks: Any = model.layers
         self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
         self.in_place = cache is not None and not torch.is_grad_enabled()
         self.bptt_chunks = config.bptt_chunks if torch.is_grad_enabled() else None
@@ -933,8 +1040,7 @@ class _Pass:
         # By how many chunks their gradients reach back: one stream, unless `bptt_chunks` asks for a sliding window.
         self.streams: dict[int, Stream] = {0: stream if self.bptt_chunks is None else stream.detach()}
         self.last = stream
-        n, count = config.chunk_size, config.num_pause_tokens
-        self.fixed_pauses = [p * (n // count) for p in range(count)]
+        self.fixed_pauses = fixed_pauses(config)
         self.pauses: Any = self.fixed_pauses if cache is None or not config.uses_random_pauses else cache._pauses
         self.masks: dict[Any, torch.Tensor | None] = {}
         self.states: list[list[torch.Tensor]] = []
@@ -948,12 +1054,15 @@ class _Pass:
 
         for layer in cache.layers:
             layer.is_shared = True
+        cache._release()
         keys, values = [readable(x.keys) for x in cache.layers], [readable(x.values) for x in cache.layers]
         return Stream(readable(cache.memory), keys, values)
 
     @runs_compiled_parts
     def read(self, index: int) -> None:
         """Read span number `index`."""
+        if self.reader is not None and self._is_whole_chunk(self.spans[index]):
+            return self._read_chunk(self.spans[index])
         span, layout, *arguments = self._prepare(index)
         num_spans = len(self.spans)
 
@@ -975,7 +1084,7 @@ class _Pass:
                 if _any(layout.completes):
                     self._roll_over(self.cache, span, layout)
             if depth == reach:
-                self.states.append(states)
+                self.states.append([state[:, :0] for state in states] if self._is_skipped(span) else states)
                 self.weights.append(weights)
                 self.last = after
                 if k is None:
@@ -985,6 +1094,28 @@ class _Pass:
             if is_read(depth + 1):
                 following[depth + 1] = after
         self.streams = following
+
+    def _is_whole_chunk(self, span: Span) -> bool:
+        flags = isinstance(span.first, bool) and isinstance(span.has_previous, bool)
+        return span.is_aligned and flags and (span.start, span.count) == (0, self.config.chunk_size)
+
+    def _is_skipped(self, span: Span) -> bool:
+        """Whether nobody asks for the states of a span's text."""
+        return self.num_last_states is not None and span.column + span.count <= self.length - self.num_last_states
+
+    @on_host
+    def _read_chunk(self, span: Span) -> None:
+        """Read a whole chunk from a static state."""
+        assert self.cache is not None
+        self.cache.memory = self.streams[0].memory
+        self.reader.take_in(self.cache)
+        states = self.reader.read_chunk(self.model, self.cache, span, self.text[:, span.column :][:, : span.count])
+        self.states.append([states[:, :0] if self._is_skipped(span) else states.clone()])
+        self.weights.append([])
+        self.pauses = self.fixed_pauses
+        nothing: list[Any] = [None] * len(self.blocks)
+        self.last = Stream(self.cache.memory, nothing, nothing)
+        self.streams = {0: self.last}
 
     @on_host
     def _prepare(self, index: int) -> tuple[Span, Layout, Any, torch.Tensor]:
@@ -1026,7 +1157,7 @@ class _Pass:
     ) -> tuple[Any, torch.Tensor | None, Placement]:
         """What all blocks share for a span: angles, mask, and the place of its keys and values."""
         config, half, S = self.config, self.half, self.config.stream_length
-        cos, sin = rotary_table(*_rotary_key(config), device, _at_least_float32(dtype))
+        cos, sin = rotary_table_of(config, device, dtype)
         if layout.in_step:
             own = slice(S + layout.lo, S + layout.hi)
             angles = cos[own], sin[own]
@@ -1048,27 +1179,11 @@ class _Pass:
     def _mask(
         self, span: Span, layout: Layout, placement: Placement, device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """allowed(q, k) as one comparison: each key has a number, each query a horizon, and sees keys up to it.
-
-        Keys are numbered by their slots, 0 … S-1 in the previous stream and S … 2S-1 in the own one. The horizon of a
-        text query is its own slot, of a read query the last read slot, of a write query the last slot of all. Keys of
-        a previous stream that a row does not have are numbered beyond every horizon.
-        """
-        config, S, R = self.config, self.config.stream_length, self.config.num_memory_tokens
+        """Which keys each query of a span sees, as the attention implementation wants it; None if all."""
+        config = self.config
         if layout.in_step and layout.hi - layout.lo == 1 and isinstance(span.has_previous, bool):
             return None  # a single query, and every key before it is in its past
-        if layout.in_step:
-            slots = torch.arange(layout.lo, layout.hi, device=device)[None]
-            numbers = torch.arange(placement.first, placement.stop, device=device)[None]
-        else:
-            slots = layout.slots.to(device)
-            numbers = torch.arange(self.half + S, device=device)[None]
-        numbers = numbers + S - self.half
-        horizons = torch.where(slots < R, S + R - 1, torch.where(slots >= S - R, 2 * S - 1, S + slots))
-        if span.has_previous is not True:
-            has_previous = torch.as_tensor(span.has_previous, device=device).reshape(-1, 1)
-            numbers = numbers.masked_fill((numbers < S) & ~has_previous, 2 * S)
-
+        numbers, horizons = compare_slots(config, span, layout, placement, device)
         batch_size = max(numbers.shape[0], horizons.shape[0])
         if batch_size == 1:
             numbers, horizons = numbers[0], horizons[0]
@@ -1139,7 +1254,7 @@ class _Pass:
         states = [self._text(layout, hidden_states)] if self.with_states else []
         all_weights: list[torch.Tensor] = []
         after = Stream(memory, [None] * len(model.layers), [None] * len(model.layers))
-        for index, layer in enumerate(model.layers):
+        for index, layer in enumerate(self.blocks):
             cache_layer = self.cache.layers[index] if self.cache is not None and self.in_place else None
             past: tuple[Any, Any] = (None, None)
             if cache_layer is None:
@@ -1230,7 +1345,7 @@ class _Pass:
     def _backwards(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [head_dim] that turn keys of the own stream into those of a previous one: S slots earlier."""
         S = self.config.stream_length
-        cos, sin = rotary_table(*_rotary_key(self.config), like.device, _at_least_float32(like.dtype))
+        cos, sin = rotary_table_of(self.config, like.device, like.dtype)
         return cos[S], -sin[S]
 
     @on_host
@@ -1314,7 +1429,7 @@ class _Pass:
 
 def _columns_of(spans: list[Span], batch_size: int, length: int) -> torch.Tensor | None:
     """[B, L] index: where the token of each column stands among the outputs of all spans; None if in its place."""
-    if all(isinstance(span.column, int) and isinstance(span.count, int) for span in spans):
+    if all(span.is_aligned for span in spans):
         return None
     columns = torch.zeros(batch_size, length + 1, dtype=torch.int64)  # one more, for what is not a token
     offset = 0
@@ -1354,7 +1469,8 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _any(rows: Any) -> bool:
-    return rows if isinstance(rows, bool) else bool(rows.any())
+    """Whether any row may be meant: nobody waits for an accelerator to say that none is."""
+    return rows if isinstance(rows, bool) else rows.device.type != "cpu" or bool(rows.any())
 
 
 def _and(left: Any, right: Any) -> Any:
@@ -1482,6 +1598,8 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
                 raise ValueError(f"expected `{name}` of shape {list(text.shape[:2])}, got {list(targets.shape)}.")
         if skip_logits and labels is None and shift_labels is None:
             raise ValueError("expected `labels` or `shift_labels` with `skip_logits=True`: there is nothing to return.")
+        if labels is None and shift_labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
+            kwargs["num_last_states"] = logits_to_keep
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1629,11 +1747,12 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *args: Any
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        if generation_config.cache_implementation not in (None, "dynamic", "static"):
             raise ValueError(
-                "expected `cache_implementation` to be None or 'dynamic' (the state is a BakaCache either way), "
-                f"got {generation_config.cache_implementation!r}."
+                "expected `cache_implementation` to be None, 'dynamic' or 'static' (the state is a BakaCache in any "
+                f"case), got {generation_config.cache_implementation!r}."
             )
+        is_static = generation_config.cache_implementation == "static"
         generation_config.prefill_chunk_size = None  # a prompt is read chunk by chunk as it is
         cache = model_kwargs.get("past_key_values")
         if generation_config.use_cache is False:
@@ -1643,9 +1762,10 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             return
         if cache is None:
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
-            cache = model_kwargs["past_key_values"] = self.new_cache(batch_size)
+            cache = model_kwargs["past_key_values"] = self.new_cache(batch_size, static=is_static)
         else:
             cache._is_user_defined = True
+            cache.is_static = cache.is_static or is_static
         if getattr(generation_config, "is_assistant", False):
             cache.activate_past_recording()  # a draft that is refused is cropped, by the model that it was made for
         if generation_config.num_beams > 1:

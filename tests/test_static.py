@@ -1,0 +1,238 @@
+"""Static states: what graphs would record gives the logits and the state of the plain path, whatever happens between.
+
+There are no CUDA graphs on a CPU, but all they would record runs here as well.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
+from torch import Tensor
+from torch.testing import assert_close
+
+from baka_hf import BakaCache, BakaForCausalLM, graphs_baka
+
+EXACT = dict(rtol=0, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def static_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(graphs_baka, "DEVICES", ("cpu",))
+    graphs_baka._idle.clear()
+    yield
+    graphs_baka._idle.clear()
+
+
+@pytest.fixture(autouse=True)
+def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many tokens and chunks were read by programs."""
+    counts = {"tokens": 0, "chunks": 0}
+    for name, method in (("tokens", "read_token"), ("chunks", "read_chunk")):
+        plain = getattr(graphs_baka.StaticReader, method)
+
+        def counted(self: Any, *args: Any, plain: Any = plain, name: str = name) -> Tensor:
+            counts[name] += 1
+            return plain(self, *args)
+
+        monkeypatch.setattr(graphs_baka.StaticReader, method, counted)
+    return counts
+
+
+def assert_same_state(actual: BakaCache, expected: BakaCache) -> None:
+    assert actual.num_tokens.tolist() == expected.num_tokens.tolist()
+    assert actual.get_seq_length() == expected.get_seq_length()
+    assert_close(actual.memory, expected.memory, **EXACT)
+    assert_close(actual._history, expected._history)
+    S = actual.layers[0].keys.shape[2] // (1 + actual.signature["use_xl_cache"])
+    n, R = actual.chunk_size, actual.signature["num_memory_tokens"]
+    for row, num_tokens in enumerate(actual.num_tokens.tolist()):
+        # What is in slots that nothing sees yet may differ.
+        start = num_tokens % n
+        stop = actual.layers[0].keys.shape[2] - S + (R + start if start else 0)
+        for mine, other in zip(actual.layers, expected.layers, strict=True):
+            first = 0 if num_tokens >= n else actual.layers[0].keys.shape[2] - S
+            assert_close(mine.keys[row, :, first:stop], other.keys[row, :, first:stop], **EXACT)
+            assert_close(mine.values[row, :, first:stop], other.values[row, :, first:stop], **EXACT)
+
+
+VARIANTS = CONFIGS | {"random_pauses": dict(pause_placement="random")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("head", [1, 3, 40])
+@torch.no_grad()
+def test_static_reading(variant: str, head: int, counts: dict[str, int]) -> None:
+    """A prompt of any length, then tokens one by one over several chunks."""
+    model = tiny_model(tiny_config(**VARIANTS[variant]))
+    n = model.config.chunk_size
+    length = head + 3 * n + 2
+    tokens = random_tokens(model.config, 2, length)
+    state, static = model.new_cache(2), model.new_cache(2, static=True)
+    expected, found = [], []
+    for cache, logits in ((state, expected), (static, found)):
+        logits.append(model(tokens[:, :head], past_key_values=cache).logits)
+        for column in range(head, length):
+            logits.append(model(tokens[:, column : column + 1], past_key_values=cache).logits)
+        assert_same_state(cache, state)
+    assert_close(torch.cat(found, 1), torch.cat(expected, 1), **EXACT)
+    assert_close(torch.cat(found, 1), model(tokens).logits, **EXACT)
+    if variant != "random_pauses":
+        assert counts == {"tokens": length - head + (head == 1), "chunks": head // n if head > 1 else 0}
+    assert counts["tokens"] > 2 * n
+
+
+@pytest.mark.parametrize("batch_size", [3, 17])
+@torch.no_grad()
+def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
+    """Rows in other phases of their chunks, of which some take a token and others do not."""
+    model = tiny_model(tiny_config())
+    tokens, generator = random_tokens(model.config, batch_size, 60), torch.Generator().manual_seed(0)
+    prompt = (torch.rand(batch_size, 20, generator=generator) < 0.6).long()
+    state, static = model.new_cache(batch_size), model.new_cache(batch_size, static=True)
+    for cache in (state, static):
+        model(tokens[:, :20], attention_mask=prompt, past_key_values=cache)
+    for column in range(20, 60):
+        mask = (torch.rand(batch_size, 1, generator=generator) < 0.8).long()
+        token = tokens[:, column : column + 1]
+        expected = model(token, attention_mask=mask, past_key_values=state).logits
+        assert_close(model(token, attention_mask=mask, past_key_values=static).logits, expected, **EXACT)
+    assert_same_state(static, state)
+    assert counts["tokens"] == 40
+
+
+@torch.no_grad()
+def test_what_changes_a_state_between_steps() -> None:
+    """Rows are chosen, texts begin anew, weights change, gradients are taken: the next step knows."""
+    model = tiny_model(tiny_config())
+    tokens = random_tokens(model.config, 2, 100)
+    state, static = model.new_cache(2), model.new_cache(2, static=True)
+    column = 0
+
+    def read(count: int) -> None:
+        nonlocal column
+        for _ in range(count):
+            token = tokens[:, column : column + 1]
+            expected = model(token, past_key_values=state).logits
+            assert_close(model(token, past_key_values=static).logits, expected, **EXACT)
+            column += 1
+        assert_same_state(static, state)
+
+    read(7)
+    for cache in (state, static):
+        cache.reorder_cache(torch.tensor([1, 1]))
+    read(5)
+    for cache in (state, static):
+        cache.reset_rows(torch.tensor([True, False]))
+    read(9)
+    twins = state.clone(), static.clone()
+    read(3)
+    for weights in (model.model.layers[1].self_attn.k_proj.weight, model.model.memory_tokens.weight):
+        weights.mul_(1.5)
+        read(2)
+    model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(torch.randn(12, 20).double())
+    read(2)
+    with torch.enable_grad():
+        for cache in (state, static):
+            outputs = model(tokens[:, :3], past_key_values=cache)
+            if cache is static:
+                held = outputs.logits.square().sum()
+            cache.detach_()
+    read(9)
+    held.backward()  # what its graph holds was not written over
+    for cache in (state, static):
+        cache.reset()
+    read(8)
+    for cache in (state, static):
+        cache.crop(-3)
+    read(6)
+    state, static = twins
+    read(4)
+    for cache in (state, static):
+        cache.batch_select_indices(torch.tensor([0, 1]))
+    read(2)
+
+
+@torch.no_grad()
+def test_states_side_by_side_and_one_after_another() -> None:
+    """Two states alive at once share nothing; what one leaves is taken by the next, and forgotten before."""
+    model = tiny_model(tiny_config())
+    tokens = random_tokens(model.config, 4, 40)
+    expected = model(tokens).logits
+    states = [model.new_cache(1, static=True) for _ in range(2)]
+    for column in range(40):
+        for row, state in enumerate(states):
+            logits = model(tokens[row : row + 1, column : column + 1], past_key_values=state).logits
+            assert_close(logits[:, 0], expected[row : row + 1, column], **EXACT)
+    reader = states[1]._reader
+    assert states[0]._reader is not reader
+    del states[1], state
+    new = model.new_cache(1, static=True)
+    for column in range(20):
+        logits = model(tokens[2:3, column : column + 1], past_key_values=new).logits
+        assert_close(logits[:, 0], expected[2:3, column], **EXACT)
+    assert new._reader is reader
+    wider = model.new_cache(2, static=True)
+    assert_close(model(tokens[:2, :1], past_key_values=wider).logits[:, 0], expected[:2, 0], **EXACT)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_generate_with_a_static_state(batch_size: int, counts: dict[str, int]) -> None:
+    """`cache_implementation="static"` of stock `generate`, some rows stopping early."""
+    model = tiny_model(tiny_config(eos_token_id=3, pad_token_id=0))
+    prompt = random_tokens(model.config, batch_size, 21)
+    mask = torch.ones_like(prompt)
+    mask[0, :4] = 0
+    options = dict(attention_mask=mask, min_new_tokens=6, max_new_tokens=40, do_sample=True)
+    options |= dict(return_dict_in_generate=True)
+    torch.manual_seed(0)
+    expected = model.generate(prompt, **options)
+    torch.manual_seed(0)
+    found = model.generate(prompt, cache_implementation="static", **options)
+    assert found.sequences.tolist() == expected.sequences.tolist()
+    assert_same_state(found.past_key_values, expected.past_key_values)
+    assert found.past_key_values.is_static and counts["tokens"] > 5
+
+
+@pytest.mark.parametrize("case", ["hook", "adapter", "eager", "recording", "hidden states", "embeddings", "grad"])
+def test_what_is_not_plain_is_read_plainly(case: str, counts: dict[str, int]) -> None:
+    model = tiny_model(tiny_config())
+    tokens = random_tokens(model.config, 2, 4)
+    state, options = model.new_cache(2, static=True), {}
+    if case == "hook":
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    elif case == "adapter":
+        model.model.layers[0].self_attn.q_proj = torch.nn.Sequential(model.model.layers[0].self_attn.q_proj)
+    elif case == "eager":
+        model.set_attn_implementation("eager")
+    elif case == "recording":
+        state.activate_past_recording()
+    elif case == "hidden states":
+        options = dict(output_hidden_states=True)
+    with torch.set_grad_enabled(case == "grad"):
+        expected = model(tokens).logits
+        for column in range(4):
+            text: dict[str, Any] = dict(input_ids=tokens[:, column : column + 1])
+            if case == "embeddings":
+                text = dict(inputs_embeds=model.get_input_embeddings()(text["input_ids"]))
+            logits = model(**text, past_key_values=state, **options).logits
+            assert_close(logits[:, 0], expected[:, column], **EXACT)
+    assert counts == {"tokens": 0, "chunks": 0}
+
+
+def test_bad_input_leaves_a_static_state_as_it_was() -> None:
+    model: BakaForCausalLM = tiny_model(tiny_config())
+    state = model.new_cache(2, static=True)
+    tokens = random_tokens(model.config, 2, 5)
+    with torch.no_grad():
+        model(tokens, past_key_values=state)
+        before = state.clone()
+        for bad, message in (
+            (dict(input_ids=tokens[:1, :1]), "expected a state of batch size 1, got one of 2"),
+            (dict(input_ids=tokens[:, :1] + 1000), "expected token ids from 0 to"),
+            (dict(input_ids=tokens[:, :1], attention_mask=tokens[:, :3]), "expected an `attention_mask` of shape"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model(**bad, past_key_values=state)
+        assert_same_state(state, before)
