@@ -47,17 +47,17 @@ def main() -> None:
         return torch.randint(config.vocab_size, (1, length), device=args.device)
 
     def probe(state: BakaCache) -> torch.Tensor:
-        return model(fixed_chunk, past_key_values=state.clone()).logits
+        return model(fixed_chunk, cache=state.clone()).logits
 
     fixed_chunk, fixed_state, cache = piece(config.chunk_size), model.new_cache(), model.new_cache()
-    model(piece(1000), past_key_values=fixed_state)
+    model(piece(1000), cache=fixed_state)
     at_start = probe(fixed_state)
     size = cache.nbytes
     print(f"{'tokens read':>12} {'µs/token':>9} {'resident MB':>12} {'memory norm':>12}")
     for _ in range(10):
         start, read = time.perf_counter(), 0
         while read < args.tokens // 10:
-            model(piece(args.piece), past_key_values=cache, logits_to_keep=1)
+            model(piece(args.piece), cache=cache, logits_to_keep=1)
             read += args.piece
         seconds = time.perf_counter() - start
         norm = cache.memory.norm(dim=-1).mean().item()

@@ -53,7 +53,7 @@ def worst_difference(overrides: dict, attention: str, dtype: torch.dtype, device
     for sizes in splits(length):
         cache, parts = model.new_cache(4), []
         for ids, keep in zip(tokens.split(sizes, 1), mask.split(sizes, 1), strict=True):
-            parts.append(model(ids.to(device), attention_mask=keep.to(device), past_key_values=cache).logits)
+            parts.append(model(ids.to(device), attention_mask=keep.to(device), cache=cache).logits)
         logits = torch.cat(parts, 1).double().cpu()
         for row, keep, reference in zip(logits, mask, expected, strict=True):
             difference = (row[keep.bool()] - reference).abs().max().item()

@@ -82,7 +82,7 @@ def decode(model: PreTrainedModel, args: argparse.Namespace, name: str) -> None:
         tokens = torch.randint(model.config.vocab_size, (args.batch, context), device=args.device)
         cache = model(tokens, logits_to_keep=1, use_cache=True).past_key_values
         token = tokens[:, :1]
-        taken = seconds(lambda: model(token, past_key_values=cache), 64, args.device)  # noqa: B023 - called here
+        taken = seconds(lambda: model(token, cache=cache), 64, args.device)  # noqa: B023 - called here
         report(name, args.batch, taken, args.device, f"after {context:,} tokens")
 
 

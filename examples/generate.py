@@ -57,13 +57,13 @@ def read(model: PreTrainedModel, state: Cache, tokens: Iterable[int]) -> int:
     with tqdm(desc="Reading", unit=" tokens", unit_scale=True, delay=1) as progress:
         for token in tokens:
             if len(span) == model.config.chunk_size:
-                model(torch.tensor([span], device=model.device), past_key_values=state, logits_to_keep=1)
+                model(torch.tensor([span], device=model.device), cache=state, logits_to_keep=1)
                 progress.update(len(span))
                 span = []
             span.append(token)
         *span, last = span
         if span:
-            model(torch.tensor([span], device=model.device), past_key_values=state, logits_to_keep=1)
+            model(torch.tensor([span], device=model.device), cache=state, logits_to_keep=1)
             progress.update(len(span))
     return last
 
@@ -98,7 +98,7 @@ def main() -> None:
             new,
             # As long as all that was read: this says that `new` comes after the state, and is not the whole history.
             attention_mask=new.new_ones(1, state.get_seq_length() + 1),
-            past_key_values=state,
+            cache=state,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             max_new_tokens=args.max_new_tokens,
             **(sampling if args.temperature else greedy),

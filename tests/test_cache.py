@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import Cache
 
-from baka_hf import BakaCache, BakaForCausalLM, cache_baka
+from baka_hf import BakaCache, BakaForCausalLM, cache_baka, modeling_baka
 
 FILE = "baka_cache.safetensors"
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -49,7 +49,7 @@ def contents(value: Any) -> Any:
 
 @torch.no_grad()
 def logits_of(model: BakaForCausalLM, tokens: Tensor, cache: BakaCache | None = None, **arguments: Any) -> Tensor:
-    return model(tokens, past_key_values=cache, use_cache=cache is not None, **arguments).logits
+    return model(tokens, cache=cache, use_cache=cache is not None, **arguments).logits
 
 
 def rows_out_of_phase(model: BakaForCausalLM, *lengths: int) -> tuple[list[Tensor], BakaCache]:
@@ -123,7 +123,7 @@ def test_when_a_state_comes_back() -> None:
             assert model(tokens, use_cache=True).past_key_values is not None
             assert model(tokens, use_cache=False).past_key_values is None
             cache = model.new_cache()
-            assert model(tokens, past_key_values=cache).past_key_values is cache
+            assert model(tokens, cache=cache).past_key_values is cache
         model.train()
         assert model(tokens).past_key_values is None
 
@@ -497,7 +497,7 @@ def over_a_restart(model: BakaForCausalLM, cache: BakaCache) -> None:
 
 
 def over_a_boundary_of_a_training_call(model: BakaForCausalLM, cache: BakaCache) -> None:
-    model(random_tokens(model.config, 2, 6, seed=1), past_key_values=cache)
+    model(random_tokens(model.config, 2, 6, seed=1), cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -866,7 +866,7 @@ def test_gradients_reach_a_seed() -> None:
     """A memory that is itself being learned gets its gradient."""
     model = tiny_model(tiny_config())
     memory = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
-    model(random_tokens(model.config, 1, 8), past_key_values=model.new_cache(memory=memory)).logits.sum().backward()
+    model(random_tokens(model.config, 1, 8), cache=model.new_cache(memory=memory)).logits.sum().backward()
     assert memory.grad.abs().min() > 0
 
 
@@ -919,7 +919,7 @@ def read_detached(model: BakaForCausalLM, cache: BakaCache) -> None:
 
 def read_in_inference_mode(model: BakaForCausalLM, cache: BakaCache) -> None:
     with torch.inference_mode():
-        model(random_tokens(model.config, 2, 9, seed=5), past_key_values=cache)
+        model(random_tokens(model.config, 2, 9, seed=5), cache=cache)
 
 
 def change_rows(model: BakaForCausalLM, cache: BakaCache) -> None:
@@ -954,8 +954,8 @@ def test_a_graph_survives_what_the_state_does_next(
 
     def two_calls(afterwards: Callable | None) -> list[Tensor]:
         cache = model.new_cache(2)
-        model(tokens[:, :4], attention_mask=mask, past_key_values=cache)
-        loss = model(tokens[:, 4:], past_key_values=cache).logits.square().sum() + cache.memory.sum()
+        model(tokens[:, :4], attention_mask=mask, cache=cache)
+        loss = model(tokens[:, 4:], cache=cache).logits.square().sum() + cache.memory.sum()
         if afterwards is not None:
             afterwards(model, cache)
         return gradients(model, loss)
@@ -975,7 +975,7 @@ def test_reading_on_without_a_graph_continues_the_text(overrides: dict[str, Any]
     cache, found = model.new_cache(2), []
     for mode, part in zip(order, tokens.split(2, dim=1), strict=True):
         with modes[mode]():
-            found.append(model(part, past_key_values=cache).logits.detach().clone())
+            found.append(model(part, cache=cache).logits.detach().clone())
     assert_close(torch.cat(found, dim=1), expected, **CLOSE)
 
 
@@ -986,7 +986,7 @@ def test_a_prefix_read_in_inference_mode_is_trained_upon(length: int) -> None:
     prefix, tokens = random_tokens(model.config, 2, length), random_tokens(model.config, 2, 8, seed=1)
 
     def after(cache: BakaCache) -> list[Tensor]:
-        return gradients(model, model(tokens, past_key_values=cache).logits.square().sum())
+        return gradients(model, model(tokens, cache=cache).logits.square().sum())
 
     with torch.inference_mode():
         inferred = model(prefix, use_cache=True).past_key_values
@@ -1000,7 +1000,7 @@ def test_one_prefix_for_several_losses() -> None:
     model = tiny_model(tiny_config())
     prefix, tokens = random_tokens(model.config, 1, 8), random_tokens(model.config, 3, 4, seed=1)
     state = model(prefix, use_cache=True).past_key_values
-    losses = [model(row[None], past_key_values=state.clone()).logits.square().sum() for row in tokens]
+    losses = [model(row[None], cache=state.clone()).logits.square().sum() for row in tokens]
     together = model(torch.cat([prefix.expand(3, -1), tokens], dim=1)).logits[:, 8:].square().sum()
     for found, expected in zip(gradients(model, sum(losses)), gradients(model, together), strict=True):
         assert_close(found, expected, **CLOSE)
@@ -1013,9 +1013,40 @@ def test_training_step_by_step_on_one_state() -> None:
     state = model.new_cache(2)
     for step in range(4):
         tokens = random_tokens(model.config, 2, 7, seed=step)
-        model(tokens, labels=tokens, past_key_values=state).loss.backward()
+        model(tokens, labels=tokens, cache=state).loss.backward()
         state.detach_()
         optimizer.step()
         optimizer.zero_grad()
     assert state.num_tokens.tolist() == [28, 28]
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+# Its names
+
+
+@torch.no_grad()
+@pytest.mark.smoke
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_state_goes_by_both_names(name: str) -> None:
+    """transformers 5.24 calls it `cache`, older ones `past_key_values`: forward and generate take either, always."""
+    model = tiny_model(tiny_config())
+    tokens = random_tokens(model.config, 2, 14)
+    expected, state = model(tokens).logits, model.new_cache(2)
+    read = model(tokens[:, :6], **{name: state})
+    assert getattr(read, modeling_baka.CACHE_NAME) is state and read["past_key_values"] is state
+    assert_close(model.model(tokens[:, 6:12], **{name: state}).last_hidden_state, model.model(tokens)[0][:, 6:12])
+    mask = torch.ones(2, 14, dtype=torch.int64)
+    found = model.generate(tokens[:, 12:], attention_mask=mask, max_new_tokens=3, do_sample=False, **{name: state})
+    assert found[:, 2].tolist() == expected[:, -1].argmax(-1).tolist()
+    assert state.num_tokens.tolist() == [16, 16]
+
+
+@torch.no_grad()
+def test_one_state_under_each_name() -> None:
+    model = tiny_model(tiny_config())
+    one, other, tokens = model.new_cache(), model.new_cache(), random_tokens(model.config, 1, 3)
+    model(tokens, past_key_values=one, cache=one)
+    with pytest.raises(ValueError, match="expected one state"):
+        model(tokens, past_key_values=one, cache=other)
+    assert (one.num_tokens.tolist(), other.num_tokens.tolist()) == ([3], [0])

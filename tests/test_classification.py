@@ -119,8 +119,8 @@ def test_a_text_in_pieces() -> None:
     tokens, mask = padded(rows, "left")
     state = model.new_cache(2)
     for piece in (slice(0, 6), slice(6, 11)):
-        verdict(model, tokens[:, piece], attention_mask=mask[:, piece], past_key_values=state)
-    found = verdict(model, tokens[:, 11:], attention_mask=mask, past_key_values=state)
+        verdict(model, tokens[:, piece], attention_mask=mask[:, piece], cache=state)
+    found = verdict(model, tokens[:, 11:], attention_mask=mask, cache=state)
     assert_close(found, torch.cat([verdict(model, row[None]) for row in rows]), **CLOSE)
 
 

@@ -39,7 +39,7 @@ def train_on_lanes(model: BakaForCausalLM, run: Callable[..., Any], num_steps: i
         outputs = run(
             input_ids=tokens[:, part],
             position_ids=positions[:, part],
-            past_key_values=state,
+            cache=state,
             use_cache=True,
             labels=tokens[:, part],
             skip_logits=True,
@@ -76,8 +76,8 @@ def test_reading_with_a_state_needs_no_programs() -> None:
     with torch.no_grad():
         expected = model(tokens).logits
         state = model.new_cache(2)
-        assert_close(compiled(tokens[:, :50], past_key_values=state).logits, expected[:, :50])
+        assert_close(compiled(tokens[:, :50], cache=state).logits, expected[:, :50])
         for column in range(50, 61):
-            part = compiled(tokens[:, column : column + 1], past_key_values=state)
+            part = compiled(tokens[:, column : column + 1], cache=state)
             assert_close(part.logits, expected[:, column : column + 1])
         assert num_programs() <= 3

@@ -311,7 +311,7 @@ def test_a_model_reads_lanes_as_it_reads_documents(lanes_class: Any) -> None:
     for batch in DataLoader(lanes_class(documents, 3, n, 2, vocab_size=vocab_size), batch_size=3):
         cache.reset_rows(batch["position_ids"][:, 0] == 0)
         with torch.no_grad():
-            logits = model(batch["input_ids"], position_ids=batch["position_ids"], past_key_values=cache).logits
+            logits = model(batch["input_ids"], position_ids=batch["position_ids"], cache=cache).logits
         nats += float(F.cross_entropy(logits.mT, batch["shift_labels"], ignore_index=-100, reduction="sum"))
     assert nats / expected["num_tokens"] == pytest.approx(expected["loss"], rel=1e-10)
 

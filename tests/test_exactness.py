@@ -126,7 +126,7 @@ def test_memory_after_every_token(overrides: dict[str, Any]) -> None:
     assert cache.memory.eq(0).all()
     for t, token in enumerate(tokens):
         assert cache.num_tokens.tolist() == [t] and cache.get_seq_length() == t
-        logits = model(token.view(1, 1), past_key_values=cache).logits
+        logits = model(token.view(1, 1), cache=cache).logits
         assert_close(logits[0, 0], naive.logits[t], **EXACT)
         assert_close(cache.memory[0], naive.memories[(t + 1) // n], **EXACT)
 
@@ -139,7 +139,7 @@ def test_text_ending_with_its_chunk(overrides: dict[str, Any]) -> None:
     (tokens,) = texts(model, 4 * n)
     naive, cache = naive_read(model, tokens), model.new_cache(1)
     for half, memory in zip(tokens.chunk(2), (naive.memories[2], naive.memories[4]), strict=True):
-        out = model(half[None], past_key_values=cache)
+        out = model(half[None], cache=cache)
         assert out.past_key_values is cache
         assert_close(cache.memory[0], memory, **EXACT)
     assert_close(out.logits[0], naive.logits[2 * n :], **EXACT)
@@ -156,7 +156,7 @@ def test_seeded_memory(write: str, solidifier: str, batched: bool) -> None:
     seeds = memory if batched else memory[0].expand_as(memory)
     cache = model.new_cache(2, memory=memory if batched else memory[0])
     assert_close(cache.memory, seeds, rtol=0, atol=0)
-    logits = model(torch.stack(rows), past_key_values=cache).logits
+    logits = model(torch.stack(rows), cache=cache).logits
     for row, tokens in enumerate(rows):
         naive = naive_read(model, tokens, memory=seeds[row])
         assert_close(logits[row], naive.logits, **EXACT)
@@ -175,7 +175,7 @@ def test_seeded_rows_move_reset_and_restart(tmp_path: Path) -> None:
     cache.reset_rows(torch.tensor([False, True, False]))
     positions = torch.arange(13).repeat(3, 1)
     positions[2, 4:] -= 4
-    logits = model(rows, position_ids=positions, past_key_values=cache).logits
+    logits = model(rows, position_ids=positions, cache=cache).logits
     assert_close(logits[0], naive_logits(model, rows[0], memory=seeds[2]), **EXACT)
     assert_close(logits[1], naive_logits(model, rows[1]), **EXACT)
     assert_close(logits[2, :4], naive_logits(model, rows[2, :4], memory=seeds[1]), **EXACT)
@@ -191,7 +191,7 @@ def test_inputs_embeds(overrides: dict[str, Any]) -> None:
     assert_close(read(model.config, model.state_dict(), embeds=embeds[0]).logits, naive, **EXACT)
     assert_close(model(inputs_embeds=embeds).logits[0], naive, **EXACT)
     cache = model(inputs_embeds=embeds[:, :4], use_cache=True).past_key_values
-    assert_close(model(inputs_embeds=embeds[:, 4:], past_key_values=cache).logits[0], naive[4:], **EXACT)
+    assert_close(model(inputs_embeds=embeds[:, 4:], cache=cache).logits[0], naive[4:], **EXACT)
 
 
 @pytest.mark.parametrize("keep", [1, 6, torch.tensor([0, 4, 5, 12]), torch.tensor([3])], ids=str)
@@ -232,7 +232,7 @@ def test_attentions(overrides: dict[str, Any]) -> None:
     config, (tokens,) = model.config, texts(model, 13)
     num_slots = 2 * config.num_memory_tokens + config.chunk_size + config.num_pause_tokens
     cache = model.new_cache(1)
-    calls = [model(part[None], past_key_values=cache, output_attentions=True).attentions for part in tokens.split(8)]
+    calls = [model(part[None], cache=cache, output_attentions=True).attentions for part in tokens.split(8)]
     assert len(calls[0]) == config.num_hidden_layers
     for layer, naive in enumerate(naive_read(model, tokens).attentions):
         weights = torch.cat([attentions[layer][0] for attentions in calls], dim=1)
@@ -265,7 +265,7 @@ def ragged_logits(model: BakaForCausalLM, attn_implementation: str) -> Tensor:
     mask[1, :3] = mask[2, 6:8] = mask[2, 14:] = 0
     input_ids, cache = random_tokens(model.config, 3, 16), model.new_cache(3)
     calls = [
-        model(ids, attention_mask=real, past_key_values=cache).logits
+        model(ids, attention_mask=real, cache=cache).logits
         for ids, real in zip(input_ids.split(9, dim=1), mask.split(9, dim=1), strict=True)
     ]
     return torch.cat(calls, dim=1) * mask[..., None]
@@ -307,7 +307,7 @@ def test_split_invariance(overrides: dict[str, Any], dtype: torch.dtype) -> None
     whole = model(rows).logits
     for sizes in ([1] * length, *(cuts(length, seed) for seed in range(4))):
         cache = model.new_cache(2)
-        parts = [model(part, past_key_values=cache).logits for part in rows.split(sizes, dim=1)]
+        parts = [model(part, cache=cache).logits for part in rows.split(sizes, dim=1)]
         assert_close(torch.cat(parts, dim=1), whole, **SPLIT[dtype])
 
 
@@ -318,7 +318,7 @@ def test_use_cache_returns_the_state_to_go_on_from(overrides: dict[str, Any]) ->
     (tokens,) = texts(model, 13)
     cache = model(tokens[None, :6], use_cache=True).past_key_values
     assert isinstance(cache, BakaCache)
-    assert_close(model(tokens[None, 6:], past_key_values=cache).logits[0], naive_logits(model, tokens)[6:], **EXACT)
+    assert_close(model(tokens[None, 6:], cache=cache).logits[0], naive_logits(model, tokens)[6:], **EXACT)
 
 
 @state_configs
@@ -328,7 +328,7 @@ def test_state_is_constant(overrides: dict[str, Any]) -> None:
     cache = model.new_cache(2)
     sizes = [cache.nbytes]
     for part in random_tokens(model.config, 2, 40).split([1, 2, 30, 7], dim=1):
-        model(part, past_key_values=cache)
+        model(part, cache=cache)
         sizes.append(cache.nbytes)
     assert set(sizes) == {model.new_cache(2).nbytes}
     assert model.new_cache(4).nbytes > sizes[0]
@@ -356,7 +356,7 @@ def assert_padding_is_not_read(model: BakaForCausalLM, mask: Tensor) -> None:
     cache = out.past_key_values
     assert cache.num_tokens.tolist() == mask.sum(1).tolist()
     assert cache.get_seq_length() == mask.shape[1]
-    more = model(torch.stack([row[-4:] for row in rows]), past_key_values=cache)
+    more = model(torch.stack([row[-4:] for row in rows]), cache=cache)
     for row, tokens in enumerate(rows):
         naive = naive_read(model, tokens)
         assert_close(out.logits[row, mask[row].bool()], naive.logits[:-4], **EXACT)
@@ -386,9 +386,9 @@ def test_an_empty_call(overrides: dict[str, Any]) -> None:
     rows, padding = texts(model, 13, 10), torch.zeros(2, 3, dtype=torch.long)
     cache = prefill(model, [row[:-4] for row in rows])
     before = cache.memory.clone()
-    model(padding, attention_mask=padding, past_key_values=cache)
+    model(padding, attention_mask=padding, cache=cache)
     assert_close(cache.memory, before, rtol=0, atol=0)
-    logits = model(torch.stack([row[-4:] for row in rows]), past_key_values=cache).logits
+    logits = model(torch.stack([row[-4:] for row in rows]), cache=cache).logits
     assert_close(logits, torch.stack([naive_logits(model, row)[-4:] for row in rows]), **EXACT)
 
 
@@ -401,7 +401,7 @@ def test_mask_of_the_whole_history(overrides: dict[str, Any]) -> None:
     input_ids = scatter(rows, mask)
     for start in (0, 9):
         cache = model(input_ids[:, :9], attention_mask=mask[:, :9], use_cache=True).past_key_values
-        logits = model(input_ids[:, 9:], attention_mask=mask[:, start:], past_key_values=cache).logits
+        logits = model(input_ids[:, 9:], attention_mask=mask[:, start:], cache=cache).logits
         for row, tokens in enumerate(rows):
             real = mask[row].bool()
             assert_close(logits[row, real[9:]], naive_logits(model, tokens)[-int(real[9:].sum()) :], **EXACT)
@@ -426,7 +426,7 @@ def test_rows_out_of_phase(overrides: dict[str, Any], chunks: tuple[int, int]) -
     rows = texts(model, *(10 + phase for phase in range(first * n + 1, last * n + (n == 1))))
     cache = prefill(model, [row[:-10] for row in rows])
     for start, end in ((-10, -9), (-9, -8), (-8, -1)):
-        logits = model(torch.stack([row[start:end] for row in rows]), past_key_values=cache).logits
+        logits = model(torch.stack([row[start:end] for row in rows]), cache=cache).logits
         for tokens, row_logits in zip(rows, logits, strict=True):
             assert_close(row_logits, naive_logits(model, tokens)[start:end], **EXACT)
 
@@ -480,10 +480,10 @@ def test_restart_in_a_continued_call(overrides: dict[str, Any], restart: int) ->
     model = tiny_model(tiny_config(**overrides))
     rows = texts(model, 17, 17)
     cache = model.new_cache(2)
-    model(torch.stack([row[:7] for row in rows]), past_key_values=cache)
+    model(torch.stack([row[:7] for row in rows]), cache=cache)
     positions = torch.arange(7, 17).repeat(2, 1)
     positions[1, restart:] = torch.arange(10 - restart)
-    logits = model(torch.stack([row[7:] for row in rows]), position_ids=positions, past_key_values=cache).logits
+    logits = model(torch.stack([row[7:] for row in rows]), position_ids=positions, cache=cache).logits
     assert_close(logits[0], naive_logits(model, rows[0])[7:], **EXACT)
     old, new = rows[1][: 7 + restart], rows[1][7 + restart :]
     assert_close(logits[1], torch.cat([naive_logits(model, old)[7:], naive_logits(model, new)]), **EXACT)
@@ -497,9 +497,7 @@ def test_positions_of_a_calls_first_token_restart_nothing(overrides: dict[str, A
     cache = model(tokens[None, :7], use_cache=True).past_key_values
     mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1, 1, 1]])
     positions = torch.tensor([[0, 0, 0, 1, 2, 0, 3, 4, 5, 6]])
-    logits = model(
-        scatter([tokens[7:]], mask), attention_mask=mask, position_ids=positions, past_key_values=cache
-    ).logits
+    logits = model(scatter([tokens[7:]], mask), attention_mask=mask, position_ids=positions, cache=cache).logits
     assert_close(logits[0, mask[0].bool()], naive_logits(model, tokens)[7:], **EXACT)
 
 
@@ -531,7 +529,7 @@ def test_reset_rows(overrides: dict[str, Any]) -> None:
     cache.reset_rows(torch.tensor([True, False, True, False]))
     assert cache.num_tokens.tolist() == [0, 10, 0, 9]
     assert cache.get_seq_length() == fed
-    logits = model(torch.stack([row[-8:] for row in rows]), past_key_values=cache).logits
+    logits = model(torch.stack([row[-8:] for row in rows]), cache=cache).logits
     for row, document in enumerate((rows[0][-8:], rows[1], rows[2][-8:], rows[3])):
         naive = naive_read(model, document)
         assert_close(logits[row], naive.logits[-8:], **EXACT)
@@ -546,7 +544,7 @@ def test_reset(overrides: dict[str, Any]) -> None:
     cache = prefill(model, [first, second])
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.num_tokens.tolist() == [0, 0]
-    logits = model(torch.stack([second, first[:12]]), past_key_values=cache).logits
+    logits = model(torch.stack([second, first[:12]]), cache=cache).logits
     assert_close(logits, torch.stack([naive_logits(model, second), naive_logits(model, first[:12])]), **EXACT)
 
 
@@ -566,7 +564,7 @@ def test_rows_move_with_all_their_state(overrides: dict[str, Any], operation: st
             getattr(cache, operation)(torch.tensor(order))
         assert cache.num_tokens.tolist() == [seen[row] for row in order]
         tails = tails[: len(order)]
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in tails.split([1, 8], dim=1)], dim=1)
+        logits = torch.cat([model(part, cache=cache).logits for part in tails.split([1, 8], dim=1)], dim=1)
         for new, old in enumerate(order):
             naive = naive_read(model, torch.cat([rows[old], tails[new]]))
             assert_close(logits[new], naive.logits[-9:], **EXACT)
@@ -580,5 +578,5 @@ def test_clone_is_independent(overrides: dict[str, Any]) -> None:
     one, other = texts(model, 20, 20)
     cache = model(one[None, :8], use_cache=True).past_key_values
     clone = cache.clone()
-    model(other[None], past_key_values=cache)
-    assert_close(model(one[None, 8:], past_key_values=clone).logits[0], naive_logits(model, one)[8:], **EXACT)
+    model(other[None], cache=cache)
+    assert_close(model(one[None, 8:], cache=clone).logits[0], naive_logits(model, one)[8:], **EXACT)

@@ -247,7 +247,7 @@ def test_text_iterator_streamer(model: BakaForCausalLM, tokenizer: PreTrainedTok
     """Text arrives piece by piece from a thread that generates with a state of the user's."""
     inputs = tokenizer("w3 w1 w4 w1 w5 w9 w2", return_tensors="pt", return_token_type_ids=False)
     streamer, state = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60), model.new_cache()
-    arguments = dict(**inputs, streamer=streamer, past_key_values=state, **GREEDY)
+    arguments = dict(**inputs, streamer=streamer, cache=state, **GREEDY)
     thread = threading.Thread(target=model.generate, kwargs=arguments)
     thread.start()
     pieces = list(streamer)
@@ -265,7 +265,7 @@ def test_a_fresh_state_holds_everything_but_the_last_token(model: BakaForCausalL
     """A given state is filled in place and is the one that comes back."""
     state = model.new_cache(2)
     arguments = GREEDY | dict(return_dict_in_generate=True)
-    found = model.generate(prompt(2, 7), past_key_values=state, **arguments)
+    found = model.generate(prompt(2, 7), cache=state, **arguments)
     assert found.past_key_values is state
     assert state.get_seq_length() == 36
     assert torch.equal(found.sequences, model.generate(prompt(2, 7), **GREEDY))
@@ -307,10 +307,10 @@ def test_continuing(model: BakaForCausalLM, given: Callable, fed: int, length: i
     if length > fed and given in (new_tokens, new_tokens_with_their_mask):
         before = contents(state)
         with pytest.raises(ValueError, match=rf"pass an `attention_mask` of shape \[2, {fed + length}\]"):
-            model.generate(**arguments, past_key_values=state, **GREEDY)
+            model.generate(**arguments, cache=state, **GREEDY)
         assert contents(state) == before
         return
-    found = model.generate(**arguments, past_key_values=state, **GREEDY)
+    found = model.generate(**arguments, cache=state, **GREEDY)
     expected = model.generate(text, **GREEDY)
     assert torch.equal(found[:, :-30], arguments["input_ids"])
     assert torch.equal(found[:, -30:], expected[:, -30:])
@@ -324,7 +324,7 @@ def test_nothing_new(model: BakaForCausalLM, given: Callable) -> None:
     state = state_after(model, history)
     before = contents(state)
     with pytest.raises(ValueError, match="has read all of these 9 tokens"):
-        model.generate(**given(history, history[:, :0]), past_key_values=state, **GREEDY)
+        model.generate(**given(history, history[:, :0]), cache=state, **GREEDY)
     assert contents(state) == before
 
 
@@ -336,7 +336,7 @@ def test_continuing_a_left_padded_batch(model: BakaForCausalLM) -> None:
     expected = [model.generate(torch.cat(pair)[None], **GREEDY)[0, -30:] for pair in zip(old, new, strict=True)]
     for given in (torch.cat([history, tokens], dim=1), tokens):
         state = state_after(model, history, attention_mask=history_mask)
-        found = model.generate(given, attention_mask=whole_mask, past_key_values=state, **GREEDY)[:, -30:]
+        found = model.generate(given, attention_mask=whole_mask, cache=state, **GREEDY)[:, -30:]
         assert torch.equal(found, torch.stack(expected))
         texts = [torch.cat([*parts[:2], parts[2][:-1]]) for parts in zip(old, new, expected, strict=True)]
         assert_has_read(model, state, texts)
@@ -356,7 +356,7 @@ def test_the_history_of_a_padded_batch_is_recognised(model: BakaForCausalLM) -> 
         found = model.generate(
             torch.cat([text, new], dim=1),
             attention_mask=torch.cat([mask, ones(2, 4)], dim=1),
-            past_key_values=state,
+            cache=state,
             **GREEDY,
         )
         assert torch.equal(found[:, -30:], expected)
@@ -364,7 +364,7 @@ def test_the_history_of_a_padded_batch_is_recognised(model: BakaForCausalLM) -> 
     wrong[1, 2] = (wrong[1, 2] + 1) % 19
     state = state_after(model, history, attention_mask=mask)
     with pytest.raises(ValueError, match="the first 8 are not what the state has read"):
-        model.generate(wrong, attention_mask=torch.cat([mask, ones(2, 4)], dim=1), past_key_values=state, **GREEDY)
+        model.generate(wrong, attention_mask=torch.cat([mask, ones(2, 4)], dim=1), cache=state, **GREEDY)
 
 
 @pytest.mark.parametrize("given", [whole, new_tokens_with_a_whole_mask])
@@ -378,7 +378,7 @@ def test_a_conversation_of_many_turns(given: Callable, chunk_size: int) -> None:
         fed = state.get_seq_length()  # the last answer's last token is not among it
         text = torch.cat([text, prompt(1, length, seed=turn)], dim=1)
         arguments = given(text[:, :fed], text[:, fed:])
-        found = model.generate(**arguments, past_key_values=state, max_new_tokens=answer, do_sample=False)
+        found = model.generate(**arguments, cache=state, max_new_tokens=answer, do_sample=False)
         text = torch.cat([text, found[:, -answer:]], dim=1)
         assert torch.equal(text, model.generate(text[:, :-answer], max_new_tokens=answer, do_sample=False))
     assert_has_read(model, state, [text[0, :-1]])
@@ -388,16 +388,16 @@ def test_max_length_across_calls(model: BakaForCausalLM) -> None:
     """`max_length` counts the ids that are passed: the whole text if it is, the new tokens if only they are."""
     text = prompt(1, 13)
     expected = model.generate(text, max_new_tokens=20, do_sample=False)
-    found = model.generate(text, past_key_values=state_after(model, text[:, :9]), max_length=20, do_sample=False)
+    found = model.generate(text, cache=state_after(model, text[:, :9]), max_length=20, do_sample=False)
     assert torch.equal(found, expected[:, :20])
-    found = model.generate(text[:, 9:], past_key_values=state_after(model, text[:, :9]), max_length=20, do_sample=False)
+    found = model.generate(text[:, 9:], cache=state_after(model, text[:, :9]), max_length=20, do_sample=False)
     assert torch.equal(found, expected[:, 9:29])
 
 
 def test_penalties_across_calls(model: BakaForCausalLM) -> None:
     """With the whole history they see all of it, as without a state."""
     text, arguments = prompt(2, 13), GREEDY | dict(repetition_penalty=1.4, no_repeat_ngram_size=3)
-    found = model.generate(text, past_key_values=state_after(model, text[:, :9]), **arguments)
+    found = model.generate(text, cache=state_after(model, text[:, :9]), **arguments)
     assert torch.equal(found, model.generate(text, **arguments))
 
 
@@ -409,9 +409,9 @@ def test_embeddings_after_a_state(model: BakaForCausalLM) -> None:
     for given, length in ((embeds, 13), (embeds[:, 4:], 9)):
         arguments = dict(inputs_embeds=given, attention_mask=ones(2, 13))
         state = state_after(model, text[:, : 13 - 9])
-        assert torch.equal(model.generate(**arguments, past_key_values=state, **GREEDY), expected), length
+        assert torch.equal(model.generate(**arguments, cache=state, **GREEDY), expected), length
     state = state_after(model, text[:, :4])
-    assert torch.equal(model.generate(inputs_embeds=embeds, past_key_values=state, **GREEDY), expected)
+    assert torch.equal(model.generate(inputs_embeds=embeds, cache=state, **GREEDY), expected)
 
 
 def test_after_embeddings_ids_are_new_unless_said_otherwise(model: BakaForCausalLM) -> None:
@@ -422,12 +422,12 @@ def test_after_embeddings_ids_are_new_unless_said_otherwise(model: BakaForCausal
     def state() -> BakaCache:
         cache = model.new_cache()
         with torch.no_grad():
-            model(inputs_embeds=embeds[:, :4], past_key_values=cache)
+            model(inputs_embeds=embeds[:, :4], cache=cache)
         return cache
 
     with pytest.raises(ValueError, match=r"pass an `attention_mask` of shape \[1, 17\]"):
-        model.generate(text, past_key_values=state(), **GREEDY)
-    found = model.generate(text[:, 4:], attention_mask=ones(1, 13), past_key_values=state(), **GREEDY)
+        model.generate(text, cache=state(), **GREEDY)
+    found = model.generate(text[:, 4:], attention_mask=ones(1, 13), cache=state(), **GREEDY)
     assert torch.equal(found[:, -30:], model.generate(text, **GREEDY)[:, -30:])
 
 
@@ -439,7 +439,7 @@ def test_whole_history_after_going_back(model: BakaForCausalLM) -> None:
     logits_of(model, text, state)
     state.crop(-6)
     changed = torch.cat([text[:, :7], other], dim=1)
-    found = model.generate(changed, past_key_values=state, **GREEDY)
+    found = model.generate(changed, cache=state, **GREEDY)
     assert torch.equal(found, model.generate(changed, **GREEDY))
 
 
@@ -449,7 +449,7 @@ def test_use_cache_false_with_a_state_is_refused(model: BakaForCausalLM) -> None
     before = contents(state)
     for given in (state, model.new_cache()):
         with pytest.raises(ValueError, match="use_cache"):
-            model.generate(prompt(1, 13), past_key_values=given, use_cache=False, **GREEDY)
+            model.generate(prompt(1, 13), cache=given, use_cache=False, **GREEDY)
     assert contents(state) == before
 
 
@@ -481,7 +481,7 @@ def test_rows_that_end_early_keep_a_clean_state(model: BakaForCausalLM, pad_is_e
     found = model.generate(
         tokens,
         attention_mask=mask,
-        past_key_values=state,
+        cache=state,
         eos_token_id=[absent, stop] if eos_is_a_list else stop,
         pad_token_id=pad,
         **GREEDY,
@@ -498,7 +498,7 @@ def test_rows_that_end_early_keep_a_clean_state(model: BakaForCausalLM, pad_is_e
     new, new_mask = left_padded(said, fill=pad)
     whole_mask = torch.cat([ones(4, state.get_seq_length()), new_mask], dim=1)
     arguments = dict(max_new_tokens=12, do_sample=False)
-    found = model.generate(new, attention_mask=whole_mask, past_key_values=state, pad_token_id=pad, **arguments)
+    found = model.generate(new, attention_mask=whole_mask, cache=state, pad_token_id=pad, **arguments)
     for row, (text, more) in enumerate(zip(texts, said, strict=True)):
         assert torch.equal(found[row, -12:], model.generate(torch.cat([text, more])[None], **arguments)[0, -12:])
 
@@ -507,13 +507,11 @@ def test_a_history_with_early_ends_is_not_taken_for_what_was_read(model: BakaFor
     """The whole output holds EOS tokens that rows have not read: refused, where EOS would be lost in silence."""
     tokens, mask, stop, _ = rows_that_end(model)
     state = model.new_cache(4)
-    found = model.generate(
-        tokens, attention_mask=mask, past_key_values=state, eos_token_id=stop, pad_token_id=stop, **GREEDY
-    )
+    found = model.generate(tokens, attention_mask=mask, cache=state, eos_token_id=stop, pad_token_id=stop, **GREEDY)
     text = torch.cat([found, prompt(4, 3)], dim=1)
     before = contents(state)
     with pytest.raises(ValueError, match="not what the state has read"):
-        model.generate(text, attention_mask=(text != -1).long(), past_key_values=state, **GREEDY)
+        model.generate(text, attention_mask=(text != -1).long(), cache=state, **GREEDY)
     assert contents(state) == before
 
 
@@ -523,7 +521,7 @@ def test_prompts_that_hold_eos(model: BakaForCausalLM) -> None:
     tokens[0, 4] = tokens[0, -1] = tokens[1, 2] = 12
     arguments = GREEDY | dict(eos_token_id=12, pad_token_id=12, min_new_tokens=30)
     state = model.new_cache(2)
-    found = model.generate(tokens, attention_mask=ones(2, 9), past_key_values=state, **arguments)
+    found = model.generate(tokens, attention_mask=ones(2, 9), cache=state, **arguments)
     for row in (0, 1):
         assert torch.equal(found[row], model.generate(tokens[row, None], attention_mask=ones(1, 9), **arguments)[0])
     assert_has_read(model, state, list(found[:, :-1]))
@@ -533,7 +531,7 @@ def test_a_single_row_that_ends(model: BakaForCausalLM) -> None:
     """Its EOS is the last token, and so not in the state."""
     tokens, _, stop, texts = rows_that_end(model)
     state = model.new_cache()
-    found = model.generate(tokens[1:2], past_key_values=state, eos_token_id=stop, pad_token_id=stop, **GREEDY)
+    found = model.generate(tokens[1:2], cache=state, eos_token_id=stop, pad_token_id=stop, **GREEDY)
     assert torch.equal(found[0], torch.cat([texts[1], torch.tensor([stop])]))
     assert_has_read(model, state, [texts[1]])
 
@@ -548,7 +546,7 @@ def test_beam_search_from_a_state(model: BakaForCausalLM) -> None:
     for given in (whole, whole_with_a_mask, new_tokens_with_a_whole_mask):
         state = state_after(model, text[:, :9])
         state.batch_repeat_interleave(3)
-        found = model.generate(**given(text[:, :9], text[:, 9:]), past_key_values=state, **arguments)
+        found = model.generate(**given(text[:, :9], text[:, 9:]), cache=state, **arguments)
         assert torch.equal(found[:, -20:], expected[:, -20:])
 
 
@@ -557,17 +555,17 @@ def test_beam_search_from_a_state(model: BakaForCausalLM) -> None:
 def test_the_state_after_beam_search_is_refused(model: BakaForCausalLM, own_state: bool, tmp_path: Any) -> None:
     """It is that of the running beams, not of what was returned: no call goes on from it, until it is reset."""
     arguments = dict(num_beams=2, do_sample=False, max_new_tokens=12, return_dict_in_generate=True)
-    arguments |= dict(past_key_values=model.new_cache(4)) if own_state else {}
+    arguments |= dict(cache=model.new_cache(4)) if own_state else {}
     output = model.generate(prompt(2, 7), **arguments)
     state = output.past_key_values
     state.save_pretrained(tmp_path)
     for used in (state, state.clone(), BakaCache.from_pretrained(tmp_path)):
         with pytest.raises(ValueError, match="beam search left this one with the state of its running beams"):
-            model(prompt(4, 1), past_key_values=used)
+            model(prompt(4, 1), cache=used)
         with pytest.raises(ValueError, match="beam search"):
-            model.generate(prompt(4, 3), past_key_values=used, **GREEDY)
+            model.generate(prompt(4, 3), cache=used, **GREEDY)
         with pytest.raises(ValueError, match="beam search"):
-            model.generate(prompt(2, 3), past_key_values=used, num_beams=2, do_sample=False, max_new_tokens=2)
+            model.generate(prompt(2, 3), cache=used, num_beams=2, do_sample=False, max_new_tokens=2)
     state.reset()
     assert torch.equal(logits_of(model, prompt(4, 8), state), logits_of(model, prompt(4, 8), model.new_cache(4)))
 
@@ -582,7 +580,7 @@ def test_several_answers_from_one_state(model: BakaForCausalLM, given: Callable)
     state = state_after(model, text[:, :9])
     state.batch_repeat_interleave(3)
     set_seed(3)
-    found = model.generate(**given(text[:, :9], text[:, 9:]), past_key_values=state, **arguments)
+    found = model.generate(**given(text[:, :9], text[:, 9:]), cache=state, **arguments)
     assert torch.equal(found[:, -20:], expected[:, -20:])
     assert_has_read(model, state, list(expected[:, :-1]))
 
@@ -593,7 +591,7 @@ def test_several_answers_need_a_state_each(model: BakaForCausalLM) -> None:
     state = state_after(model, text[:, :9])
     before = contents(state)
     with pytest.raises(ValueError, match="expected a state of batch size 6, got one of 2; `batch_repeat_interleave`"):
-        model.generate(text, past_key_values=state, num_return_sequences=3, do_sample=True, max_new_tokens=2)
+        model.generate(text, cache=state, num_return_sequences=3, do_sample=True, max_new_tokens=2)
     assert contents(state) == before
 
 
@@ -640,7 +638,7 @@ def test_speculation_from_a_state(speculating: BakaForCausalLM, name: str, given
         fed = state.get_seq_length()
         text = torch.cat([text, prompt(1, length, seed=turn)], dim=1)
         arguments = given(text[:, :fed], text[:, fed:]) | assistants(speculating)[name]
-        found = speculating.generate(**arguments, past_key_values=state, **SPOKEN)
+        found = speculating.generate(**arguments, cache=state, **SPOKEN)
         expected = speculating.generate(text, **SPOKEN)
         assert torch.equal(found[:, -24:], expected[:, -24:])
         text = expected
@@ -687,8 +685,8 @@ def test_a_state_after_a_refused_speculation(model: BakaForCausalLM, refused: Ca
     text = prompt(2, 13)
     state = state_after(model, text[:, :9])
     with pytest.raises(ValueError, match="batch_size = 1"):
-        model.generate(**refused(text[:, :9], text[:, 9:]), past_key_values=state, prompt_lookup_num_tokens=3, **GREEDY)
-    found = model.generate(**given(text[:, :9], text[:, 9:]), past_key_values=state, **GREEDY)
+        model.generate(**refused(text[:, :9], text[:, 9:]), cache=state, prompt_lookup_num_tokens=3, **GREEDY)
+    found = model.generate(**given(text[:, :9], text[:, 9:]), cache=state, **GREEDY)
     assert torch.equal(found[:, -30:], model.generate(text, **GREEDY)[:, -30:])
 
 
@@ -699,7 +697,7 @@ def test_sampling_while_speculating(model: BakaForCausalLM) -> None:
     for _ in range(2):
         state = model.new_cache()
         set_seed(0)
-        texts.append(model.generate(prompt(1, 9), past_key_values=state, **how))
+        texts.append(model.generate(prompt(1, 9), cache=state, **how))
         assert_has_read(model, state, [texts[-1][0, : state.get_seq_length()]])
     assert torch.equal(*texts)
 
@@ -708,7 +706,7 @@ def test_rows_out_of_phase_go_on(model: BakaForCausalLM) -> None:
     """A state made by forward calls, its rows in different phases, is generated from row by row as alone."""
     texts, state = rows_out_of_phase(model, 4, 13, 5)
     more = prompt(3, 6, seed=6)
-    found = model.generate(more, attention_mask=ones(3, 19), past_key_values=state, **GREEDY)
+    found = model.generate(more, attention_mask=ones(3, 19), cache=state, **GREEDY)
     for row, text in enumerate(texts):
         alone = model.generate(torch.cat([text, more[row]])[None], **GREEDY)
         assert torch.equal(found[row, -30:], alone[0, -30:])

@@ -119,7 +119,7 @@ def test_gradients_across_calls(carrier: str, checkpointing: str | None, lengths
     """Text in several calls, cut anywhere, has the gradients of one call."""
     model = training_model(checkpointing, **CARRIERS[carrier])
     embeds, cache = text_embeds(model, 13), model.new_cache(1)
-    parts = [model(inputs_embeds=part, past_key_values=cache).logits[0] for part in embeds.split(lengths, dim=1)]
+    parts = [model(inputs_embeds=part, cache=cache).logits[0] for part in embeds.split(lengths, dim=1)]
     actual = gradients(model, weigh(torch.cat(parts)), embeds)
     assert_same_gradients(actual, gradients(model, weigh(naive_logits(model, embeds[0])), embeds))
 
@@ -132,7 +132,7 @@ def test_gradients_of_rows_out_of_step_across_calls(carrier: str, checkpointing:
     embeds, cache = text_embeds(model, 13, rows=3), model.new_cache(3)
     mask = torch.tensor([[1] * 13, [0, 1, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 1, 1]])
     parts = [
-        model(inputs_embeds=part, attention_mask=real, past_key_values=cache).logits
+        model(inputs_embeds=part, attention_mask=real, cache=cache).logits
         for part, real in zip(embeds.split((4, 1, 4, 4), dim=1), mask.split((4, 1, 4, 4), dim=1), strict=True)
     ]
     logits = torch.cat(parts, dim=1)[mask.bool()]
@@ -147,11 +147,11 @@ def test_detached_state(carrier: str, checkpointing: str | None) -> None:
     """After cache.detach_() between two chunks, gradients are those of a chunk whose past is a constant."""
     model = training_model(checkpointing, **CARRIERS[carrier])
     embeds, cache = text_embeds(model, 13), model.new_cache(1)
-    first = model(inputs_embeds=embeds[:, :6], past_key_values=cache).logits[0]
+    first = model(inputs_embeds=embeds[:, :6], cache=cache).logits[0]
     assert cache.memory.requires_grad or not model.config.num_memory_tokens
     cache.detach_()
     assert not cache.memory.requires_grad
-    second = model(inputs_embeds=embeds[:, 6:], past_key_values=cache).logits[0]
+    second = model(inputs_embeds=embeds[:, 6:], cache=cache).logits[0]
     naive = naive_logits(model, embeds[0], detach_at=[2])
     assert_same_gradients(
         gradients(model, weigh(torch.cat([first, second])), embeds), gradients(model, weigh(naive), embeds)
@@ -163,9 +163,9 @@ def test_detached_within_a_chunk(carrier: str) -> None:
     """cache.detach_() cuts the text of an unfinished chunk off too, and leaves what is said as it was."""
     model = training_model(**CARRIERS[carrier])
     embeds, cache = text_embeds(model, 13), model.new_cache(1)
-    model(inputs_embeds=embeds[:, :7], past_key_values=cache)
+    model(inputs_embeds=embeds[:, :7], cache=cache)
     cache.detach_()
-    logits = model(inputs_embeds=embeds[:, 7:], past_key_values=cache).logits[0]
+    logits = model(inputs_embeds=embeds[:, 7:], cache=cache).logits[0]
     assert_close(logits, naive_logits(model, embeds[0])[7:], **EXACT)
     (gradient,) = torch.autograd.grad(weigh(logits), embeds)
     assert gradient[0, :7].eq(0).all()

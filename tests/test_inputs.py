@@ -69,8 +69,8 @@ TEXTS: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
 def test_text(model: BakaForCausalLM, cache: BakaCache, mode: Any, arguments: Any, said: tuple[str, ...]) -> None:
     """Neither the language model nor the decoder reads it, from a state or from nothing."""
     with mode():
-        refused(lambda: model(**arguments, past_key_values=cache), *said)
-        refused(lambda: model.model(**arguments, past_key_values=cache), *said)
+        refused(lambda: model(**arguments, cache=cache), *said)
+        refused(lambda: model.model(**arguments, cache=cache), *said)
         refused(lambda: model(**arguments), *said)
 
 
@@ -105,7 +105,7 @@ MASKS: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
 @pytest.mark.parametrize(("shape", "said"), MASKS.values(), ids=MASKS)
 def test_mask(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...], said: tuple[str, ...]) -> None:
     """A mask is [B, L] or [B, P + L], nothing is broadcast or cut to fit."""
-    refused(lambda: model(ones(2, 3), attention_mask=ones(*shape), past_key_values=cache), *said)
+    refused(lambda: model(ones(2, 3), attention_mask=ones(*shape), cache=cache), *said)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 16), (1, 3), (3,), (2, 1, 3, 3)], ids=str)
@@ -121,7 +121,7 @@ def test_mask_without_a_state(model: BakaForCausalLM, shape: tuple[int, ...]) ->
 def test_position_ids(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...]) -> None:
     """Positions are those of this call's tokens."""
     refused(
-        lambda: model(ones(2, 3), position_ids=ones(*shape), past_key_values=cache),
+        lambda: model(ones(2, 3), position_ids=ones(*shape), cache=cache),
         f"expected `position_ids` of shape [2, 3], got {list(shape)}",
     )
 
@@ -130,11 +130,11 @@ def test_position_ids(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int
 def test_labels(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...]) -> None:
     """Labels have the shape of the text; it is said before anything is read."""
     refused(
-        lambda: model(ones(2, 3), labels=ones(*shape), past_key_values=cache),
+        lambda: model(ones(2, 3), labels=ones(*shape), cache=cache),
         f"expected `labels` of shape [2, 3], got {list(shape)}",
     )
     refused(
-        lambda: model(inputs_embeds=torch.zeros(2, 3, 12), labels=ones(*shape), past_key_values=cache),
+        lambda: model(inputs_embeds=torch.zeros(2, 3, 12), labels=ones(*shape), cache=cache),
         f"expected `labels` of shape [2, 3], got {list(shape)}",
     )
 
@@ -148,7 +148,7 @@ def test_a_state_of_another_batch_size(model: BakaForCausalLM, cache: BakaCache,
     """Nothing is broadcast: not one row to many, not many to one."""
     with mode():
         refused(
-            lambda: model(ones(batch_size, 3), past_key_values=cache),
+            lambda: model(ones(batch_size, 3), cache=cache),
             f"expected a state of batch size {batch_size}, got one of 2",
         )
 
@@ -185,8 +185,8 @@ def test_a_state_of_another_config(cache: BakaCache, name: str) -> None:
     if not others:
         said.append(f"expected {name}={value!r}, got {cache.signature[name]!r}")
     other = tiny_model(tiny_config(**{name: value}, **others))
-    refused(lambda: other(ones(2, 3), past_key_values=cache), *said)
-    refused(lambda: other.generate(ones(2, 20), past_key_values=cache, max_new_tokens=2), *said)
+    refused(lambda: other(ones(2, 3), cache=cache), *said)
+    refused(lambda: other.generate(ones(2, 20), cache=cache, max_new_tokens=2), *said)
 
 
 def test_a_state_of_a_config_that_differs_elsewhere(model: BakaForCausalLM) -> None:
@@ -203,9 +203,9 @@ def test_a_state_of_a_config_that_differs_elsewhere(model: BakaForCausalLM) -> N
 def test_a_state_of_another_class(model: BakaForCausalLM, other: Any) -> None:
     """A cache of transformers' own, legacy tuples, anything: refused by forward and generate."""
     name = type(other).__name__
-    refused(lambda: model(ones(2, 3), past_key_values=other), f"to be a BakaCache (see `new_cache`), got {name}")
+    refused(lambda: model(ones(2, 3), cache=other), f"to be a BakaCache (see `new_cache`), got {name}")
     refused(
-        lambda: model.generate(ones(2, 3), past_key_values=other, max_new_tokens=2),
+        lambda: model.generate(ones(2, 3), cache=other, max_new_tokens=2),
         f"to be a BakaCache (see `new_cache`), got {name}",
     )
 
@@ -214,18 +214,16 @@ def test_a_state_of_another_class(model: BakaForCausalLM, other: Any) -> None:
 
 
 def generation(model: BakaForCausalLM, cache: BakaCache, tokens: Tensor, **arguments: Any) -> Callable:
-    return lambda: model.generate(
-        tokens, past_key_values=cache, max_new_tokens=3, do_sample=False, pad_token_id=0, **arguments
-    )
+    return lambda: model.generate(tokens, cache=cache, max_new_tokens=3, do_sample=False, pad_token_id=0, **arguments)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("implementation", ["static", "offloaded", "quantized"])
+@pytest.mark.parametrize("implementation", ["offloaded", "quantized", "sliding_window"])
 def test_cache_implementation(model: BakaForCausalLM, cache: BakaCache, implementation: str) -> None:
     """The state is a BakaCache; other kinds are refused, not ignored."""
     arguments = dict(max_new_tokens=2, cache_implementation=implementation)
     refused(lambda: model.generate(ones(2, 3), **arguments), "cache_implementation", implementation)
-    refused(lambda: model.generate(ones(2, 3), past_key_values=cache, **arguments))
+    refused(lambda: model.generate(ones(2, 3), cache=cache, **arguments))
 
 
 def test_generate_from_a_wrong_text(model: BakaForCausalLM, cache: BakaCache) -> None:
@@ -249,7 +247,7 @@ def test_generate_with_a_state_of_another_batch_size(
     model: BakaForCausalLM, cache: BakaCache, batch_size: int, arguments: dict[str, Any]
 ) -> None:
     """The expanded batch must be the state's; a refusal does not mark the state as one of beam search."""
-    arguments = dict(past_key_values=cache, max_new_tokens=3, pad_token_id=0) | arguments
+    arguments = dict(cache=cache, max_new_tokens=3, pad_token_id=0) | arguments
     refused(lambda: model.generate(ones(batch_size, 4), **arguments), "state of batch size", "got one of 2")
 
 
@@ -285,7 +283,7 @@ def test_generate_from_too_many_new_tokens(model: BakaForCausalLM, cache: BakaCa
 def test_generate_from_too_few_embeddings(model: BakaForCausalLM, cache: BakaCache) -> None:
     """Embeddings without a full mask stand for the whole history, so there are more of them than was read."""
     refused(
-        lambda: model.generate(inputs_embeds=torch.zeros(2, 4, 12), past_key_values=cache, max_new_tokens=2),
+        lambda: model.generate(inputs_embeds=torch.zeros(2, 4, 12), cache=cache, max_new_tokens=2),
         "more than the 13 positions that the state has read, got 4",
     )
 

@@ -114,7 +114,7 @@ class Rows(RuleBasedStateMachine):
         elif not mask.all():
             options["attention_mask"] = mask
         with torch.no_grad():
-            logits = self.model(input_ids, past_key_values=self.cache, **options).logits
+            logits = self.model(input_ids, cache=self.cache, **options).logits
         self.said += [(document, logits[row, column]) for row, column, document in ends]
         self.columns += len(marks[0])
 
@@ -153,7 +153,7 @@ class Rows(RuleBasedStateMachine):
     def go_on_with_a_clone(self) -> None:
         original, self.cache = self.cache, self.cache.clone()
         with torch.no_grad():
-            self.model(self.tokens(3), past_key_values=original)
+            self.model(self.tokens(3), cache=original)
 
     def teardown(self) -> None:
         """Compare all that was said, and the state at the end, with the naive reading of each document."""
@@ -198,6 +198,6 @@ def test_texts_in_any_cuts(dtype: torch.dtype, fields: dict[str, Any], length: i
     cuts = sorted(end for end in ends if end < length)
     with torch.no_grad():
         whole = model(tokens[None]).logits[0]
-        parts = [model(part[None], past_key_values=cache).logits[0] for part in tokens.tensor_split(cuts)]
+        parts = [model(part[None], cache=cache).logits[0] for part in tokens.tensor_split(cuts)]
     for logits in (whole, torch.cat(parts)):
         assert_close(logits.double(), naive, rtol=0, atol=TOLERANCE[dtype])

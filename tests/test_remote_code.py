@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from baka_hf import BakaCache, BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
 
-CODE = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py"}
+CODE = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py"}
 PROMPTS = ["w3 w1 w4 w1 w5 w9 w2 w6", "w7"]
 LENGTH = 12  # of answers: three boundaries and more
 
@@ -55,7 +55,7 @@ with torch.no_grad():
     tensors = dict(
         logits=model(tokens).logits, hidden=decoder(tokens).last_hidden_state, verdict=classifier(tokens).logits,
     )
-    model(tokens, past_key_values=state)
+    model(tokens, cache=state)
 tensors["generated"] = model.generate(tokens, max_new_tokens=length, do_sample=False)
 save_file(tensors, target / "tensors.safetensors")
 state.save_pretrained(target / "state")
@@ -85,7 +85,7 @@ with torch.no_grad():
     tensors = dict(
         logits=model(tokens).logits,
         verdict=classifier(tokens).logits,
-        resumed=model(tokens + 1 - 19 * (tokens == 18), past_key_values=state).logits,
+        resumed=model(tokens + 1 - 19 * (tokens == 18), cache=state).logits,
     )
 save_file(tensors, target / "resumed.safetensors")
 """
@@ -144,7 +144,7 @@ TOKENS = torch.arange(13)[None] * 5 % 19
 
 
 def test_a_checkpoint_holds_its_code(checkpoint: Path) -> None:
-    """The three files of the remote-code set, and no other Python file, beside whichever model was saved."""
+    """The files of the remote-code set, and no other Python file, beside whichever model was saved."""
     for folder in (checkpoint, checkpoint / "classifier"):
         assert {path.name for path in folder.glob("*.py")} == CODE
 
@@ -248,7 +248,7 @@ def test_states_of_both_classes_are_one(checkpoint: Path) -> None:
         state = reader.new_cache(2)
         logits_of(reader, tokens, state)
         assert_close(logits_of(other, more, state.clone()), expected, rtol=0, atol=1e-5)
-        found = other.generate(whole, past_key_values=state, max_new_tokens=5, do_sample=False)
+        found = other.generate(whole, cache=state, max_new_tokens=5, do_sample=False)
         assert torch.equal(found, local.generate(whole, max_new_tokens=5, do_sample=False))
 
 

@@ -72,9 +72,9 @@ def test_static_reading(variant: str, head: int, counts: dict[str, int]) -> None
     state, static = model.new_cache(2), model.new_cache(2, static=True)
     expected, found = [], []
     for cache, logits in ((state, expected), (static, found)):
-        logits.append(model(tokens[:, :head], past_key_values=cache).logits)
+        logits.append(model(tokens[:, :head], cache=cache).logits)
         for column in range(head, length):
-            logits.append(model(tokens[:, column : column + 1], past_key_values=cache).logits)
+            logits.append(model(tokens[:, column : column + 1], cache=cache).logits)
         assert_same_state(cache, state)
     assert_close(torch.cat(found, 1), torch.cat(expected, 1), **EXACT)
     assert_close(torch.cat(found, 1), model(tokens).logits, **EXACT)
@@ -92,12 +92,12 @@ def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
     prompt = (torch.rand(batch_size, 20, generator=generator) < 0.6).long()
     state, static = model.new_cache(batch_size), model.new_cache(batch_size, static=True)
     for cache in (state, static):
-        model(tokens[:, :20], attention_mask=prompt, past_key_values=cache)
+        model(tokens[:, :20], attention_mask=prompt, cache=cache)
     for column in range(20, 60):
         mask = (torch.rand(batch_size, 1, generator=generator) < 0.8).long()
         token = tokens[:, column : column + 1]
-        expected = model(token, attention_mask=mask, past_key_values=state).logits
-        assert_close(model(token, attention_mask=mask, past_key_values=static).logits, expected, **EXACT)
+        expected = model(token, attention_mask=mask, cache=state).logits
+        assert_close(model(token, attention_mask=mask, cache=static).logits, expected, **EXACT)
     assert_same_state(static, state)
     assert counts["tokens"] == 40
 
@@ -114,8 +114,8 @@ def test_what_changes_a_state_between_steps() -> None:
         nonlocal column
         for _ in range(count):
             token = tokens[:, column : column + 1]
-            expected = model(token, past_key_values=state).logits
-            assert_close(model(token, past_key_values=static).logits, expected, **EXACT)
+            expected = model(token, cache=state).logits
+            assert_close(model(token, cache=static).logits, expected, **EXACT)
             column += 1
         assert_same_state(static, state)
 
@@ -135,7 +135,7 @@ def test_what_changes_a_state_between_steps() -> None:
     read(2)
     with torch.enable_grad():
         for cache in (state, static):
-            outputs = model(tokens[:, :3], past_key_values=cache)
+            outputs = model(tokens[:, :3], cache=cache)
             if cache is static:
                 held = outputs.logits.square().sum()
             cache.detach_()
@@ -163,18 +163,18 @@ def test_states_side_by_side_and_one_after_another() -> None:
     states = [model.new_cache(1, static=True) for _ in range(2)]
     for column in range(40):
         for row, state in enumerate(states):
-            logits = model(tokens[row : row + 1, column : column + 1], past_key_values=state).logits
+            logits = model(tokens[row : row + 1, column : column + 1], cache=state).logits
             assert_close(logits[:, 0], expected[row : row + 1, column], **EXACT)
     reader = states[1]._reader
     assert states[0]._reader is not reader
     del states[1], state
     new = model.new_cache(1, static=True)
     for column in range(20):
-        logits = model(tokens[2:3, column : column + 1], past_key_values=new).logits
+        logits = model(tokens[2:3, column : column + 1], cache=new).logits
         assert_close(logits[:, 0], expected[2:3, column], **EXACT)
     assert new._reader is reader
     wider = model.new_cache(2, static=True)
-    assert_close(model(tokens[:2, :1], past_key_values=wider).logits[:, 0], expected[:2, 0], **EXACT)
+    assert_close(model(tokens[:2, :1], cache=wider).logits[:, 0], expected[:2, 0], **EXACT)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -216,7 +216,7 @@ def test_what_is_not_plain_is_read_plainly(case: str, counts: dict[str, int]) ->
             text: dict[str, Any] = dict(input_ids=tokens[:, column : column + 1])
             if case == "embeddings":
                 text = dict(inputs_embeds=model.get_input_embeddings()(text["input_ids"]))
-            logits = model(**text, past_key_values=state, **options).logits
+            logits = model(**text, cache=state, **options).logits
             assert_close(logits[:, 0], expected[:, column], **EXACT)
     assert counts == {"tokens": 0, "chunks": 0}
 
@@ -226,7 +226,7 @@ def test_bad_input_leaves_a_static_state_as_it_was() -> None:
     state = model.new_cache(2, static=True)
     tokens = random_tokens(model.config, 2, 5)
     with torch.no_grad():
-        model(tokens, past_key_values=state)
+        model(tokens, cache=state)
         before = state.clone()
         for bad, message in (
             (dict(input_ids=tokens[:1, :1]), "expected a state of batch size 1, got one of 2"),
@@ -234,5 +234,5 @@ def test_bad_input_leaves_a_static_state_as_it_was() -> None:
             (dict(input_ids=tokens[:, :1], attention_mask=tokens[:, :3]), "expected an `attention_mask` of shape"),
         ):
             with pytest.raises(ValueError, match=message):
-                model(**bad, past_key_values=state)
+                model(**bad, cache=state)
         assert_same_state(state, before)

@@ -58,7 +58,7 @@ class NaiveReader:
                 self.states[lane].detach_()
             if real.any():
                 ids, targets = row["input_ids"][part][real], row["shift_labels"][part][real]
-                logits = self.model(input_ids=ids[None], past_key_values=self.states[lane], use_cache=True).logits
+                logits = self.model(input_ids=ids[None], cache=self.states[lane], use_cache=True).logits
                 total = total + F.cross_entropy(logits[0], targets, reduction="sum")
                 count += int((targets >= 0).sum())
         return total, count
@@ -352,7 +352,7 @@ def test_chunks_per_backward_of_ordinary_samples(tmp_path: Path, chunks: int | N
                 part = slice(start, start + 5 * chunks if chunks else 13)
                 if real[part].any():
                     ids = sample["input_ids"][part][real[part]]
-                    logits = model(input_ids=ids[None], past_key_values=state.detach_(), use_cache=True).logits
+                    logits = model(input_ids=ids[None], cache=state.detach_(), use_cache=True).logits
                     total = total + F.cross_entropy(logits[0], targets[part][real[part]], reduction="sum")
             count += int((targets >= 0).sum())
         expected = torch.autograd.grad(total / count, list(model.parameters()))
@@ -461,7 +461,7 @@ def test_sharded_by_the_example_configuration(tmp_path: Path) -> None:
         assert_same(sharded[name].final, expected.final, rtol=1e-6, atol=1e-8)
     checkpoint = tmp_path / "whole" / "checkpoint-10"
     assert_same(weights_of(BakaForCausalLM.from_pretrained(checkpoint)), sharded["whole"].final)
-    code = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py"}
+    code = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py"}
     assert {path.name for path in checkpoint.glob("*.py")} == code
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForCausalLM"] == "modeling_baka.BakaForCausalLM"

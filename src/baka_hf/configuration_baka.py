@@ -65,7 +65,7 @@ class BakaConfig(PreTrainedConfig):
     """
 
     model_type = "baka"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - a class attribute of every HF config
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - a class attribute of every HF config
     base_model_tp_plan = {  # noqa: RUF012
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

@@ -138,7 +138,7 @@ def _score(model: Any, documents: Iterator[Lane], batch_size: int, bar: Any) -> 
         # A chunk and the token after it, which it predicts and the next one reads.
         pieces = [lane.document[lane.chunk * n : (lane.chunk + 1) * n + 1] for lane in lanes]
         input_ids = pad_sequence([piece[:-1] for piece in pieces], batch_first=True)
-        logits = model(input_ids=input_ids.to(cache.device), past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=input_ids.to(cache.device), cache=cache, use_cache=True).logits
         # Row by row: what is copied on the way to the losses is never more than the logits of one row.
         rows = [_cross_entropies(row, piece[1:]) for row, piece in zip(logits, pieces, strict=True)]
         del logits

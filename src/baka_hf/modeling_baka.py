@@ -44,6 +44,9 @@ logger = logging.get_logger(__name__)
 on_host = torch.compiler.disable
 runs_compiled_parts = torch.compiler.disable(recursive=False)
 
+# What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 IGNORED = -100  # a label that is no target
 
 # Without logits, the loss is computed for so many tokens at a time.
@@ -102,6 +105,13 @@ class ElephantActivation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Compilers derive and fuse the plain formula; that of PyTorch 2.11 loses the gradient of the function above.
         return _elephant(x) if torch.compiler.is_compiling() else _Elephant.apply(x)
+
+
+def either_name(past_key_values: BakaCache | None, cache: BakaCache | None) -> BakaCache | None:
+    """The state that a call was given under one of its names."""
+    if past_key_values is not None and cache is not None and cache is not past_key_values:
+        raise ValueError("expected one state, got another one as `cache` than as `past_key_values`.")
+    return past_key_values if cache is None else cache
 
 
 def get_activation(name: str) -> nn.Module:
@@ -612,7 +622,7 @@ class BakaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BakaDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False
@@ -719,6 +729,7 @@ class BakaModel(BakaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
     ) -> BaseModelOutputWithPast:
         """Read text, from its beginning or on from a state.
@@ -729,7 +740,7 @@ class BakaModel(BakaPreTrainedModel):
                 wherever it stands.
             position_ids: [B, L]. A 0 at a real token, other than a row's first of this call, begins a new text there;
                 other values do not matter.
-            past_key_values: the state to go on from. It is changed in place.
+            past_key_values, cache: the state to go on from, under either of its names. It is changed in place.
             use_cache: return the state; by default `config.use_cache`, and no when training.
             output_hidden_states: also return the embeddings and each block's output over the text, [B, L, D] each,
                 the last one normed.
@@ -742,16 +753,15 @@ class BakaModel(BakaPreTrainedModel):
         Raises:
             ValueError: an argument does not fit the others, the model or the state, which is left as it was.
         """
-        step = self._read_token(
-            input_ids, attention_mask, past_key_values, output_hidden_states, output_attentions, **kwargs
-        )
+        cache = either_name(past_key_values, cache)
+        step = self._read_token(input_ids, attention_mask, cache, output_hidden_states, output_attentions, **kwargs)
         if step is not None:
             return step
         pass_ = self._plan(
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             inputs_embeds,
             use_cache,
             output_hidden_states,
@@ -828,7 +838,7 @@ class BakaModel(BakaPreTrainedModel):
         pass_.text = ids if inputs_embeds is None else inputs_embeds
         if pass_.in_place and inputs_embeds is None and not with_states and not with_weights:
             pass_.reader = self._static_reader(cache)
-        if num_last_states is not None and real is None and all(span.is_aligned for span in spans):
+        if num_last_states is not None and not with_states and real is None and all(span.is_aligned for span in spans):
             pass_.num_last_states = num_last_states
         if inputs_embeds is None and torch.is_grad_enabled() and not pass_.recomputes:
             pass_.text = self.embed_tokens(ids)  # one call has one gradient to add up, not one for every chunk
@@ -871,7 +881,7 @@ class BakaModel(BakaPreTrainedModel):
         states = reader.read_token(self, cache, input_ids, reads)
         num_aligned = int(bool(reads.all()))
         cache._advance(1, cache._num_tokens + reads, cache._seeded, cache._pauses, num_aligned, False)
-        return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=cache)
+        return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
 
     def _static_reader(self, cache: BakaCache | None) -> Any:
         """What reads a static state by graphs, see `graphs_baka`; None where that is not possible."""
@@ -1375,7 +1385,7 @@ class _Pass:
         states, weights = self._outputs()
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
-            past_key_values=self.cache,
+            **{CACHE_NAME: self.cache},
             hidden_states=tuple(states) if self.with_states else None,
             attentions=weights,
         )
@@ -1573,6 +1583,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
     ) -> CausalLMOutputWithPast:
         """Logits and loss; arguments as in `BakaModel.forward`, and
@@ -1604,7 +1615,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=either_name(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -1624,7 +1635,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -1668,8 +1679,11 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
     def _prepare_model_inputs(
         self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
+        cache = either_name(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+        if cache is not None:
+            model_kwargs[CACHE_NAME] = cache
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        mask = model_kwargs.get("attention_mask")
         if cache is not None:
             self.model._check_cache(cache, getattr(cache, "batch_size", 0))
             if mask is not None:
@@ -1680,7 +1694,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         self, inputs_tensor: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
         mask = super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         # transformers takes pad tokens for padding. An assistant without a mask has a text without padding, and pad
         # tokens that a state has read as text, having been generated, were none.
         if getattr(generation_config, "is_assistant", False):
@@ -1754,15 +1768,15 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             )
         is_static = generation_config.cache_implementation == "static"
         generation_config.prefill_chunk_size = None  # a prompt is read chunk by chunk as it is
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if generation_config.use_cache is False:
             if cache is not None:
                 cache._prompt = None
-                raise ValueError("expected no `past_key_values` with `use_cache=False`: a state can only go forward.")
+                raise ValueError(f"expected no `{CACHE_NAME}` with `use_cache=False`: a state can only go forward.")
             return
         if cache is None:
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
-            cache = model_kwargs["past_key_values"] = self.new_cache(batch_size, static=is_static)
+            cache = model_kwargs[CACHE_NAME] = self.new_cache(batch_size, static=is_static)
         else:
             cache._is_user_defined = True
             cache.is_static = cache.is_static or is_static
@@ -1796,9 +1810,10 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         stop_token_ids: torch.Tensor | None = None,
+        cache: BakaCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        cache = past_key_values
+        cache = either_name(past_key_values, cache)
         if cache is not None and cache._prompt is not None:
             # The prompt's new tokens, and those that an assistant has drafted after it.
             (num_read, attention_mask), cache._prompt = cache._prompt, None
@@ -1820,10 +1835,10 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=cache,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
 
@@ -1848,6 +1863,7 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
     ) -> SequenceClassifierOutputWithPast:
         """Logits [B, num_labels] at each row's last real token; arguments as in `BakaModel.forward`, and `labels` [B].
@@ -1858,7 +1874,7 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=either_name(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -1879,7 +1895,7 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=pooled,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

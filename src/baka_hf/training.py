@@ -186,7 +186,7 @@ class BakaTrainer(Trainer):
         if state is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        inputs |= {"past_key_values": state, "use_cache": True}
+        inputs |= {"cache": state, "use_cache": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._state = state.detach_()
         if places is not None:
