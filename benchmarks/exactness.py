@@ -3,10 +3,12 @@
     python benchmarks/exactness.py                                     # CPU, float32 and float64
     python benchmarks/exactness.py --device cuda --dtypes float32 bfloat16 float16
     python benchmarks/exactness.py --device cuda --attention flex_attention --configs rmt_carry --hidden-size 64
+    python benchmarks/exactness.py --device cuda --attention sdpa --configs rmt_carry layer --static --compile
 
 Every configuration of the tests is read by a batch of four rows, unpadded, padded left and right and with holes, in one
-call and in random splits with the state passed on. The reference reads each row alone with the same weights (those of
-the dtype, in float64 arithmetic), so what is left is the noise of the arithmetic.
+call, token by token and in random splits with the state passed on. `--static` reads from static states, by CUDA graphs
+on a GPU; `--compile` compiles the model for one call without a state. The reference reads each row alone with the same
+weights (those of the dtype, in float64 arithmetic), so what is left is the noise of the arithmetic.
 """
 
 import argparse
@@ -33,6 +35,7 @@ def masks(length: int) -> torch.Tensor:
 
 def splits(length: int) -> Iterator[list[int]]:
     yield [length]
+    yield [1] * length
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         ends = torch.randperm(length - 1, generator=generator)[:5].add(1).sort().values.tolist()
@@ -40,7 +43,9 @@ def splits(length: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def worst_difference(overrides: dict, attention: str, dtype: torch.dtype, device: str) -> tuple[float, float]:
+def worst_difference(
+    overrides: dict, attention: str, dtype: torch.dtype, device: str, static: bool, compiled: bool
+) -> tuple[float, float]:
     """Largest difference of a logit, absolute and in standard deviations of the logits."""
     config = tiny_config(**overrides)
     model = tiny_model(config, dtype)
@@ -50,11 +55,19 @@ def worst_difference(overrides: dict, attention: str, dtype: torch.dtype, device
     expected = [read(config, weights, row[keep.bool()].tolist()).logits for row, keep in zip(tokens, mask, strict=True)]
     model.to(device).set_attn_implementation(attention)
     worst, deviation = 0.0, torch.cat(expected).std().item()
+    readings = []
     for sizes in splits(length):
-        cache, parts = model.new_cache(4), []
+        cache, parts = model.new_cache(4, static=static), []
         for ids, keep in zip(tokens.split(sizes, 1), mask.split(sizes, 1), strict=True):
             parts.append(model(ids.to(device), attention_mask=keep.to(device), cache=cache).logits)
-        logits = torch.cat(parts, 1).double().cpu()
+        readings.append(torch.cat(parts, 1))
+    if compiled:
+        torch._dynamo.reset()
+        with torch.enable_grad():
+            whole = torch.compile(model)(tokens.to(device), attention_mask=mask.to(device), use_cache=False)
+        readings.append(whole.logits.detach())
+    for logits in readings:
+        logits = logits.double().cpu()
         for row, keep, reference in zip(logits, mask, expected, strict=True):
             difference = (row[keep.bool()] - reference).abs().max().item()
             worst = max(worst, difference) if difference == difference else float("nan")
@@ -68,6 +81,8 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["eager", "sdpa"])
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS), help="names of tests/helpers.py's CONFIGS")
     parser.add_argument("--hidden-size", type=int, help="FlexAttention's GPU kernels want heads of 16 and more")
+    parser.add_argument("--static", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     overrides = {} if args.hidden_size is None else {"hidden_size": args.hidden_size}
     # Full float32 on a GPU, not TF32.
@@ -78,7 +93,9 @@ def main() -> None:
         for attention in args.attention:
             start = time.time()
             found = {
-                name: worst_difference(CONFIGS[name] | overrides, attention, getattr(torch, dtype), args.device)
+                name: worst_difference(
+                    CONFIGS[name] | overrides, attention, getattr(torch, dtype), args.device, args.static, args.compile
+                )
                 for name in args.configs
             }
             name = max(found, key=lambda name: (found[name][1] != found[name][1], found[name][1]))

@@ -26,6 +26,7 @@ from .modeling_baka import (
     Span,
     Stream,
     _Pass,
+    allow_programs,
     apply_rotary,
     compare_slots,
     fixed_pauses,
@@ -205,7 +206,8 @@ class StaticReader:
     def _run(self, key: Any, program: Callable[[], None]) -> None:
         """Run a program: the first time as it is, which also compiles its parts, then as a graph."""
         if self.pool is None or key not in self.graphs:
-            program()
+            with allow_programs():
+                program()
             self.graphs[key] = None
             return
         if self.graphs[key] is None:

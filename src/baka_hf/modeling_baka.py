@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
+import torch._dynamo
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +44,8 @@ logger = logging.get_logger(__name__)
 # What is decided on the host is marked as such; what runs both is itself left alone.
 on_host = torch.compiler.disable
 runs_compiled_parts = torch.compiler.disable(recursive=False)
+# One program for each kind of chunk, and again for other batch sizes. torch gives up compiling at 8 of them by default.
+allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64)
 
 # What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -841,7 +844,7 @@ class BakaModel(BakaPreTrainedModel):
         if num_last_states is not None and not with_states and real is None and all(span.is_aligned for span in spans):
             pass_.num_last_states = num_last_states
         if inputs_embeds is None and torch.is_grad_enabled() and not pass_.recomputes:
-            pass_.text = self.embed_tokens(ids)  # one call has one gradient to add up, not one for every chunk
+            pass_.embed(self.embed_tokens)
         if cache is not None and seeded is not None:
             # What the state will know of itself after the call.
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
@@ -1016,6 +1019,7 @@ class _Pass:
     """One call of `BakaModel`: reads its spans one after another and collects what they give."""
 
     text: Any  # the call's ids [B, L], or its embeddings [B, L, D]
+    pieces: Any = None  # each span's part of them, if all rows read the same columns and they are known in advance
     following: Any = None  # what `close` tells the cache
     reader: Any = None  # reads whole chunks by graphs, from a static state
     num_last_states: int | None = None  # how many columns' states are asked for, from the last one back; None: all
@@ -1056,6 +1060,17 @@ class _Pass:
         self.states: list[list[torch.Tensor]] = []
         self.weights: list[list[torch.Tensor]] = []
 
+    def embed(self, embed_tokens: nn.Module) -> None:
+        """Look all ids up in one call: the embedding has one gradient to add up, not one for every span."""
+        if not all(span.is_aligned for span in self.spans):
+            self.text = embed_tokens(self.text)
+            return
+        # Span by span, so that each part lies in memory as it would alone: programs are compiled for a memory layout.
+        counts = [span.count for span in self.spans]
+        flat = embed_tokens(torch.cat([ids.flatten() for ids in self.text.split(counts, dim=1)]))
+        parts = flat.split([self.batch_size * count for count in counts])
+        self.pieces = [part.unflatten(0, (self.batch_size, -1)) for part in parts]
+
     def _borrow(self, cache: BakaCache) -> Stream:
         """The cache's tensors for a pass whose autograd graph may hold on to them."""
 
@@ -1087,8 +1102,11 @@ class _Pass:
             return k is not None and (reach == min(index + 1, k) or (reach <= k and index + 1 + k - reach < num_spans))
 
         for depth, stream in self.streams.items():
-            run = self._run_on_host if self.in_place else self._run
-            memory, after, states, weights = run(span.first, layout, *arguments, stream)
+            if self.in_place:
+                memory, after, states, weights = self._run_on_host(span.first, layout, *arguments, stream)
+            else:
+                with allow_programs():
+                    memory, after, states, weights = self._run(span.first, layout, *arguments, stream)
             if self.in_place and self.cache is not None:
                 self.cache.memory = self.cache.memory if memory is None else memory
                 if _any(layout.completes):
@@ -1133,7 +1151,9 @@ class _Pass:
         span, pauses = self._place_pauses(self.spans[index])
         followed = self.cache is not None or index + 1 < len(self.spans)
         layout = lay_out(span, self.config, pauses, followed)
-        if isinstance(span.column, int):
+        if self.pieces is not None:
+            text = self.pieces[index]
+        elif isinstance(span.column, int):
             text = self.text[:, span.column : span.column + span.length]
         else:
             columns = span.column[:, None] + torch.arange(span.length)

@@ -1,0 +1,80 @@
+"""Training speed and memory beside Llama of the same size: forward and backward pass, no optimizer.
+
+    python benchmarks/training.py                                     # on a GPU, both sides compiled
+    python benchmarks/training.py --shapes 4x16384 --eager
+    python benchmarks/training.py --device cpu --shapes 1x2048 1x16384
+
+Ours leaves out logits that nobody asks for (`skip_logits=True`, as its Trainer does); gradients flow through all chunks
+of a text. Writes training.png: tokens per second and peak memory against the length of the text.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from side_by_side import Comparison, arguments, new_baka, new_llama, random_tokens, settle
+from transformers import PreTrainedModel
+
+SHAPES = {"cuda": ["32x2048", "4x16384", "5x2048"], "cpu": ["1x2048", "1x16384"], "quick": ["2x32", "1x64"]}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--shapes", nargs="+", metavar="BxL", help="batch sizes and lengths")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile, as on a CPU")
+    args = settle(parser.parse_args())
+    args.shapes = args.shapes or SHAPES["quick" if args.quick else args.device]
+    args.eager = args.eager or args.device == "cpu"
+    return args
+
+
+def training_of(model: PreTrainedModel, args: argparse.Namespace, shape: tuple[int, int], **options: Any) -> Callable:
+    """A run of one step."""
+    torch._dynamo.reset()
+    model.train()
+    step = model if args.eager else torch.compile(model)
+    tokens = random_tokens(model, *shape)
+
+    def run() -> None:
+        step(input_ids=tokens, labels=tokens, use_cache=False, **options).loss.backward()
+        model.zero_grad()
+
+    return run
+
+
+def draw(comparison: Comparison) -> Figure:
+    rows = sorted(comparison.rows, key=lambda row: row["length"])
+    figures = [name for name in ("tokens/s", "peak GiB") if any(name in row for row in rows)]
+    figure = Figure(figsize=(5 * len(figures), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(figures), squeeze=False)[0], figures, strict=True):
+        for side in dict.fromkeys(row["side"] for row in rows):
+            points = [(row["length"], row[name]) for row in rows if row["side"] == side]
+            axes.plot(*zip(*points, strict=True), "o-", label=side)
+        axes.set(xscale="log", xlabel="tokens in a text", ylabel=name, ylim=(0, None))
+        axes.legend()
+    return figure
+
+
+def main() -> None:
+    args = parse_args()
+    comparison = Comparison(args, "training")
+    kind = "eager" if args.eager else "torch.compile"
+    for shape in args.shapes:
+        batch, length = (int(number) for number in shape.split("x"))
+
+        def ours(shape: tuple[int, int] = (batch, length)) -> Callable:
+            return training_of(new_baka(args), args, shape, skip_logits=True)
+
+        def theirs(shape: tuple[int, int] = (batch, length)) -> Callable:
+            return training_of(new_llama(args), args, shape)
+
+        sides = {"BakaLLM": ours, f"Llama, {kind}": theirs}
+        comparison.measure(f"train {batch} x {length:,}", batch * length, sides, warm_ups=2, length=length)
+    comparison.finish("BakaLLM", ("tokens/s", "peak GiB"))
+    comparison.save(draw(comparison))
+
+
+if __name__ == "__main__":
+    main()
