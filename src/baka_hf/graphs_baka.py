@@ -13,6 +13,8 @@ between products is compiled. All else (memory, layout, masks) is `modeling_baka
 
 import weakref
 from collections.abc import Callable
+from itertools import repeat
+from operator import contains, is_
 from typing import Any
 
 import torch
@@ -51,15 +53,20 @@ _idle: "weakref.WeakKeyDictionary[nn.Module, StaticReader]" = weakref.WeakKeyDic
 
 def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
     """The reader of `cache` by `model`, a `BakaModel`, with the state in its tensors; None if it cannot be read so."""
-    marks = fingerprint(model)
-    if marks is None or torch.is_autocast_enabled(model.device.type) or cache._is_recording:
+    device, config = model.norm.weight.device.type, model.config
+    if device not in DEVICES or config._attn_implementation != "sdpa" or cache._is_recording:
+        return None
+    if torch.is_autocast_enabled(device) or (model.training and config.uses_random_pauses):
         return None
     reader = cache._reader
-    if reader is None or not reader.fits(cache, marks):
+    if reader is None or not reader.fits(cache):
         # A state that is gone leaves its tensors and their graphs to the next of its shape.
         reader = _idle.pop(model, None)
-        if reader is None or not reader.fits(cache, marks):
-            reader = StaticReader(model, cache, marks)
+        if reader is None or not reader.fits(cache):
+            weights = PlainWeights(model)
+            if not weights.are_plain:
+                return None
+            reader = StaticReader(model, cache, weights)
         cache._release()
         cache._reader, reader.owner = reader, weakref.ref(cache)
         weakref.finalize(cache, _leave, weakref.ref(model), reader, reader.owner)
@@ -73,41 +80,42 @@ def _leave(model: Any, reader: "StaticReader", owner: Any) -> None:
         _idle[model()] = reader
 
 
-def fingerprint(model: Any) -> list[Any] | None:
-    """What recorded graphs depend on, cheap enough to look at in every step; None if blocks are not plain ones.
+class PlainWeights:
+    """The weights that graphs are recorded with, and whether they are still all that the model's blocks are made of.
 
-    Adapters, quantization, offloading, hooks and shards are more than the weights of linear layers. The plain path
-    knows them all.
+    Adapters, quantization, offloading, hooks and shards are more than the weights of linear layers: the plain path
+    knows them all. A look is taken before every token, so it is a few passes over lists.
     """
-    marks: list[Any] = []
-    if model.config._attn_implementation != "sdpa" or model.device.type not in DEVICES:
-        return None
-    if model.config.uses_random_pauses and model.training:
-        return None
-    for layer in model.layers._modules.values():
-        parts = layer._modules
-        for module in (layer, parts["self_attn"], parts["mlp"]):
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return None
-        attention, mlp = parts["self_attn"]._modules, parts["mlp"]._modules
-        marks.append(mlp["act_fn"])
-        for module in (
-            parts["input_layernorm"],
-            *attention.values(),
-            mlp["gate_proj"],
-            mlp["up_proj"],
-            mlp["down_proj"],
-        ):
-            weight = module._parameters.get("weight")
-            if type(module) not in (nn.Linear, nn.LayerNorm) or type(weight) is not nn.Parameter:
-                return None
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return None
-            marks += (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-    for name, part in model._modules.items():
-        if name != "layers":
-            marks += (parameter.data_ptr() for parameter in part.parameters())
-    return marks
+
+    def __init__(self, model: Any):
+        blocks = list(model.layers._modules.values())
+        branches = [block._modules[name] for block in blocks for name in ("self_attn", "mlp")]
+        parents = [model, model.layers, *blocks, *branches]
+        parts = [block._modules["input_layernorm"] for block in blocks]
+        parts += [part for branch in branches for name, part in branch._modules.items() if name != "act_fn"]
+        own = [part._parameters.get("weight") for part in parts]
+        # Whatever could be put in another's place: the dictionary that has it, its name, and what it is.
+        places = [(parent._modules, name, child) for parent in parents for name, child in parent._modules.items()]
+        places += [(module._parameters, *item) for module in model.modules() for item in module._parameters.items()]
+        self.holders, self.names, self.held = zip(*places, strict=True)
+        self.hooks = [hooks for x in parents + parts for hooks in (x._forward_hooks, x._forward_pre_hooks)]
+        self.attributes = [module.__dict__ for module in parents + parts]
+        self.tensors = [it for it in self.held if isinstance(it, torch.Tensor)]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+        # Of these there are copies, which a change in place would not reach.
+        self.counted = [weight for weight in own if weight is not None and not weight.is_inference()]
+        self.versions = [weight._version for weight in self.counted]
+        is_known = all(type(part) in (nn.Linear, nn.LayerNorm) for part in parts)
+        self.are_plain = is_known and all(type(weight) is nn.Parameter for weight in own) and self.are_as_they_were()
+
+    def are_as_they_were(self) -> bool:
+        return (
+            all(map(is_, map(dict.get, self.holders, self.names), self.held))
+            and not any(self.hooks)
+            and not any(map(contains, self.attributes, repeat("forward")))
+            and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
+            and [weight._version for weight in self.counted] == self.versions
+        )
 
 
 class StaticReader:
@@ -116,9 +124,10 @@ class StaticReader:
     `is_shared` says that an autograd graph may hold on to them: nobody may write into them any more.
     """
 
-    def __init__(self, model: Any, cache: BakaCache, marks: list[Any]):
+    def __init__(self, model: Any, cache: BakaCache, weights: PlainWeights):
         config: BakaConfig = model.config
-        self.config, self.marks = config, marks
+        self.config, self.weights = config, weights
+        self.chunk_size, self.stream_length = config.chunk_size, config.stream_length  # a config is slow to ask
         self.device, self.batch_size = cache.layers[0].keys.device, cache.batch_size
         self.is_shared = False
         self.owner: Any = None  # a weak reference to the state whose tensors these are
@@ -154,11 +163,11 @@ class StaticReader:
         self.window = -(-S // (8 * self.num_windows)) * 8
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
-    def fits(self, cache: BakaCache, marks: list[Any]) -> bool:
+    def fits(self, cache: BakaCache) -> bool:
         keys = cache.layers[0].keys
         same = (keys.shape, keys.dtype, keys.device) == (self.keys.shape[1:], self.keys.dtype, self.keys.device)
         is_free = self.owner is None or self.owner() is cache
-        return same and is_free and not self.is_shared and self.marks == marks
+        return same and is_free and not self.is_shared and self.weights.are_as_they_were()
 
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
@@ -179,12 +188,12 @@ class StaticReader:
 
     def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
-        start = cache._num_tokens % self.config.chunk_size
+        start = cache._num_tokens % self.chunk_size
         rows = start if bool(reads.all()) else start[reads]
         kind = int(self.kinds[rows].max())
         stop = self.keys.shape[3]
         if kind != EDGE:
-            half = stop - self.config.stream_length
+            half = stop - self.stream_length
             stop = min(stop, half + -(-int(self.ends[rows].max()) // self.window) * self.window)
         for index, (own, now) in enumerate(
             ((self.num_tokens, cache._num_tokens), (self.seeded, cache._seeded), (self.reads, reads))
@@ -337,9 +346,11 @@ def enter(
         keys[:, :, start:stop] = key
         values[:, :, start:stop] = value
     else:
-        index = slots.expand_as(key)
-        keys.scatter_(2, index, torch.where(valid, key, keys.gather(2, index)))
-        values.scatter_(2, index, torch.where(valid, value, values.gather(2, index)))
+        # By index_put: compiled, a scatter would copy all slots to change a few.
+        rows, heads = (torch.arange(size, device=key.device) for size in key.shape[:2])
+        index = rows[:, None, None], heads[:, None], slots[:, :, :, 0]
+        keys.index_put_(index, torch.where(valid, key, keys[index]))
+        values.index_put_(index, torch.where(valid, value, values[index]))
     return query, activation(gate) * up
 
 

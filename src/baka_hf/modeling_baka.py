@@ -757,9 +757,9 @@ class BakaModel(BakaPreTrainedModel):
             ValueError: an argument does not fit the others, the model or the state, which is left as it was.
         """
         cache = either_name(past_key_values, cache)
-        step = self._read_token(input_ids, attention_mask, cache, output_hidden_states, output_attentions, **kwargs)
-        if step is not None:
-            return step
+        states = self._read_token(input_ids, attention_mask, cache, output_hidden_states, output_attentions, **kwargs)
+        if states is not None:
+            return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
         pass_ = self._plan(
             input_ids,
             attention_mask,
@@ -861,8 +861,8 @@ class BakaModel(BakaPreTrainedModel):
         output_attentions: bool | None = None,
         within_beam_search: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | None:
-        """Read one token in each row from a static state; None if the call or the state is of another kind.
+    ) -> torch.Tensor | None:
+        """Read one token in each row from a static state: its states [B, 1, D]; None if it is not so simple.
 
         It is what `forward` does, with as little as possible to do on the host.
         """
@@ -884,7 +884,7 @@ class BakaModel(BakaPreTrainedModel):
         states = reader.read_token(self, cache, input_ids, reads)
         num_aligned = int(bool(reads.all()))
         cache._advance(1, cache._num_tokens + reads, cache._seeded, cache._pauses, num_aligned, False)
-        return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
+        return states
 
     def _static_reader(self, cache: BakaCache | None) -> Any:
         """What reads a static state by graphs, see `graphs_baka`; None where that is not possible."""
@@ -939,7 +939,9 @@ class BakaModel(BakaPreTrainedModel):
             raise ValueError(
                 f"expected `past_key_values` to be a BakaCache (see `new_cache`), got {type(cache).__name__}."
             )
-        check_signature(signature, signature_of(self.config))
+        if cache._checked is not self.config:
+            check_signature(signature, signature_of(self.config))
+            cache._checked = self.config
         if cache.batch_size != batch_size:
             raise ValueError(
                 f"expected a state of batch size {batch_size}, got one of {cache.batch_size}; "
@@ -1631,16 +1633,20 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             raise ValueError("expected `labels` or `shift_labels` with `skip_logits=True`: there is nothing to return.")
         if labels is None and shift_labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
             kwargs["num_last_states"] = logits_to_keep
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=either_name(past_key_values, cache),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
+        cache = either_name(past_key_values, cache)
+        outputs = None
+        hidden_states = self.model._read_token(input_ids, attention_mask, cache, **kwargs)
+        if hidden_states is None:
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+            hidden_states, cache = outputs.last_hidden_state, getattr(outputs, CACHE_NAME)
         logits = loss = None
         if skip_logits:
             targets = shift_labels
@@ -1655,9 +1661,9 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            **{CACHE_NAME: cache},
+            hidden_states=None if outputs is None else outputs.hidden_states,
+            attentions=None if outputs is None else outputs.attentions,
         )
 
     @runs_compiled_parts
