@@ -40,7 +40,7 @@ from .configuration_baka import BakaConfig
 
 logger = logging.get_logger(__name__)
 
-# Under torch.compile only what a chunk's tensors go through is compiled, `_Pass._run`: a few programs for all chunks.
+# Under torch.compile the blocks are compiled, see `_PassByBlocks`: a few programs for all blocks and chunks.
 # What is decided on the host is marked as such; what runs both is itself left alone.
 on_host = torch.compiler.disable
 runs_compiled_parts = torch.compiler.disable(recursive=False)
@@ -837,13 +837,15 @@ class BakaModel(BakaPreTrainedModel):
             keeps = cache is not None
             spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
 
-        pass_ = _Pass(self, cache, spans, batch_size, length, real, with_states, with_weights)
+        recomputes = self.checkpoints_chunks and self.training and torch.is_grad_enabled()
+        kind = _Pass if recomputes else _PassByBlocks
+        pass_ = kind(self, cache, spans, batch_size, length, real, with_states, with_weights, recomputes)
         pass_.text = ids if inputs_embeds is None else inputs_embeds
         if pass_.in_place and inputs_embeds is None and not with_states and not with_weights:
             pass_.reader = self._static_reader(cache)
         if num_last_states is not None and not with_states and real is None and all(span.is_aligned for span in spans):
             pass_.num_last_states = num_last_states
-        if inputs_embeds is None and torch.is_grad_enabled() and not pass_.recomputes:
+        if inputs_embeds is None and torch.is_grad_enabled() and not recomputes:
             pass_.embed(self.embed_tokens)
         if cache is not None and seeded is not None:
             # What the state will know of itself after the call.
@@ -1036,6 +1038,7 @@ class _Pass:
         real: torch.Tensor | None,
         with_states: bool,
         with_weights: bool,
+        recomputes: bool = False,
     ):
         config = model.config
         self.model, self.config, self.cache, self.spans = model, config, cache, spans
@@ -1045,7 +1048,7 @@ class _Pass:
         self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
         self.in_place = cache is not None and not torch.is_grad_enabled()
         self.bptt_chunks = config.bptt_chunks if torch.is_grad_enabled() else None
-        self.recomputes = model.checkpoints_chunks and model.training and torch.is_grad_enabled()
+        self.recomputes = recomputes
         layers = config.num_hidden_layers
         if cache is None:
             stream = Stream(None, [None] * layers, [None] * layers, self.half)
@@ -1264,8 +1267,24 @@ class _Pass:
         Returns:
             The memory that its chunk has read, the state after it, hidden states [B, T, D] and weights of its text.
         """
-        model, config, half, S = self.model, self.config, self.half, self.config.stream_length
-        R = config.num_memory_tokens
+        angles, mask, placement = view
+        memory, hidden_states, placement, pasts = self._enter(first, layout, placement, text, stream)
+        states, news, weights = [hidden_states], [], []
+        for layer, past in zip(self.blocks, pasts, strict=True):
+            # By position: checkpointing keeps positional arguments for each call of a layer.
+            hidden_states, key, value, weight = layer(hidden_states, *past[:2], angles, mask, placement, *past[2:])
+            states = [*states, hidden_states] if self.with_states else [hidden_states]
+            news.append((key, value) if layout.followed and not self.in_place else None)
+            weights.append(weight if self.with_weights else None)
+        return memory, *self._leave(layout, placement, memory, pasts, news, states, weights)
+
+    def _enter(
+        self, first: Any, layout: Layout, placement: Placement, text: torch.Tensor, stream: Stream
+    ) -> tuple[torch.Tensor | None, torch.Tensor, Placement, list[tuple[Any, Any, Any]]]:
+        """What is ready before the blocks run: the memory that a span's chunk reads, what the first block reads
+        [B, Q, D], the span's place, and for each block the keys and values from before it or the layer of the cache
+        that has them."""
+        model, R = self.model, self.config.num_memory_tokens
         text = model.embed_tokens(text) if text.ndim == 2 else text
         memory, read, write = stream.memory, None, None
         if R and (_any(layout.begins) or _any(layout.completes)):
@@ -1276,38 +1295,45 @@ class _Pass:
                 read = learned if first is True else _where(first, learned, model.solidify(memory, "read"))
             if _any(layout.completes):
                 write = learned
-                if config.memory_write == "carry" and first is not True:
+                if self.config.memory_write == "carry" and first is not True:
                     write = _where(first, learned, model.solidify(memory, "write"))
-        hidden_states = self._assemble(layout, text, read, write)
-
-        angles, mask, placement = view
         if stream.turns:
             placement = placement._replace(turn=self._backwards(text))
-        states = [self._text(layout, hidden_states)] if self.with_states else []
-        all_weights: list[torch.Tensor] = []
-        after = Stream(memory, [None] * len(model.layers), [None] * len(model.layers))
-        for index, layer in enumerate(self.blocks):
-            cache_layer = self.cache.layers[index] if self.cache is not None and self.in_place else None
-            past: tuple[Any, Any] = (None, None)
-            if cache_layer is None:
-                past = stream.kept(index, placement.first, placement.start if placement.slots is None else half + S)
-            # By position: checkpointing keeps positional arguments for each call of a layer.
-            hidden_states, key, value, weights = layer(hidden_states, *past, angles, mask, placement, cache_layer)
-            if self.with_states:
-                states.append(self._text(layout, hidden_states))
-            if self.with_weights:
-                all_weights.append(self._text_weights(layout, placement, weights))
-            if cache_layer is None and layout.followed:
-                after.keys[index], after.values[index] = self._keep(layout, placement, past, key, value)
+        stop = placement.start if placement.slots is None else self.half + self.config.stream_length
+        pasts: list[tuple[Any, Any, Any]] = []
+        for index in range(len(self.blocks)):
+            if self.cache is not None and self.in_place:
+                pasts.append((None, None, self.cache.layers[index]))
+            else:
+                pasts.append((*stream.kept(index, placement.first, stop), None))
+        return memory, self._assemble(layout, text, read, write), placement, pasts
+
+    def _leave(
+        self,
+        layout: Layout,
+        placement: Placement,
+        memory: Any,
+        pasts: list[tuple[Any, Any, Any]],
+        news: list[Any],
+        states: list[torch.Tensor],
+        weights: list[Any],
+    ) -> tuple[Stream, list[torch.Tensor], list[torch.Tensor]]:
+        """The state after a span, and the states and weights of its text, from what the blocks gave."""
+        model, config, R = self.model, self.config, self.config.num_memory_tokens
+        after = Stream(memory, [None] * len(news), [None] * len(news))
+        for index, (past, new) in enumerate(zip(pasts, news, strict=True)):
+            if new is not None:
+                after.keys[index], after.values[index] = self._keep(layout, placement, past[:2], *new)
         if not self.in_place:
             after.begin = placement.first if layout.completes is False else 0
             after.turns = layout.completes is True and self.half > 0
-
         if R and _any(layout.completes):
-            new = hidden_states[:, -R:] if layout.in_step else gather_positions(hidden_states, layout.write)
-            after.memory = _where(layout.completes, model.memory_norm(new) if config.memory_norm else new, memory)
-        normed = model.norm(self._text(layout, hidden_states))
-        return memory, after, [*states[:-1], normed] if self.with_states else [normed], all_weights
+            new = states[-1][:, -R:] if layout.in_step else gather_positions(states[-1], layout.write)
+            new = model.memory_norm(new) if config.memory_norm else new
+            after.memory = _where(layout.completes, new, memory)
+        *states, last = (self._text(layout, state) for state in states)
+        weights = [self._text_weights(layout, placement, weight) for weight in weights if weight is not None]
+        return after, [*states, model.norm(last)], weights
 
     def _assemble(
         self, layout: Layout, text: torch.Tensor, read: torch.Tensor | None, write: torch.Tensor | None
@@ -1316,16 +1342,9 @@ class _Pass:
         R, P = self.config.num_memory_tokens, self.config.num_pause_tokens
         pause = self.model.learned_pause(text).expand(self.batch_size, 1, -1) if P else None
         if layout.in_step:
-            parts: list[torch.Tensor] = []
-            column = 0
-            for kind, length in layout.pieces:
-                if kind == "text":
-                    parts.append(text[:, column : column + length])
-                    column += length
-                else:
-                    part = {"read": read, "pause": pause, "write": write}[kind]
-                    assert part is not None
-                    parts.append(part)
+            texts = iter(text.split([length for kind, length in layout.pieces if kind == "text"], dim=1))
+            others = {"read": read, "pause": pause, "write": write}
+            parts: list[Any] = [next(texts) if kind == "text" else others[kind] for kind, _ in layout.pieces]
             return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         absent = text.new_zeros(self.batch_size, max(R, 1), text.shape[2])
         sources = [absent[:, :R] if read is None else read, absent[:, :1] if pause is None else pause, text]
@@ -1457,6 +1476,18 @@ class _Pass:
                 for parts in zip(*self.weights, strict=True)
             )
         return states, weights
+
+
+class _PassByBlocks(_Pass):
+    """A pass of which torch.compile compiles the blocks alone: one program for all of them, not one that has them all.
+
+    A block's own work is what it can speed up, and a program of twelve takes twelve times as long to compile. Only
+    where a chunk is computed again in the backward pass, which happens outside, must it be compiled as a whole.
+    """
+
+    _run = runs_compiled_parts(_Pass._read_stream)
+    _enter = on_host(_Pass._enter)
+    _leave = on_host(_Pass._leave)
 
 
 def _columns_of(spans: list[Span], batch_size: int, length: int) -> torch.Tensor | None:
@@ -1635,7 +1666,9 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             kwargs["num_last_states"] = logits_to_keep
         cache = either_name(past_key_values, cache)
         outputs = None
-        hidden_states = self.model._read_token(input_ids, attention_mask, cache, **kwargs)
+        hidden_states = None
+        if cache is not None:
+            hidden_states = self.model._read_token(input_ids, attention_mask, cache, **kwargs)
         if hidden_states is None:
             outputs = self.model(
                 input_ids=input_ids,
