@@ -15,7 +15,6 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -131,20 +130,9 @@ def only_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
 
 
-def scripts(text: str) -> Iterator[list[str]]:
-    """Of a page's commands those that start a script of the repository or a module of the package."""
-    for command in commands(text):
-        words = shlex.split(command)
-        if words[:2] == ["accelerate", "launch"]:
-            options = launch_command_parser().parse_args(words[2:])
-            assert (ROOT / options.config_file).is_file(), command
-            words = ["python", options.training_script, *options.training_script_args]
-        if words[0] == "python":
-            yield words[1:]
-
-
 AWAITED = {f"benchmarks/{name}.py" for name in ("training", "generation", "long_context")}
-CALLS = {" ".join(words): words for text in TEXTS.values() for words in scripts(text)}
+STARTS = re.compile(r"(python|accelerate launch) ")
+CALLS = sorted({command for text in TEXTS.values() for command in commands(text) if STARTS.match(command)})
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -152,10 +140,15 @@ def test_scripts_take_the_options_that_are_named(
     call: str, only_parsing: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Options, choices and numbers, as the script's own parser sees them."""
-    script, *arguments = CALLS[call]
+    words = shlex.split(call)
+    if words[0] == "accelerate":
+        options = launch_command_parser().parse_args(words[2:])
+        assert (ROOT / options.config_file).is_file()
+        script, arguments = options.training_script, options.training_script_args
+    else:
+        script, *arguments = words[1:]
     if script in AWAITED and not (ROOT / script).exists():
         pytest.skip(f"{script} is still to come")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     if script == "-m":
         module, *arguments = arguments
         monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -163,13 +156,14 @@ def test_scripts_take_the_options_that_are_named(
             runpy.run_module(module, run_name="__main__")
     else:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.syspath_prepend((ROOT / script).parent)  # as Python does
         with pytest.raises(Parsed):
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def test_every_command_is_one_that_is_checked() -> None:
     """Nothing in a shell block goes unnoticed by the tests and by .ci/run."""
-    others = {c for text in TEXTS.values() for c in commands(text) if not re.match(r"python|accelerate launch", c)}
+    others = {command for text in TEXTS.values() for command in commands(text) if not STARTS.match(command)}
     assert others == {'pip install -e ".[dev]"', "pytest", "cat examples/*.py"}
 
 
