@@ -23,8 +23,8 @@ import pytest
 import torch
 import transformers
 from accelerate.commands.launch import launch_command_parser
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
+from helpers import byte_tokenizer
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -68,13 +68,9 @@ def inline_code(text: str) -> set[str]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What examples/train.py leaves behind, tiny and untrained: a token is a byte."""
     folder = tmp_path_factory.mktemp("docs") / "baka-small"
-    specials = ["<|endoftext|>", "<|pad|>"]
-    alphabet = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_tokenizer(bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|pad|>")
     config = BakaConfig(
-        vocab_size=len(alphabet),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
@@ -82,14 +78,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         chunk_size=16,
         num_memory_tokens=2,
         num_pause_tokens=1,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     BakaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=specials[0], eos_token=specials[0], pad_token=specials[1]
-    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
