@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from naive import Reading, read
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from baka_hf import BakaConfig, BakaForCausalLM
 
@@ -87,3 +89,12 @@ def naive_read(model: BakaForCausalLM, tokens: Tensor, **options: Any) -> Readin
     """One document [T] read naively with the model's weights, without a graph."""
     with torch.no_grad():
         return read(model.config, model.state_dict(), tokens.tolist(), **options)
+
+
+def byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    """A tokenizer without training: a token is a byte, ids 0 … 255, and `special_tokens` such as `eos_token` follow."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)

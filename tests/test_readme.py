@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from helpers import byte_tokenizer
+from transformers import PreTrainedConfig
 
 from baka_hf import BakaConfig, BakaForCausalLM
 
@@ -23,12 +23,9 @@ def code_blocks(language: str) -> list[str]:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """What examples/train.py leaves behind, tiny and untrained: a token is a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_tokenizer()
     config = BakaConfig(
-        vocab_size=len(alphabet),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
@@ -38,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
         num_pause_tokens=1,
     )
     BakaForCausalLM(config).save_pretrained(tmp_path / "baka-small")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "baka-small")
+    tokenizer.save_pretrained(tmp_path / "baka-small")
     return tmp_path / "baka-small"
 
 
