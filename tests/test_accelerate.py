@@ -7,18 +7,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import random_tokens, tiny_config, tiny_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from baka_hf import BakaForCausalLM
+from baka_hf import BakaForCausalLM, BakaModel, modeling_baka
 
 LENGTH = 18  # three chunks of 5 and a rest
 PARTS = (
     "model.embed_tokens",
     "model.pause_token",
     "model.memory_tokens",
+    "model.memory_norm",
     "model.solidifier",
     "model.layers.0",
     "model.layers.1",
@@ -49,7 +52,7 @@ def losses(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_model(tiny_config(memory_solidifier="glu"), torch.float32, seed=5).save_pretrained(folder)
+    tiny_model(tiny_config(memory_solidifier="glu", memory_norm=True), torch.float32, seed=5).save_pretrained(folder)
     return folder
 
 
@@ -103,6 +106,37 @@ def test_no_block_is_split_between_devices(share: float) -> None:
     assert set(device_map.values()) == {"cpu", "disk"}
     blocks = [f"model.layers.{index}" for index in range(4)]
     assert not [name for name in device_map if any(name.startswith(f"{block}.") for block in blocks)]
+
+
+class Elsewhere(AlignDevicesHook):
+    """Accelerate's hook of a part on a device; its weights are there already."""
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        return module
+
+
+@pytest.mark.parametrize("far", PARTS)
+def test_any_part_may_be_on_another_device(far: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors know their devices and mix no two of them; they need no second device to be there."""
+    monkeypatch.setattr(BakaModel, "_can_look_at", staticmethod(lambda tensor: False))  # they hold no numbers
+    monkeypatch.setattr(modeling_baka, "_rotary_table", modeling_baka._rotary_table.__wrapped__)  # nor may be kept
+    with torch.no_grad(), FakeTensorMode():
+        model = BakaForCausalLM(tiny_config(memory_solidifier="glu", memory_norm=True))
+        for name, parameter in list(model.named_parameters()):
+            owner, _, own_name = name.rpartition(".")
+            device = "meta" if name.startswith(f"{far}.") else "cpu"
+            moved = nn.Parameter(torch.empty(parameter.shape, device=device))
+            model.get_submodule(owner)._parameters[own_name] = moved
+        for part in PARTS:
+            hook = Elsewhere(torch.device("meta" if part == far else "cpu"))
+            add_hook_to_module(model.get_submodule(part), hook)
+        skipped = model._skip_keys_device_placement
+        add_hook_to_module(model, Elsewhere(torch.device("cpu"), io_same_device=True, skip_keys=skipped))
+        tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
+        for arguments in (dict(), dict(skip_logits=True), dict(output_hidden_states=True)):
+            outputs = model(tokens, labels=tokens, use_cache=False, **arguments)
+            assert outputs.loss.device.type == "cpu"
+            assert outputs.logits is None or outputs.logits.device.type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["dtype", "torch_dtype"])

@@ -997,9 +997,8 @@ class BakaModel(BakaPreTrainedModel):
         """f_read (`to="read"`) or f_write (`to="write"`) of a memory [B, R, D]."""
         if self.config.memory_solidifier == "none":
             return memory
-        if self.config.separate_solidifiers:
-            return getattr(self, f"{to}_solidifier")(memory)
-        return self.solidifier(memory)
+        solidifier = getattr(self, f"{to}_solidifier") if self.config.separate_solidifiers else self.solidifier
+        return solidifier(memory).to(memory.device)  # a device map may have put it elsewhere
 
     def _anchor(self, like: torch.Tensor) -> torch.Tensor:
         """Zero, but it depends on every recurrent parameter, so that each gets a gradient even in a text of one chunk.
