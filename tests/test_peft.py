@@ -275,6 +275,18 @@ def test_virtual_tokens_are_trained(name: str, tmp_path: Path) -> None:
     assert moved and all("prompt_encoder" in name for name in moved)
 
 
+@pytest.mark.parametrize("chunks_per_backward", [None, 2])
+def test_memory_is_not_carried_past_virtual_tokens(chunks_per_backward: int | None, tmp_path: Path) -> None:
+    """They would be read again in every step of a lane, and in every piece of a row."""
+    model = peft.get_peft_model(tiny_model(tiny_config(), torch.float32), virtual("prompt"))
+    args = arguments(tmp_path, BakaTrainingArguments, chunks_per_backward=chunks_per_backward)
+    rows: Any = texts()
+    if chunks_per_backward is None:
+        rows = LaneDataset([[1, 2, 3] * 10] * 4, num_lanes=4, chunk_size=5, chunks_per_step=2)
+    with pytest.raises(ValueError, match="PEFT's prompt learning puts its virtual tokens before every call"):
+        BakaTrainer(model=model, args=args, train_dataset=rows).train()
+
+
 @pytest.mark.parametrize("name", ["prompt", "p_tuning"])
 def test_generating_after_virtual_tokens(name: str) -> None:
     """Right without a state, refused with one that PEFT feeds, and right with one that is fed by hand."""
