@@ -184,10 +184,10 @@ def test_an_adapted_model_generates_with_a_carried_state() -> None:
     assert merged.generate(more, cache=kept, **GREEDY).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("head", ["lm_head", "embed_tokens"])
-def test_losses_by_pieces_know_adapted_ends(head: str) -> None:
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_losses_by_pieces_know_adapted_ends(end: str) -> None:
     """`skip_logits` takes the weight of a plain head; an adapted one is more than its weight."""
-    model = adapted(tiny_model(tiny_config()), target_modules=[head]).train()
+    model = adapted(tiny_model(tiny_config()), target_modules=[end]).train()
     tokens = random_tokens(tiny_config(), 2, LENGTH)
     model(tokens, labels=tokens).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -300,10 +300,9 @@ def test_generating_after_virtual_tokens(name: str) -> None:
     assert len(set(answer.flatten().tolist())) > 2
 
     assert model.generate(input_ids=tokens, use_cache=False, **GREEDY)[:, LENGTH:].tolist() == answer.tolist()
-    for state in (None, model.new_cache(2)):
-        arguments = {} if state is None else {"cache": state}
+    for given in ({}, {"cache": model.new_cache(2)}):
         with pytest.raises(ValueError, match=r"expected `use_cache=False` in `generate` with PEFT's prompt learning"):
-            model.generate(input_ids=tokens, **arguments, **GREEDY)
+            model.generate(input_ids=tokens, **given, **GREEDY)
     # As the message says. Afterwards the state has read the virtual tokens, and goes on as any other.
     state = base.new_cache(2)
     found = base.generate(inputs_embeds=with_virtual(model, tokens), cache=state, max_new_tokens=5, do_sample=False)
