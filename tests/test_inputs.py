@@ -126,6 +126,13 @@ def test_position_ids(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int
     )
 
 
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
+def test_packed_texts_without_position_ids(model: BakaForCausalLM, cache: BakaCache, name: str) -> None:
+    """What other collators say of where texts begin is not read: alone it would be passed over in silence."""
+    packed = {name: torch.tensor([0, 2, 3])}
+    refused(lambda: model(ones(2, 3), cache=cache, **packed), "expected `position_ids`", f"got `{name}` alone")
+
+
 @pytest.mark.parametrize("shape", [(2, 2), (2, 4), (1, 3), (6,)], ids=str)
 def test_labels(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...]) -> None:
     """Labels have the shape of the text; it is said before anything is read."""

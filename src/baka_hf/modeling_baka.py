@@ -757,6 +757,12 @@ class BakaModel(BakaPreTrainedModel):
             ValueError: an argument does not fit the others, the model or the state, which is left as it was.
         """
         cache = either_name(past_key_values, cache)
+        for name in ("cu_seq_lens_q", "seq_idx"):
+            if position_ids is None and kwargs.get(name) is not None:
+                raise ValueError(
+                    f"expected `position_ids` that restart at 0 where a packed text begins, got `{name}` alone (PEFT's "
+                    "prompt learning drops `position_ids`: give it samples that are not packed)."
+                )
         states = self._read_token(input_ids, attention_mask, cache, output_hidden_states, output_attentions, **kwargs)
         if states is not None:
             return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
@@ -998,9 +1004,8 @@ class BakaModel(BakaPreTrainedModel):
         """f_read (`to="read"`) or f_write (`to="write"`) of a memory [B, R, D]."""
         if self.config.memory_solidifier == "none":
             return memory
-        if self.config.separate_solidifiers:
-            return getattr(self, f"{to}_solidifier")(memory)
-        return self.solidifier(memory)
+        solidifier = getattr(self, f"{to}_solidifier") if self.config.separate_solidifiers else self.solidifier
+        return solidifier(memory).to(memory.device)  # a device map may have put it elsewhere
 
     def _anchor(self, like: torch.Tensor) -> torch.Tensor:
         """Zero, but it depends on every recurrent parameter, so that each gets a gradient even in a text of one chunk.
@@ -1833,6 +1838,14 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
                 cache._prompt = None
                 raise ValueError(f"expected no `{CACHE_NAME}` with `use_cache=False`: a state can only go forward.")
             return
+        # PEFT puts its own method in the place of this model's, but for prompt learning alone on this very object.
+        wrapper = getattr(self.prepare_inputs_for_generation, "__self__", self)
+        if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "expected `use_cache=False` in `generate` with PEFT's prompt learning, which would feed its virtual "
+                "tokens to the state in every step. To carry a state, let `get_base_model()` generate from "
+                "`inputs_embeds`, the virtual tokens of `get_prompt(batch_size)` first."
+            )
         if cache is None:
             batch_size *= max(generation_config.num_beams, generation_config.num_return_sequences)
             cache = model_kwargs[CACHE_NAME] = self.new_cache(batch_size, static=is_static)

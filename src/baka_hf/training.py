@@ -63,7 +63,7 @@ class BakaTrainer(Trainer):
     Takes what `Trainer` takes; `args` may be any `TrainingArguments`. `train` and `evaluate` raise
 
         ValueError: the number of lanes is not that of the rows; more than one device in one process; the checkpoint to
-            resume from was saved with other lanes or holds no state.
+            resume from was saved with other lanes or holds no state; memory would be carried past virtual tokens.
     """
 
     _signature_columns: Any
@@ -198,6 +198,12 @@ class BakaTrainer(Trainer):
         batch_size = len(inputs["input_ids"])
         if self._state is None and self._carries:
             self._state = self.model.new_cache(batch_size)
+        peft_config = getattr(self.model, "active_peft_config", None)
+        if self._state is not None and getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                "expected samples that are read in one call: PEFT's prompt learning puts its virtual tokens before "
+                "every call, so memory cannot be carried to the next. Train it with rows for the stock Trainer."
+            )
         if self._state is not None and "position_ids" in inputs:
             self._state.reset_rows((inputs["position_ids"][:, 0] == 0).expand(batch_size))
         return self._state
