@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
 from test_cache import logits_of, rows_out_of_phase
-from test_training import assert_resumed, assert_same
+from test_training import assert_resumed, assert_same, launched
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import BatchSampler
@@ -40,6 +40,13 @@ def test_processes_read_the_lanes_of_their_rows(processes: int, lanes: int, grou
         assert list(chain(*batches)) == stream
         expected = lanes_of(rank, processes, lanes, groups)
         assert [[index % lanes for index in batch] for batch in batches] == 3 * expected
+
+
+def assert_equal(found: Record, expected: Record) -> None:
+    """The last steps, but for the order in which numbers are added up."""
+    assert found.losses == pytest.approx(expected.losses[-len(found.losses) :], rel=1e-6)
+    assert found.eval_losses == pytest.approx(expected.eval_losses[-len(found.eval_losses) :], rel=1e-6)
+    assert_same(found.final, expected.final, rtol=1e-9, atol=1e-12)
 
 
 # States side by side
@@ -141,47 +148,34 @@ def test_a_step_of_the_lanes_is_not_cut(tmp_path: Path) -> None:
 
 # Other numbers of processes
 
-SAVING: dict[str, Any] = dict(save_strategy="steps", save_steps=3)
-STREAM = dict(stream=True, lanes=6, chunks_per_step=1, max_steps=10)
-DDP: dict[str, dict[str, Any]] = {
-    "lanes": dict(lanes=2, max_steps=5),
-    "random_pauses": dict(lanes=6, num_train_epochs=2, model=dict(pause_placement="random")),
-    "accumulation": dict(lanes=6, num_train_epochs=3, gradient_accumulation_steps=2, max_grad_norm=1.0),
-    "pieces": dict(lanes=2, chunks_per_step=4, chunks_per_backward=3, lr_scheduler_type="linear", max_steps=5),
-    "split_batches": dict(
-        lanes=2, max_steps=5, per_device_train_batch_size=2, accelerator_config=dict(split_batches=True)
+STREAM = dict(stream=True, lanes=6, chunks_per_step=1)
+RANDOM = dict(model=dict(pause_placement="random"))
+# What both numbers of processes share, and what two and one have of their own.
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "epochs": (RANDOM | dict(lanes=6, num_train_epochs=3, gradient_accumulation_steps=2, max_grad_norm=1.0), {}, {}),
+    "pieces": (dict(lanes=2, chunks_per_step=4, chunks_per_backward=3, lr_scheduler_type="linear"), {}, {}),
+    "split_batches": (
+        dict(lanes=2, max_steps=5, per_device_train_batch_size=2, accelerator_config=dict(split_batches=True)),
+        {},
+        {},
     ),
-    "stream": STREAM | dict(model=dict(pause_placement="random")),
-    "sharded_stream": STREAM
-    | dict(gradient_accumulation_steps=2, accelerator_config=dict(dispatch_batches=False), max_steps=5),
-}
-# What differs where the lanes of a step come in several batches: on two processes, and on one.
-SEVERAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "stream": (STREAM | RANDOM | dict(max_steps=10), {}, {}),
+    "sharded_stream": (
+        STREAM | dict(max_steps=5, gradient_accumulation_steps=2, accelerator_config=dict(dispatch_batches=False)),
+        {},
+        {},
+    ),
     "accumulated": (
-        dict(lanes=2, max_steps=5),
-        dict(per_device_train_batch_size=1),
-        dict(per_device_train_batch_size=1, gradient_accumulation_steps=2),
-    ),
-    "interleaved": (
-        dict(lanes=6, max_steps=5),
-        dict(per_device_train_batch_size=1, gradient_accumulation_steps=3),
-        dict(per_device_train_batch_size=3, gradient_accumulation_steps=2),
+        dict(lanes=2, max_steps=5, per_device_train_batch_size=1),
+        dict(gradient_accumulation_steps=1),
+        dict(gradient_accumulation_steps=2),
     ),
     "interleaved_stream": (
-        STREAM,
+        STREAM | dict(max_steps=10),
         dict(per_device_train_batch_size=1, gradient_accumulation_steps=3),
         dict(per_device_train_batch_size=3, gradient_accumulation_steps=2),
     ),
 }
-SETTINGS = {name: (settings, {}, {}) for name, settings in DDP.items()} | SEVERAL
-
-
-def assert_equal(found: Record, expected: Record) -> None:
-    """The last steps, but for the order in which rows are added up."""
-    assert 0 < len(found.losses) <= len(expected.losses)
-    assert found.losses == pytest.approx(expected.losses[-len(found.losses) :], rel=1e-6)
-    assert found.eval_losses == pytest.approx(expected.eval_losses[-len(found.eval_losses) :], rel=1e-6)
-    assert_same(found.final, expected.final, rtol=1e-6, atol=1e-8)
 
 
 def both_ways(
@@ -190,21 +184,24 @@ def both_ways(
     on_one: Callable[[dict[Path, dict[str, Any]]], list[Record]],
     environment: dict[str, str] | None = None,
 ) -> dict[str, Record]:
-    """Runs on one process, and on two from their checkpoints and from the start; then on one from those of the two."""
-    one = {folder / f"{name}-one": common | SAVING | alone for name, (common, _, alone) in settings.items()}
-    two = {folder / f"{name}-two": common | SAVING | pair for name, (common, pair, _) in settings.items()}
-    merged = {
-        folder / f"{path.name[:-4]}-merged": run
-        | dict(save_strategy="no", resume=folder / f"{path.name[:-4]}-two" / "checkpoint-3")
-        for path, run in one.items()
-    }
-    parted = {
-        folder / f"{path.name[:-4]}-parted": run
-        | dict(save_strategy="no", resume=folder / f"{path.name[:-4]}-one" / "checkpoint-3")
-        for path, run in two.items()
-    }
+    """Runs on one process and on two; parted are those that two go on with where the one was, merged the reverse."""
+    saving, not_saving = dict(save_strategy="steps", save_steps=3), dict(save_strategy="no")
+    one, two, parted, merged = {}, {}, {}, {}
+    for name, (common, pair, alone) in settings.items():
+        paths = {what: folder / f"{name}-{what}" for what in ("one", "two", "parted", "merged")}
+        one[paths["one"]], two[paths["two"]] = common | alone | saving, common | pair | saving
+        parted[paths["parted"]] = common | pair | not_saving | dict(resume=paths["one"] / "checkpoint-3")
+        merged[paths["merged"]] = common | alone | not_saving | dict(resume=paths["two"] / "checkpoint-3")
     records = on_one(one) + in_processes(2, two | parted, environment) + on_one(merged)
-    return dict(zip((path.name for path in (one | two | parted | merged)), records, strict=True))
+    return dict(zip((path.name for path in one | two | parted | merged), records, strict=True))
+
+
+def assert_both_ways(name: str, records: dict[str, Record]) -> None:
+    whole = records[f"{name}-one"]
+    for what in ("two", "parted", "merged"):
+        found = records[f"{name}-{what}"]
+        assert len(found.losses) == len(whole.losses) - (0 if what == "two" else 3) > 0
+        assert_equal(found, whole)
 
 
 @pytest.fixture(scope="module")
@@ -217,47 +214,35 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_from_two_processes_to_one_and_back(ddp: SimpleNamespace, name: str) -> None:
     """What is resumed goes on as if never stopped, whoever began it."""
-    one, two = ddp.records[f"{name}-one"], ddp.records[f"{name}-two"]
-    assert_equal(two, one)
-    for resumed in ("merged", "parted"):
-        found = ddp.records[f"{name}-{resumed}"]
-        assert len(found.losses) == len(one.losses) - 3
-        assert_equal(found, one)
-
-
-def test_what_processes_save(ddp: SimpleNamespace) -> None:
-    """One folder each; together they hold the rows of the one process, in the order of `lanes_of`."""
-    for name, groups in (("stream", (1, 1)), ("interleaved_stream", (3, 2))):
-        folders = [sorted((ddp.folder / f"{name}-{n}" / "checkpoint-3").glob("lanes-*")) for n in ("two", "one")]
-        assert [len(each) for each in folders] == [2, 1]
-        rows: list[dict[int, tuple[Any, Tensor]]] = []
-        for each, number in zip(folders, groups, strict=True):
-            rows.append({})
-            for rank, folder in enumerate(each):
-                about, state = json.loads((folder / "lanes.json").read_text()), BakaCache.from_pretrained(folder)
-                assert (about["num_processes"], about["num_groups"], about["num_lanes"]) == (len(each), number, 6)
-                lanes = chain(*lanes_of(rank, len(each), 6, number))
-                rows[-1] |= dict(zip(lanes, zip(about["places"], state.memory, strict=True), strict=True))
-        for lane in range(6):
-            assert rows[0][lane][0] == rows[1][lane][0]
-            assert_close(rows[0][lane][1], rows[1][lane][1])
+    assert_both_ways(name, ddp.records)
 
 
 def test_sharded_from_two_processes_to_one_and_back(tmp_path: Path) -> None:
     """With FSDP2 as in the examples' configuration, whose checkpoints hold everything whole."""
-    path = Path(__file__).parents[1] / "examples" / "accelerate" / "fsdp2.yaml"
-    options = launch_command_parser().parse_args(["--config_file", str(path), "--mixed_precision", "no", "train.py"])
-    launched = prepare_multi_gpu_env(_validate_launch_command(options)[0])
-    environment = {name: value for name, value in launched.items() if "FSDP" in name}
-    common = dict(lanes=2, max_steps=6, max_grad_norm=1.0, trainer_class=ShardingTrainer)
-    common |= dict(model=dict(pause_placement="random"))
-    records = both_ways(
-        tmp_path, {"fsdp": (common, {}, {})}, lambda runs: in_processes(1, runs, environment), environment
-    )
-    expected = train(tmp_path, **common | dict(trainer_class=type(trainer(tmp_path, Record()))))
-    for name, record in records.items():
-        assert_equal(record, expected)
-        assert len(record.losses) == (3 if name in ("fsdp-merged", "fsdp-parted") else 6)
+    options = launched("fsdp2.yaml")
+    options.mixed_precision = "no"
+    environment = {name: value for name, value in prepare_multi_gpu_env(options).items() if "FSDP" in name}
+    settings = RANDOM | dict(lanes=2, max_steps=5, max_grad_norm=1.0, trainer_class=ShardingTrainer)
+    on_one = partial(in_processes, 1, environment=environment)
+    assert_both_ways("sharded", both_ways(tmp_path, {"sharded": (settings, {}, {})}, on_one, environment))
+
+
+def test_what_processes_save(ddp: SimpleNamespace) -> None:
+    """A folder each; together they hold the rows that one process holds."""
+    for name, groups in (("stream", (1, 1)), ("interleaved_stream", (3, 2))):
+        rows: list[dict[int, tuple[list[int], Tensor]]] = [{}, {}]
+        for number in (2, 1):
+            checkpoint = ddp.folder / f"{name}-{('one', 'two')[number - 1]}" / "checkpoint-3"
+            assert len(list(checkpoint.glob("lanes-rank-*"))) == number
+            for rank in range(number):
+                folder = checkpoint / f"lanes-rank-{rank}"
+                about, state = json.loads((folder / "lanes.json").read_text()), BakaCache.from_pretrained(folder)
+                assert (about["num_processes"], about["num_groups"]) == (number, groups[2 - number])
+                lanes = chain(*lanes_of(rank, number, 6, about["num_groups"]))
+                rows[number - 1] |= dict(zip(lanes, zip(about["places"], state.memory, strict=True), strict=True))
+        for lane in range(6):
+            assert rows[0][lane][0] == rows[1][lane][0]
+            assert_close(rows[0][lane][1], rows[1][lane][1])
 
 
 # What does not fit
@@ -265,8 +250,7 @@ def test_sharded_from_two_processes_to_one_and_back(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_missing(ddp: SimpleNamespace, tmp_path: Path) -> None:
     """Nothing is made up for it."""
-    settings = DDP["random_pauses"]
-    checkpoint = ddp.folder / "random_pauses-two" / "checkpoint-6"
+    settings, checkpoint = SETTINGS["epochs"][0], ddp.folder / "epochs-two" / "checkpoint-3"
     folder = checkpoint / "lanes-rank-1"
     folder.rename(checkpoint / "elsewhere")
     with pytest.raises(ValueError, match=r"expected the state of lanes in .*lanes-rank-1, found none"):
@@ -280,7 +264,7 @@ def test_a_folder_that_is_missing(ddp: SimpleNamespace, tmp_path: Path) -> None:
 )
 def test_a_state_is_given_to_no_other_row(tmp_path: Path, change: dict[str, Any]) -> None:
     """Trainer skips as many batches as the steps would have read had they always been like this."""
-    train(tmp_path, max_steps=3, **SAVING)
+    train(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
     with pytest.raises(ValueError, match=r"the document in row \d to go on at \d+, where .*, got position \d+"):
         train(tmp_path, tmp_path / "checkpoint-3", **change)
 
@@ -288,7 +272,7 @@ def test_a_state_is_given_to_no_other_row(tmp_path: Path, change: dict[str, Any]
 def test_a_stream_goes_on_with_other_sizes(tmp_path: Path) -> None:
     """It goes by its own places, and reads everything that it has not read."""
     settings = dict(stream=True, lanes=3, max_steps=3)
-    train(tmp_path, **settings, **SAVING)
+    train(tmp_path, **settings, save_strategy="steps", save_steps=3)
     changed = settings | dict(max_steps=5, gradient_accumulation_steps=2, chunks_per_step=1)
     resumed = trainer(tmp_path, Record(), **changed)
     assert isinstance(resumed.train_dataset, StreamingLanes)
