@@ -71,6 +71,10 @@ class BakaTrainingArguments(TrainingArguments):
             "pass of its own and the state carried between them. All of the step's if not given."
         },
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Let DDP search every step for parameters without a gradient; each of a BakaLLM's gets one."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
