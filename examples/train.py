@@ -429,12 +429,13 @@ def main() -> None:
     )
     nats, k = bigram_nats(training_tokens, validation, len(tokenizer))
     bigram = scores(nats, num_tokens, num_bytes)
-    print(
-        f"{len(training_texts):,} training documents in {len(training):,} "
-        f"{'steps of a lane' if data.streaming else 'samples'} of {length:,} tokens; "
-        f"{len(validation_texts):,} validation documents, {num_tokens:,} tokens, {num_bytes:,} bytes; "
-        f"{model.num_parameters():,} parameters"
-    )
+    if args.process_index == 0:
+        print(
+            f"{len(training_texts):,} training documents in {len(training):,} "
+            f"{'steps of a lane' if data.streaming else 'samples'} of {length:,} tokens; "
+            f"{len(validation_texts):,} validation documents, {num_tokens:,} tokens, {num_bytes:,} bytes; "
+            f"{model.num_parameters():,} parameters"
+        )
 
     trainer = (BakaTrainer if data.streaming else Trainer)(
         model,

@@ -70,9 +70,9 @@ def test_rows_of_several_states(overrides: dict[str, Any]) -> None:
 
 
 def test_what_states_say_of_their_rows(tmp_path: Path) -> None:
-    """Hashes, pauses, rows that met EOS; and how far all rows can go back."""
+    """Hashes, pauses, rows that were seeded or met EOS; and how far all rows can go back."""
     model = tiny_model(tiny_config(pause_placement="random", chunk_size=9)).train()
-    states = [model.new_cache(rows) for rows in (2, 1)]
+    states = [model.new_cache(2), model.new_cache(memory=torch.ones(2, 12))]
     tokens = random_tokens(model.config, 3, 8)
     for seed, (state, part) in enumerate(zip(states, (tokens[:2], tokens[2:]), strict=True)):
         torch.manual_seed(seed)

@@ -279,7 +279,8 @@ class BakaTrainer(Trainer):
         if self._carries and states and not self.args.save_only_model:
             checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder = checkpoint / STATE_FOLDER.format(rank=self.args.process_index)
-            type(states[0]).cat(states).save_pretrained(folder)
+            whole = states[0] if len(states) == 1 else type(states[0]).cat(states)
+            whole.save_pretrained(folder)
             assert self._lanes is not None
             about = {
                 "num_lanes": self._lanes.num_lanes,
@@ -313,12 +314,13 @@ class BakaTrainer(Trainer):
                 saved += held
                 places += _about_lanes(checkpoint, rank)["places"]
                 folder = Path(checkpoint) / STATE_FOLDER.format(rank=rank)
-                states.append(cache_class.from_pretrained(folder, config=self.model.config, device=self.args.device))
+                states.append(cache_class.from_pretrained(folder, config=self.model.config, device="cpu"))
         whole = cache_class.cat(states)
         for group, numbers in zip(self._groups, own, strict=True):
             indices = [saved.index(lane) for lane in numbers]
             group.state = whole.clone()
             group.state.batch_select_indices(torch.tensor(indices))
+            group.state.to(self.args.device)
             group.places = [places[index] for index in indices] if places else None
         if isinstance(lanes, StreamingLanes):
             stand = [torch.tensor(group.places, device=self.args.device) for group in self._groups]
@@ -330,8 +332,8 @@ class BakaTrainer(Trainer):
             number = _about_lanes(checkpoint, 0, self.args.process_index)["num_processes"]
         if checkpoint is None or number == self.args.world_size:
             return super()._load_rng_state(checkpoint)
-        # All processes draw the same pauses, so the first one's generators will do for any number of them. Those of
-        # devices are left alone: nothing is drawn there.
+        # All processes draw the same pauses, so the first one's generators will do for any number of them. Devices'
+        # own are left alone: the model draws nothing there.
         with safe_globals():
             name = "rng_state.pth" if number == 1 else "rng_state_0.pth"
             states = torch.load(Path(checkpoint) / name, weights_only=True)
