@@ -119,6 +119,13 @@ class DataArguments:
         default=False,
         metadata={"help": "Train on documents in lanes, with memory carried from step to step, not on samples."},
     )
+    num_lanes: int | None = field(
+        default=None,
+        metadata={
+            "help": "Lanes of all processes, k times as many as the rows of a batch if gradients are accumulated over "
+            "a multiple of k batches. One for each row if not given. To resume takes as many lanes as before."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.text_files and self.dataset_name:
@@ -397,7 +404,7 @@ def main() -> None:
     if data.streaming:
         training = LaneDataset(
             training_tokens,
-            num_lanes=args.train_batch_size * args.world_size,
+            num_lanes=data.num_lanes or args.train_batch_size * args.world_size,
             chunk_size=model_args.chunk_size,
             chunks_per_step=data.chunks_per_sample,
             seed=args.seed,
@@ -422,12 +429,13 @@ def main() -> None:
     )
     nats, k = bigram_nats(training_tokens, validation, len(tokenizer))
     bigram = scores(nats, num_tokens, num_bytes)
-    print(
-        f"{len(training_texts):,} training documents in {len(training):,} "
-        f"{'steps of a lane' if data.streaming else 'samples'} of {length:,} tokens; "
-        f"{len(validation_texts):,} validation documents, {num_tokens:,} tokens, {num_bytes:,} bytes; "
-        f"{model.num_parameters():,} parameters"
-    )
+    if args.process_index == 0:
+        print(
+            f"{len(training_texts):,} training documents in {len(training):,} "
+            f"{'steps of a lane' if data.streaming else 'samples'} of {length:,} tokens; "
+            f"{len(validation_texts):,} validation documents, {num_tokens:,} tokens, {num_bytes:,} bytes; "
+            f"{model.num_parameters():,} parameters"
+        )
 
     trainer = (BakaTrainer if data.streaming else Trainer)(
         model,

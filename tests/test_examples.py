@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import subprocess
 import sys
 from collections import Counter
 from itertools import chain, pairwise
@@ -230,6 +231,31 @@ def test_streaming_carries_memory_and_resumes(
     (result,) = read_results(tmp_path / "whole" / "results.db")
     assert (result.run_id, result.steps, result.split) == ("whole", 6, "validation")
     assert math.isfinite(result.loss) and result.loss_by_chunk and result.curves["train"]
+
+
+def test_two_processes_go_on_where_one_stood(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By `accelerate launch` with the configuration of two GPUs, but on the CPU; then one goes on, in half batches."""
+    flags = [*trained.arguments, "--streaming", "--use_cpu", "true", "--gradient_accumulation_steps", "1"]
+
+    def resume(folder: str, checkpoint: str) -> list[str]:
+        return [*flags, "--output_dir", f"{tmp_path}/{folder}", "--resume_from_checkpoint", f"{tmp_path}/{checkpoint}"]
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--output_dir", f"{tmp_path}/whole"])
+    train.main()
+    examples = Path(train.__file__).parent
+    configuration = ["--config_file", str(examples / "accelerate" / "ddp.yaml"), "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *configuration, "--mixed_precision", "no"]
+    two = [str(examples / "train.py"), *resume("two", "whole/checkpoint-2"), "--per_device_train_batch_size", "2"]
+    subprocess.run([*launch, *two], check=True)
+    assert (tmp_path / "two" / "checkpoint-4" / "lanes-rank-1" / "lanes.json").is_file()
+    halves = ["--num_lanes", "4", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *resume("one", "two/checkpoint-4"), *halves])
+    train.main()
+    losses = [[log["loss"] for log in history(tmp_path / run) if "loss" in log] for run in ("whole", "two", "one")]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
 
 
 def run_generate(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, flags: str, stdin: str = "") -> None:

@@ -167,7 +167,7 @@ def in_processes(
 
 def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]], environment: Mapping[str, str]) -> None:
     os.environ |= environment
-    if number > 1:
+    if number > 1 or environment:
         os.environ |= dict(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -181,7 +181,7 @@ def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]], e
         record = train(folder, **settings)
         if rank == 0:
             torch.save(record, folder / "record.pt")
-    if number > 1:
+    if number > 1 or environment:
         torch.distributed.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ memory vectors and, on the host, what tells one row's phase from another's: how 
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -267,6 +267,45 @@ class BakaCache(Cache):
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"`repeats` must be an integer of at least 1, got {repeats!r}.")
         self._apply(lambda t: t.repeat_interleave(repeats, 0), lambda t: t.repeat_interleave(repeats, 0))
+
+    @classmethod
+    def cat(cls, states: Sequence["BakaCache"]) -> "BakaCache":
+        """The rows of several states of the same model, one state after another.
+
+        The states are left as they are. What they recorded of chunk boundaries does not come over.
+
+        Raises:
+            ValueError: no state, or states that differ in configuration, device, dtype or the positions fed so far.
+        """
+        if not states:
+            raise ValueError("expected at least one state, got none.")
+        kinds = [(state.signature, state.device, state.dtype, state.get_seq_length()) for state in states]
+        for kind in kinds:
+            check_signature(kind[0], kinds[0][0])
+            if kind != kinds[0]:
+                raise ValueError(
+                    f"expected states on one device, in one dtype, fed as many positions, got {kinds[0][1:]} and "
+                    f"{kind[1:]}."
+                )
+        joined = cls.__new__(cls)
+        joined._allocate(states[0].signature, sum(state.batch_size for state in states), "meta", states[0].dtype)
+        joined.memory = torch.cat([state.memory for state in states])
+        for layer, *layers in zip(joined.layers, *(state.layers for state in states), strict=True):
+            layer.keys = torch.cat([each.keys for each in layers])
+            layer.values = torch.cat([each.values for each in layers])
+            layer.seq_length = layers[0].seq_length
+        joined._num_tokens = torch.cat([state._num_tokens for state in states])
+        joined._seeded = torch.cat([state._seeded for state in states])
+        joined._pauses = torch.cat([state._pauses for state in states])
+        histories = [state._history for state in states if state._history is not None]
+        joined._history = torch.cat(histories) if len(histories) == len(states) else None
+        if any(state._finished is not None for state in states):
+            no = [torch.zeros_like(state._seeded, device=state.device) for state in states]
+            finished = [state._finished for state in states]
+            joined._finished = torch.cat([n if f is None else f for n, f in zip(no, finished, strict=True)])
+        joined._aligned = min(state._aligned for state in states)
+        joined._is_beam_search = any(state._is_beam_search for state in states)
+        return joined
 
     def reset(self) -> None:
         """Forget everything: the state of rows that have read nothing."""

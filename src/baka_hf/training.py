@@ -6,20 +6,26 @@
 
 Each step goes on where the last one left every lane: the state is detached between steps, a row's starts anew where the
 row begins with a document, evaluation has a state of its own, and every process saves its state with each checkpoint.
-With any other data set, whose rows have nothing to do with those before, `BakaTrainer` is a plain `Trainer`.
+Any number of processes can resume from it, each with the state of the lanes that it reads. With any other data set,
+whose rows have nothing to do with those before, `BakaTrainer` is a plain `Trainer`.
 """
 
 import json
+import random
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import logging
 
 from .cache_baka import BakaCache
@@ -27,8 +33,28 @@ from .data import IGNORED, LaneDataset, StreamingLanes
 
 logger = logging.get_logger(__name__)
 
-STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process's rows
-PLACES_FILE = "lanes.json"  # in that folder: which rows these are
+STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process's lanes
+PLACES_FILE = "lanes.json"  # in that folder: which lanes these are, and where they stand
+
+
+def lanes_of(rank: int, num_processes: int, num_lanes: int, num_groups: int = 1) -> list[list[int]]:
+    """The lanes that process `rank` reads, one for each of its rows, in each batch of a step.
+
+    A step of `num_lanes` rows comes in `num_groups` batches, each of them dealt to the processes in equal runs of rows.
+    So does accelerate, whether the first process reads for all of them or each for itself.
+    """
+    size = num_lanes // num_groups
+    rows = size // num_processes
+    starts = range(rank * rows, num_lanes, size)
+    return [list(range(start, start + rows)) for start in starts]
+
+
+@dataclass
+class _Group:
+    """Lanes that one process reads in the same batch."""
+
+    state: BakaCache | None = None
+    places: list[list[int]] | None = None  # of StreamingLanes: where each row stands
 
 
 @dataclass
@@ -45,6 +71,10 @@ class BakaTrainingArguments(TrainingArguments):
             "pass of its own and the state carried between them. All of the step's if not given."
         },
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Let DDP search every step for parameters without a gradient; each of a BakaLLM's gets one."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,14 +86,19 @@ class BakaTrainingArguments(TrainingArguments):
 class BakaTrainer(Trainer):
     """A `Trainer` that carries memory from step to step when it is given `LaneDataset` or `StreamingLanes`.
 
-    Data sets of lanes are read in order, one row per lane: `num_lanes` must be the batch size per device times the
-    number of processes. Their batches need no collator. While training no logits are kept, the loss is computed piece
+    Data sets of lanes are read in order, one row per lane: `num_lanes` is the batch size per device times the number of
+    processes, or that times k, which reads a step of the lanes in k batches; gradients are then accumulated over a
+    multiple of k batches. Their batches need no collator. While training no logits are kept, the loss is computed piece
     by piece. The evaluation loss of a `LaneDataset` is the mean over all its targets.
+
+    A checkpoint can be resumed with another batch size and another number of processes, if these can see the folders of
+    those that saved it: what counts is `num_lanes`.
 
     Takes what `Trainer` takes; `args` may be any `TrainingArguments`. `train` and `evaluate` raise
 
-        ValueError: the number of lanes is not that of the rows; more than one device in one process; the checkpoint to
-            resume from was saved with other lanes or holds no state; memory would be carried past virtual tokens.
+        ValueError: the number of lanes does not fit the rows; more than one device in one process; the checkpoint to
+            resume from was saved with other lanes or does not hold their state; a document does not go on where the
+            state of its lane stands; memory would be carried past virtual tokens.
     """
 
     _signature_columns: Any
@@ -73,18 +108,21 @@ class BakaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if given is None and (_is_lanes(self.train_dataset) or _is_lanes(self.eval_dataset)):
             self.data_collator = default_data_collator  # not a tokenizer's, which would add a mask
-        self._state: BakaCache | None = None
-        self._places: list[list[int]] | None = None  # of StreamingLanes: where each row stands
+        self._groups = deque([_Group()])  # of lanes; the one to be read next comes first
         self._lanes: LaneDataset | StreamingLanes | None = None  # what is being read
         self._skips_logits = True
 
     # Rows in order, every lane in its place
 
     def get_train_dataloader(self) -> Any:
-        self._state, self._places, self._lanes = None, None, None
-        if _is_lanes(self.train_dataset):
-            self._lanes = self.train_dataset
-            self._check_lanes(self.train_dataset, self._train_batch_size)
+        self._lanes = self.train_dataset if _is_lanes(self.train_dataset) else None
+        self._groups = self._new_groups(self._train_batch_size)
+        number, accumulated = len(self._groups), self.args.gradient_accumulation_steps
+        if accumulated % number:
+            raise ValueError(
+                f"expected gradients accumulated over a multiple of {number} batches, as many as a step of the lanes "
+                f"comes in, got gradient_accumulation_steps={accumulated}."
+            )
         loader = super().get_train_dataloader()
         if isinstance(self.train_dataset, StreamingLanes):
             self.args.ignore_data_skip = True  # the lanes themselves go on where they stood
@@ -93,25 +131,23 @@ class BakaTrainer(Trainer):
             loader.base_dataloader.generator = torch.Generator()
         return loader
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        if _is_lanes(dataset):
-            self._check_lanes(dataset, self.args.eval_batch_size)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def _check_lanes(self, lanes: LaneDataset | StreamingLanes, batch_size: int) -> None:
+    def _new_groups(self, batch_size: int) -> deque[_Group]:
+        """One for each of the batches that a step of the lanes comes in."""
+        if self._lanes is None:
+            return deque([_Group()])
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"expected one device per process, got {self.args.n_gpu} (nn.DataParallel): start with "
                 "`accelerate launch` or `torchrun`."
             )
         processes = 1 if self.accelerator.split_batches else self.args.world_size
-        if lanes.num_lanes != batch_size * processes:
+        number, rest = divmod(self._lanes.num_lanes, batch_size * processes)
+        if rest:
             raise ValueError(
                 f"expected {batch_size * processes} lanes, one for each of the {batch_size} rows of {processes} "
-                f"process(es), got num_lanes={lanes.num_lanes}."
+                f"process(es), or a multiple, got num_lanes={self._lanes.num_lanes}."
             )
+        return deque(_Group() for _ in range(number))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -131,13 +167,14 @@ class BakaTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         pieces = self._cut(inputs)
         if not self._carries:
-            self._state = self.model.new_cache(len(inputs["input_ids"])) if len(pieces) > 1 else None
+            self._groups[0].state = self.model.new_cache(len(inputs["input_ids"])) if len(pieces) > 1 else None
         losses = []
         for index, piece in enumerate(pieces):
             # Processes exchange gradients once, in the last backward pass.
             waits = index + 1 < len(pieces) and self.accelerator.sync_gradients
             with self.accelerator.no_sync(model) if waits else nullcontext():
                 losses.append(super().training_step(model, piece, num_items_in_batch))
+        self._groups.rotate(-1)
         return torch.stack(losses).sum()
 
     def _cut(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -170,7 +207,8 @@ class BakaTrainer(Trainer):
             num_items_in_batch = num_items_in_batch.clamp(min=1)
         if not model.training and isinstance(self._lanes, LaneDataset):
             # Trainer means over steps and processes; so weighted, that is the mean over targets.
-            num_items_in_batch = max(self._lanes.stats.num_targets, 1) / self._lanes.num_steps
+            num_batches = self._lanes.num_steps * len(self._groups)
+            num_items_in_batch = max(self._lanes.stats.num_targets, 1) / num_batches
             if not self.args.average_tokens_across_devices:
                 num_items_in_batch /= self.args.world_size
         self._set_signature_columns_if_needed()
@@ -188,25 +226,33 @@ class BakaTrainer(Trainer):
 
         inputs |= {"cache": state, "use_cache": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._state = state.detach_()
+        self._groups[0].state = state.detach_()
         if places is not None:
-            self._places = places.tolist()
+            self._groups[0].places = places.tolist()
         return (loss, outputs) if return_outputs else loss
 
     def _state_for(self, inputs: dict[str, Any]) -> BakaCache | None:
         """The state to read a batch or a piece of one with, if any: new in rows that begin with a document."""
-        batch_size = len(inputs["input_ids"])
-        if self._state is None and self._carries:
-            self._state = self.model.new_cache(batch_size)
+        group, batch_size = self._groups[0], len(inputs["input_ids"])
+        if group.state is None and self._carries:
+            group.state = self.model.new_cache(batch_size)
         peft_config = getattr(self.model, "active_peft_config", None)
-        if self._state is not None and getattr(peft_config, "is_prompt_learning", False):
+        if group.state is not None and getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(
                 "expected samples that are read in one call: PEFT's prompt learning puts its virtual tokens before "
                 "every call, so memory cannot be carried to the next. Train it with rows for the stock Trainer."
             )
-        if self._state is not None and "position_ids" in inputs:
-            self._state.reset_rows((inputs["position_ids"][:, 0] == 0).expand(batch_size))
-        return self._state
+        if group.state is not None and "position_ids" in inputs:
+            starts = inputs["position_ids"][:, 0].expand(batch_size).cpu()
+            if self._carries and (wrong := (starts > 0) & (starts != group.state.num_tokens)).any():
+                row = int(wrong.int().argmax())
+                raise ValueError(
+                    f"expected the document in row {row} to go on at {int(group.state.num_tokens[row])}, where the "
+                    f"state of its lane stands, got position {int(starts[row])}: resume with the documents, the chunks "
+                    "per step and the steps of lanes per optimizer step that the checkpoint was saved with."
+                )
+            group.state.reset_rows(starts == 0)
+        return group.state
 
     # Evaluation has a state of its own
 
@@ -214,28 +260,41 @@ class BakaTrainer(Trainer):
         only_loss = kwargs.get("prediction_loss_only", args[1] if len(args) > 1 else None)
         with self._set_aside():
             self._lanes = dataloader.dataset if _is_lanes(dataloader.dataset) else None
+            self._groups = self._new_groups(self.args.eval_batch_size)
             self._skips_logits = self.args.prediction_loss_only if only_loss is None else only_loss
             return super().evaluation_loop(dataloader, *args, **kwargs)
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        outcome = super().prediction_step(*args, **kwargs)
+        self._groups.rotate(-1)
+        return outcome
+
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
-        kept = self._state, self._places, self._lanes, self._skips_logits
-        self._state = self._places = None
+        kept = self._groups, self._lanes, self._skips_logits
         try:
             yield
         finally:
-            self._state, self._places, self._lanes, self._skips_logits = kept
+            self._groups, self._lanes, self._skips_logits = kept
 
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Before the rest: a checkpoint whose Trainer state is there is complete.
-        if self._carries and self._state is not None and not self.args.save_only_model:
+        states = [group.state for group in self._groups if group.state is not None]
+        if self._carries and states and not self.args.save_only_model:
             checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder = checkpoint / STATE_FOLDER.format(rank=self.args.process_index)
-            self._state.save_pretrained(folder)
+            whole = states[0] if len(states) == 1 else type(states[0]).cat(states)
+            whole.save_pretrained(folder)
             assert self._lanes is not None
-            about = {"num_lanes": self._lanes.num_lanes, "places": self._places, "epoch": self._lanes.epoch}
+            about = {
+                "num_lanes": self._lanes.num_lanes,
+                "num_groups": len(self._groups),
+                "num_processes": self.args.world_size,
+                "places": [place for group in self._groups for place in group.places or ()],
+                "epoch": self._lanes.epoch,
+            }
             (folder / PLACES_FILE).write_text(json.dumps(about))
         super()._save_checkpoint(model, trial)
 
@@ -245,25 +304,60 @@ class BakaTrainer(Trainer):
             return
         lanes = self._lanes
         assert lanes is not None
-        folder = Path(checkpoint) / STATE_FOLDER.format(rank=self.args.process_index)
-        if not (folder / PLACES_FILE).is_file():
-            raise ValueError(
-                f"expected the state of this process's lanes in {folder}, found none: the checkpoint was saved with "
-                "fewer processes, or not by a BakaTrainer that carried memory."
-            )
-        about = json.loads((folder / PLACES_FILE).read_text())
+        about = _about_lanes(checkpoint, 0, self.args.process_index)
         if about["num_lanes"] != lanes.num_lanes:
             raise ValueError(
                 f"expected a checkpoint of {lanes.num_lanes} lanes, {checkpoint} was saved with {about['num_lanes']}: "
-                "resume with as many rows per step as before."
+                "resume with as many lanes as before."
             )
         # By the model's own class: a checkpoint loaded with remote code brought one.
         cache_class = type(self.model.new_cache())
-        self._state = cache_class.from_pretrained(folder, config=self.model.config, device=self.args.device)
-        self._places = about["places"]
+        own = lanes_of(self.args.process_index, self.args.world_size, lanes.num_lanes, len(self._groups))
+        states, saved, places = [], [], []
+        for rank in range(about["num_processes"]):
+            held = list(chain(*lanes_of(rank, about["num_processes"], about["num_lanes"], about["num_groups"])))
+            if not set(held).isdisjoint(chain(*own)):
+                saved += held
+                places += _about_lanes(checkpoint, rank)["places"]
+                folder = Path(checkpoint) / STATE_FOLDER.format(rank=rank)
+                states.append(cache_class.from_pretrained(folder, config=self.model.config, device="cpu"))
+        whole = cache_class.cat(states)
+        for group, numbers in zip(self._groups, own, strict=True):
+            indices = [saved.index(lane) for lane in numbers]
+            group.state = whole.clone()
+            group.state.batch_select_indices(torch.tensor(indices))
+            group.state.to(self.args.device)
+            group.places = [places[index] for index in indices] if places else None
         if isinstance(lanes, StreamingLanes):
-            places = torch.tensor(self._places, device=self.args.device)
-            lanes.resume(self.accelerator.gather(places).cpu(), epoch=about["epoch"])
+            stand = [torch.tensor(group.places, device=self.args.device) for group in self._groups]
+            lanes.resume(torch.cat([self.accelerator.gather(each) for each in stand]).cpu(), epoch=about["epoch"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        number = self.args.world_size
+        if checkpoint is not None and self._carries:
+            number = _about_lanes(checkpoint, 0, self.args.process_index)["num_processes"]
+        if checkpoint is None or number == self.args.world_size:
+            return super()._load_rng_state(checkpoint)
+        # All processes draw the same pauses, so the first one's generators will do for any number of them. Devices'
+        # own are left alone: the model draws nothing there.
+        with safe_globals():
+            name = "rng_state.pth" if number == 1 else "rng_state_0.pth"
+            states = torch.load(Path(checkpoint) / name, weights_only=True)
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["cpu"])
+
+
+def _about_lanes(checkpoint: str, *ranks: int) -> dict[str, Any]:
+    """What the first of these processes that is found has saved of its lanes in a checkpoint."""
+    folders = [Path(checkpoint) / STATE_FOLDER.format(rank=rank) for rank in ranks]
+    for folder in folders:
+        if (folder / PLACES_FILE).is_file():
+            return json.loads((folder / PLACES_FILE).read_text())
+    raise ValueError(
+        f"expected the state of lanes in {folders[0]}, found none: the checkpoint was not saved by a BakaTrainer that "
+        "carried memory, or the folders of all its processes are not in one place."
+    )
 
 
 class ChunkCurriculum(TrainerCallback):
