@@ -128,9 +128,9 @@ def test_text_generation(tmp_path: Path) -> None:
     if CACHE_NAME == "cache":
         assert found == []
     else:
-        # Before 5.24 pipelines warned of what they did themselves, whatever the model.
-        config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1)
-        config.update(dict(num_attention_heads=1, num_key_value_heads=1, head_dim=8, **special_ids(tokenizer)))
+        # Older pipelines warn of what they do themselves, whatever the model.
+        sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        config = LlamaConfig(vocab_size=len(tokenizer), **sizes, **special_ids(tokenizer))
         LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
         tokenizer.save_pretrained(tmp_path / "llama")
         assert found == speak(tmp_path / "llama")[2]
