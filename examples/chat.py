@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from generate import add_model_arguments, load_model, load_state, read, save_state, write
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 LINES = (
     "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n{% endfor %}"
@@ -66,6 +66,7 @@ def main() -> None:
         except EOFError:
             break
         last = read(model, state, turn(tokenizer, message, last))
+        set_seed(args.seed + state.get_seq_length())  # the same draws in one run and in many, other ones in every turn
         last = write(model, tokenizer, state, last, args, stop_strings)
         save_state(state, last, args.state)
 

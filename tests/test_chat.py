@@ -33,8 +33,10 @@ MESSAGES = ["Who keeps the key?", "And the gate", "Go on."]
 NEW_TOKENS = 23
 
 
-def talk(folder: Path, state: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = f"--model {folder} --state {state} --temperature 0 --device cpu --max_new_tokens {NEW_TOKENS}"
+def talk(
+    folder: Path, state: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch, temperature: float = 0
+) -> None:
+    flags = f"--model {folder} --state {state} --temperature {temperature} --device cpu --max_new_tokens {NEW_TOKENS}"
     monkeypatch.setattr(sys, "argv", ["chat.py", *flags.split()])
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(message + "\n" for message in messages)))
     chat.main()
@@ -73,6 +75,19 @@ def test_runs_make_one_conversation(
         states.append(load_file(folder / "baka_cache.safetensors"))
     assert last == [tokenizer(text).input_ids[-1]] * 2
     assert_close(*states, rtol=0, atol=0)
+
+
+def test_sampled_answers_do_not_depend_on_the_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint")
+    messages = ["Go on."] * 3
+    talk(tmp_path / "checkpoint", tmp_path / "whole", messages, monkeypatch, temperature=5)
+    whole = capsys.readouterr().out
+    for message in messages:
+        talk(tmp_path / "checkpoint", tmp_path / "parts", [message], monkeypatch, temperature=5)
+    assert capsys.readouterr().out == whole
+    assert len({*whole.split("\n")}) > 3
 
 
 ANSWERS = {  # the end of an answer, and what is to be read of it before the next turn
