@@ -29,7 +29,8 @@ def save_checkpoint(folder: Path, chat_template: str | None = None, **overrides:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = chat_template
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model = tiny_model(tiny_config(vocab_size=len(tokenizer), **special | overrides), torch.float32)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48)  # enough for a varied text
+    model = tiny_model(tiny_config(**sizes | special | overrides), torch.float32)
     printable = tokenizer.convert_tokens_to_ids([chr(code) for code in range(33, 127)])
     rest = [token for token in range(len(tokenizer)) if token not in printable]
     with torch.no_grad():

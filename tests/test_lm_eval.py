@@ -22,7 +22,7 @@ DOCUMENTS = [TEXT[:37], TEXT[5:], TEXT[20:260]]  # 7, 112 and 48 chunks
 PROMPTS = [TEXT[:203], TEXT[11:20], TEXT[30:171]]
 LIMIT = 600  # `max_length`, as lm-eval calls it: no document is longer
 NEW_TOKENS = 24
-STOP = "8"
+STOP = "{"
 
 TASK = """
 task: {name}

@@ -106,7 +106,7 @@ def caught() -> Iterator[list[str]]:
 
 def speak(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """What a checkpoint's pipeline says to the prompts one by one and in a batch, and what it warns of."""
-    options = dict(max_new_tokens=12, do_sample=False, return_full_text=False)
+    options = dict(max_new_tokens=24, do_sample=False, return_full_text=False)
     with caught() as found:
         generator = pipeline("text-generation", model=str(folder), device="cpu", trust_remote_code=True)
         alone = [generator(prompt, **options)[0]["generated_text"] for prompt in PROMPTS]
@@ -123,7 +123,7 @@ def test_text_generation(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     for prompt, *answers in zip(PROMPTS, alone, batched, strict=True):
         inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         assert answers == [tokenizer.decode(output[0, inputs.input_ids.shape[1] :])] * 2
     if CACHE_NAME == "cache":
         assert found == []
