@@ -59,7 +59,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         try:
             wait_for(port, process, log)
             client = openai.OpenAI(
-                base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=SECONDS
+                base_url=f"http://127.0.0.1:{port}/v1",
+                api_key="none",
+                max_retries=0,
+                timeout=SECONDS,
+                http_client=openai.DefaultHttpxClient(trust_env=False),  # past any proxy
             )
             yield SimpleNamespace(folder=folder, model=model, port=port, client=client, log=log)
             client.close()
