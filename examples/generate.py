@@ -17,7 +17,15 @@ from typing import TextIO
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, TextStreamer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 
 LAST_TOKEN = "last_token.json"
 
@@ -25,17 +33,40 @@ LAST_TOKEN = "last_token.json"
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="baka-small", help="folder or Hub id of a checkpoint (default: %(default)s)")
     add("--prompt", help="text to go on from (default: what is piped into standard input, if anything is)")
     add("--load_state", type=Path, metavar="DIR", help="go on from this saved state")
     add("--save_state", type=Path, metavar="DIR", help="save the state here when done")
+    add_model_arguments(parser)
+    return parser.parse_args()
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="baka-small", help="folder or Hub id of a checkpoint (default: %(default)s)")
     add("--max_new_tokens", type=int, default=400, help="0: only read (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: %(default)s)")
     add("--top_k", type=int, default=50, help="sample from the likeliest so many (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     add("--dtype", default="auto", help="float32, bfloat16, ... (default: the checkpoint's)")
-    return parser.parse_args()
+
+
+def load_model(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
+    return tokenizer, model.to(args.device)
+
+
+def load_state(model: PreTrainedModel, folder: Path) -> tuple[Cache, int]:
+    state = type(model.new_cache(1)).from_pretrained(folder).to(model.device)
+    return state, json.loads((folder / LAST_TOKEN).read_text())
+
+
+def save_state(state: Cache, last: int, folder: Path) -> None:
+    state.save_pretrained(folder)
+    # The last token was drawn but never read: the next run begins with it.
+    (folder / LAST_TOKEN).write_text(json.dumps(last))
 
 
 def pieces(stream: TextIO, size: int = 1 << 16) -> Iterator[str]:
@@ -68,17 +99,41 @@ def read(model: PreTrainedModel, state: Cache, tokens: Iterable[int]) -> int:
     return last
 
 
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: Cache,
+    last: int,
+    args: argparse.Namespace,
+    stop_strings: list[str] | None = None,
+) -> int:
+    """Stream what comes after the last token, and return the last token of that."""
+    if not args.max_new_tokens:
+        return last
+    sampling = dict(do_sample=True, temperature=args.temperature, top_k=args.top_k)
+    greedy = dict(do_sample=False)
+    new = torch.tensor([[last]], device=model.device)
+    output = model.generate(
+        new,
+        # As long as all that was read: this says that `new` comes after the state, and is not the whole history.
+        attention_mask=new.new_ones(1, state.get_seq_length() + 1),
+        cache=state,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        max_new_tokens=args.max_new_tokens,
+        **(sampling if args.temperature else greedy),
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+    )
+    return output[0, -1].item()
+
+
 def main() -> None:
     args = parse_args()
-    set_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype).to(args.device)
-
-    state = model.new_cache(1)
-    last = tokenizer.bos_token_id  # what stands before every document
+    tokenizer, model = load_model(args)
     if args.load_state:
-        state = type(state).from_pretrained(args.load_state).to(model.device)
-        last = json.loads((args.load_state / LAST_TOKEN).read_text())
+        state, last = load_state(model, args.load_state)
+    else:
+        state, last = model.new_cache(1), tokenizer.bos_token_id  # what stands before every document
 
     text: Iterable[str] = ()
     if args.prompt is not None:
@@ -90,25 +145,9 @@ def main() -> None:
     ids = chain.from_iterable(tokenizer(piece, add_special_tokens=False).input_ids for piece in text)
     last = read(model, state, chain([last], ids))
 
-    if args.max_new_tokens:
-        sampling = dict(do_sample=True, temperature=args.temperature, top_k=args.top_k)
-        greedy = dict(do_sample=False)
-        new = torch.tensor([[last]], device=model.device)
-        output = model.generate(
-            new,
-            # As long as all that was read: this says that `new` comes after the state, and is not the whole history.
-            attention_mask=new.new_ones(1, state.get_seq_length() + 1),
-            cache=state,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            max_new_tokens=args.max_new_tokens,
-            **(sampling if args.temperature else greedy),
-        )
-        last = output[0, -1].item()
-
+    last = write(model, tokenizer, state, last, args)
     if args.save_state:
-        state.save_pretrained(args.save_state)
-        # The last token was drawn but never read: the next run begins with it.
-        (args.save_state / LAST_TOKEN).write_text(json.dumps(last))
+        save_state(state, last, args.save_state)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, set_seed
+from tqdm import tqdm
+from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from baka_hf import BakaConfig, BakaForCausalLM
@@ -84,11 +85,17 @@ class TrainingArguments(transformers.TrainingArguments):
     eval_strategy: str = field(default="steps", metadata={"help": "When to take accuracy while training."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between two evaluations."})
     save_strategy: str = field(default="no", metadata={"help": "When to write a checkpoint to resume from."})
-    disable_tqdm: bool | None = field(default=True, metadata={"help": "Show no progress bars."})
     # Samples are drawn independently: in their own order they are as good as shuffled.
     train_sampling_strategy: str = field(default="sequential", metadata={"help": "Order of the training samples."})
     # Pinning without an accelerator does nothing but warn.
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory of batches."})
+
+
+class ProgressBars(ProgressCallback):
+    """The Trainer's, without its log between them."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 class Progress(TrainerCallback):
@@ -98,12 +105,13 @@ class Progress(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        print(
-            f"{state.global_step:6} steps {time.perf_counter() - self.start:6.0f} s   loss {metrics['eval_loss']:.4f}"
-            f"   tokens right {metrics['eval_token_accuracy']:.4f}"
-            f"   answers right {metrics['eval_sequence_accuracy']:.4f}",
-            flush=True,
-        )
+        with tqdm.external_write_mode():  # above the bars
+            print(
+                f"{state.global_step:6} steps {time.perf_counter() - self.start:6.0f} s"
+                f"   loss {metrics['eval_loss']:.4f}   tokens right {metrics['eval_token_accuracy']:.4f}"
+                f"   answers right {metrics['eval_sequence_accuracy']:.4f}",
+                flush=True,
+            )
         if metrics["eval_sequence_accuracy"] == 1:
             control.should_training_stop = True
 
@@ -134,6 +142,8 @@ def train(model_args: ModelArguments, task: TaskArguments, num_segments: int, ar
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback):
+        trainer.add_callback(ProgressBars)
     resume = args.resume_from_checkpoint
     if resume == "last":
         resume = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None

@@ -32,6 +32,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -330,7 +331,8 @@ def bigram_nats(training: Dataset, validation: Dataset, vocab_size: int) -> tupl
     The counts are those of the training documents. k is the power of ten that is best for them by leave-one-out: every
     pair predicted from the counts of all others.
     """
-    tokens = np.fromiter(chain.from_iterable(training["input_ids"]), np.int64)
+    documents = tqdm(training["input_ids"], desc="Counting pairs of tokens", delay=2)
+    tokens = np.fromiter(chain.from_iterable(documents), np.int64)
     pairs, counts = np.unique(tokens[:-1] * vocab_size + tokens[1:], return_counts=True)
     contexts = np.bincount(tokens[:-1], minlength=vocab_size)
 

@@ -124,6 +124,7 @@ def test_auto_map_names_every_auto_class(tmp_path: Path) -> None:
         "AutoConfig": "configuration_baka.BakaConfig",
         "AutoModel": "modeling_baka.BakaModel",
         "AutoModelForCausalLM": "modeling_baka.BakaForCausalLM",
+        "AutoModelForDecision": "modeling_baka.BakaForCausalLM",
         "AutoModelForSequenceClassification": "modeling_baka.BakaForSequenceClassification",
     }
     assert BakaConfig(auto_map={"AutoConfig": "user/repo--x.Y"}).auto_map == {"AutoConfig": "user/repo--x.Y"}

@@ -9,6 +9,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_baka.BakaConfig",
     "AutoModel": "modeling_baka.BakaModel",
     "AutoModelForCausalLM": "modeling_baka.BakaForCausalLM",
+    # transformers scores typed decisions by a language model's next-token logits, and `transformers serve` (5.24) finds
+    # a checkpoint's own code by this entry alone.
+    "AutoModelForDecision": "modeling_baka.BakaForCausalLM",
     "AutoModelForSequenceClassification": "modeling_baka.BakaForSequenceClassification",
 }
 MEMORY_WRITES = ("carry", "tokens")

@@ -42,6 +42,9 @@ logger = logging.get_logger(__name__)
 
 Row = dict[str, torch.Tensor]
 
+# A progress bar that is gone before it can be read is only noise.
+SECONDS_UNTIL_PROGRESS = 2.0
+
 
 @dataclass(frozen=True)
 class LaneStats:
@@ -389,7 +392,8 @@ class StreamingLanes(_Lanes, IterableDataset[Row]):
         self._positions.copy_(torch.tensor([-1, 0]))
         lanes = [_Lane() for _ in positions]
         numbers = {document: number for number, (document, _) in enumerate(positions) if document >= 0}
-        for last in range(max(numbers, default=-1) + 1):
+        read_before = range(max(numbers, default=-1) + 1)
+        for last in logging.tqdm(read_before, desc="Skipping documents", unit="doc", delay=SECONDS_UNTIL_PROGRESS):
             index, item = next(source, (None, None))
             if index is None:
                 raise ValueError(f"the documents end after {last}, but document {max(numbers)} was read before.")

@@ -19,10 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from .data import check_document, check_positive
-
-# A progress bar that is gone before it can be read is only noise.
-SECONDS_UNTIL_PROGRESS = 2.0
+from .data import SECONDS_UNTIL_PROGRESS, check_document, check_positive
 
 
 @dataclass

@@ -1865,6 +1865,19 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         cache._prompt = (num_read, None if mask is None else mask[:, cache.get_seq_length() :])
         cache._finished = None
 
+    # Continuous batching pages the keys and values of many texts, and a state has no pages.
+
+    @property
+    def init_continuous_batching(self) -> Any:
+        # A server asks by `hasattr`, warns, and goes on with `generate`, request by request.
+        raise AttributeError("init_continuous_batching")
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "expected `generate`, got continuous batching (`generate_batch` or cache_implementation='paged'): it pages "
+            "keys and values, and the state of a BakaLLM, of constant size, has no pages."
+        )
+
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         if generation_config.assistant_early_exit is not None:
             raise ValueError(

@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
+from .data import SECONDS_UNTIL_PROGRESS
 from .modeling_baka import IGNORED
 
 NUM_KEYS = 26  # the letters
@@ -212,7 +214,7 @@ class BabiInBooksDataset(Dataset[dict[str, torch.Tensor]]):
             )
 
         arrays, lengths = [np.array([], np.int32)], [0]
-        for text in _texts(books):
+        for text in logging.tqdm(_texts(books), desc="Tokenizing", unit="book", delay=SECONDS_UNTIL_PROGRESS):
             if sentences := _sentences(text):
                 encoded = encode(sentences)
                 arrays.append(np.fromiter(chain.from_iterable(encoded), np.int32))
