@@ -66,7 +66,7 @@ def main() -> None:
         work = f"generate {args.new_tokens:,} after {args.prompt:,}, batch {batch}"
         comparison.measure(work, args.new_tokens, sides, per_token=True, batch=batch)
     comparison.finish("BakaLLM" + next(iter(kinds)), ("ms/token",))
-    comparison.save(draw(comparison))
+    comparison.save(draw)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def main() -> None:
         comparison.measure(f"read {batch} x {length:,}", batch * length, sides, batch=batch, length=length)
     measure_steps(comparison, args)
     comparison.finish("BakaLLM", ("tokens/s", "peak GiB", "ms/step", "worst ms"))
-    comparison.save(draw(comparison))
+    comparison.save(draw)
 
 
 if __name__ == "__main__":

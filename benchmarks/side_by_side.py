@@ -85,11 +85,16 @@ def wait_for(device: str) -> None:
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    wait_for(device)
-    start = time.perf_counter()
-    run()
-    wait_for(device)
-    return time.perf_counter() - start
+    """Time of a run, without Python's garbage collector, as `timeit` measures too."""
+    gc.disable()
+    try:
+        wait_for(device)
+        start = time.perf_counter()
+        run()
+        wait_for(device)
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
 
 
 class Comparison:
@@ -211,10 +216,10 @@ class Comparison:
                     lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
-    def save(self, figure: Any) -> None:
-        """Write a matplotlib figure, if there is a folder."""
-        if self.args.out:
-            figure.savefig(self.args.out / f"{self.title}.png", dpi=150)
+    def save(self, draw: Callable[["Comparison"], Any]) -> None:
+        """Write the matplotlib figure that `draw` makes, if there is a folder and anything to draw."""
+        if self.args.out and self.rows:
+            draw(self).savefig(self.args.out / f"{self.title}.png", dpi=150)
 
 
 def _readable(value: float | None) -> str:

@@ -73,7 +73,7 @@ def main() -> None:
         sides = {"BakaLLM": ours, f"Llama, {kind}": theirs}
         comparison.measure(f"train {batch} x {length:,}", batch * length, sides, warm_ups=2, length=length)
     comparison.finish("BakaLLM", ("tokens/s", "peak GiB"))
-    comparison.save(draw(comparison))
+    comparison.save(draw)
 
 
 if __name__ == "__main__":
