@@ -258,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._create(json.loads(self.body))
             case "POST", ["api", "validate-yaml"]:
                 return self._validate(json.loads(self.body)["content"])
-            case ("GET" | "HEAD"), [owner, name, "resolve", revision, *path]:
+            case (("GET" | "HEAD"), [owner, name, "resolve", revision, *path]):
                 return self._resolve(f"{owner}/{name}", revision, "/".join(path))
             case "POST", [owner, name, "info", "lfs", "objects", "batch"]:
                 self._repository(f"{owner}/{name.removesuffix('.git')}", to_write=True)
@@ -268,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
                     raise _Refused(400, "The content is not what was announced.")
                 self.hub.contents[f"lfs:{oid}"] = self.body
                 return 200, b""
-            case ("GET" | "HEAD"), ["storage", oid]:
+            case (("GET" | "HEAD"), ["storage", oid]):
                 return self._content(self.hub.contents[f"lfs:{oid}"], {"ETag": f'"{oid}"'})
             case _, ["api", "models", owner, name, *rest]:
                 return self._model(f"{owner}/{name}", rest)
@@ -388,7 +388,11 @@ class _Handler(BaseHTTPRequestHandler):
                 case other:
                     raise _Refused(501, f"The stand-in does not know the operation {other}.")
         commit = repository.commit(title, branch, files)
-        return 200, {"success": True, "commitOid": commit.oid, "commitUrl": f"{self.hub.url}/{name}/commit/{commit.oid}"}
+        return 200, {
+            "success": True,
+            "commitOid": commit.oid,
+            "commitUrl": f"{self.hub.url}/{name}/commit/{commit.oid}",
+        }
 
     def _tree(self, commit: Commit, folder: str) -> list[dict[str, Any]]:
         prefix = f"{folder}/" if folder else ""

@@ -1,6 +1,7 @@
 """What the package promises beyond its behaviour: imports, typing marker, licence."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -32,10 +33,27 @@ def test_importing_the_package_warns_of_nothing() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", "import baka_hf"], check=True)
 
 
-def test_wheel_has_all_modules_the_typing_marker_and_the_licence(tmp_path: Path) -> None:
+def test_wheel_has_all_modules_the_card_template_the_typing_marker_and_the_licence(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("baka_hf-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    files = zipfile.ZipFile(wheel)
+    names = set(files.namelist())
     assert {f"baka_hf/{module}.py" for module in ("__init__", *REMOTE_CODE)} | {"baka_hf/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert files.read("baka_hf/model_card.md") == (ROOT / "model_card.md").read_bytes()
+
+
+def test_an_installed_wheel_writes_cards(tmp_path: Path) -> None:
+    """From the template in the package, where there is no checkout around it."""
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("baka_hf-*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    script = (
+        "from baka_hf.hub import template_path; import baka_hf; "
+        "print(template_path().parent == __import__('pathlib').Path(baka_hf.__file__).parent)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
