@@ -33,27 +33,25 @@ def test_importing_the_package_warns_of_nothing() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", "import baka_hf"], check=True)
 
 
-def test_wheel_has_all_modules_the_card_template_the_typing_marker_and_the_licence(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("baka_hf-*.whl")
-    files = zipfile.ZipFile(wheel)
-    names = set(files.namelist())
-    assert {f"baka_hf/{module}.py" for module in ("__init__", *REMOTE_CODE)} | {"baka_hf/py.typed"} <= names
+    (path,) = folder.glob("baka_hf-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_has_all_modules_the_typing_marker_and_the_licence(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    assert {f"baka_hf/{path.name}" for path in PACKAGE.glob("*.py")} | {"baka_hf/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert files.read("baka_hf/model_card.md") == (ROOT / "model_card.md").read_bytes()
 
 
-def test_an_installed_wheel_writes_cards(tmp_path: Path) -> None:
-    """From the template in the package, where there is no checkout around it."""
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("baka_hf-*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    script = (
-        "from baka_hf.hub import template_path; import baka_hf; "
-        "print(template_path().parent == __import__('pathlib').Path(baka_hf.__file__).parent)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+def test_a_package_without_its_checkout_has_the_template_of_cards(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    script = "from baka_hf.hub import template_path; print(template_path())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+    found = Path(done.stdout.strip())
+    assert found.is_relative_to(tmp_path) and found.read_bytes() == (ROOT / "model_card.md").read_bytes()
