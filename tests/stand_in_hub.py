@@ -5,16 +5,14 @@
         hub.files("ada/baka", "main")["config.json"]
 
 It knows: creating repositories, private ones too; who a token belongs to; checking a card's metadata; preupload, LFS
-batches with whole-file PUTs, commits, branches, tags; information about a model, its refs and its tree; and resolving
-files by branch, tag or commit (HEAD, GET with ranges, the redirect of an LFS file to its storage), with the headers
-that the client's cache is built on. Only owners write, and what is private is not there for others. Anything else is
-answered with 501 and stands in `requests`, so that a test sees what it asked for.
+batches with whole-file PUTs, Xet storage (`stand_in_xet`), commits, branches, tags; information about a model, its refs
+and its tree; and resolving files by branch, tag or commit (HEAD, GET with ranges, the redirect of a large file to its
+storage), with the headers that the client's cache is built on. Only owners write, and what is private is not there for
+others. Anything else is answered with 501 and stands in `requests`, so that a test sees what it asked for.
+
+How large files go is up to the client, as it is with the Hub: by Xet wherever `hf_xet` is installed, else by LFS.
 
 `faults` makes requests fail: the connection dropped in the middle of an upload, or an error instead of a commit.
-
-It does not speak the protocol of Xet storage, which the client takes for large files wherever `hf_xet` is installed: a
-content-addressed store of its own with binary formats. `environment` switches that off with the client's own variable,
-and the client does what it does without `hf_xet`: LFS. Commits, revisions and downloads are the same for both.
 """
 
 import base64
@@ -23,6 +21,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +31,7 @@ from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from stand_in_xet import XetStorage
 
 OWNER, TOKEN = "ada", "hf_" + "s3cret" * 6
 # What a new repository's .gitattributes send to LFS, of the kinds of files that are met here.
@@ -89,6 +89,7 @@ class StandInHub:
         self.tokens = dict(tokens or {TOKEN: OWNER})
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}  # by git's hash of a blob, or "lfs:" and the SHA-256
+        self.xet = XetStorage()
         self.requests: list[tuple[str, str, int]] = []  # method, path, status; 0 for a dropped connection
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
@@ -118,7 +119,6 @@ class StandInHub:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DISABLE_XET": "1",
             "NO_PROXY": "127.0.0.1,localhost",
         } | ({} if token is None else {"HF_TOKEN": token})
 
@@ -136,6 +136,10 @@ class StandInHub:
             titles.append(commit.title)
             commit = found.commits.get(commit.parent or "")
         return titles
+
+    def uploads(self) -> list[tuple[str, int]]:
+        """Paths and answers of the requests that brought contents of large files, by LFS or Xet."""
+        return self.asked("PUT", "/storage/") + self.asked("POST", "/xet/v1/xorbs/")
 
     def asked(self, method: str, part: str) -> list[tuple[str, int]]:
         """Paths and answers of the requests of a method with `part` in their path."""
@@ -270,6 +274,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return 200, b""
             case (("GET" | "HEAD"), ["storage", oid]):
                 return self._content(self.hub.contents[f"lfs:{oid}"], {"ETag": f'"{oid}"'})
+            case _, ["xet", *rest]:
+                return self._xet(rest)
             case _, ["api", "models", owner, name, *rest]:
                 return self._model(f"{owner}/{name}", rest)
         raise _Refused(501, f"The stand-in does not know {self.command} {self.path}.")
@@ -294,6 +300,16 @@ class _Handler(BaseHTTPRequestHandler):
                         raise _Refused(409, f"Tag {ref} exists already.")
                 refs[ref] = self._commit(repository, start).oid
                 return 201, {}
+            case "GET", ["xet-read-token" | "xet-write-token" as kind, _]:
+                if kind == "xet-write-token":
+                    self._repository(name, to_write=True)
+                address, expires = f"{self.hub.url}/xet", int(time.time()) + 3600
+                headers = {
+                    "X-Xet-Cas-Url": address,
+                    "X-Xet-Access-Token": kind,
+                    "X-Xet-Token-Expiration": str(expires),
+                }
+                return 200, {"casUrl": address, "accessToken": kind, "exp": expires}, headers
             case "GET", ["refs"]:
                 kinds = {"branches": ("heads", repository.branches), "tags": ("tags", repository.tags)}
                 return 200, {
@@ -318,6 +334,24 @@ class _Handler(BaseHTTPRequestHandler):
                     "siblings": [{"rfilename": path} for path in commit.files],
                 }
         raise _Refused(501, f"The stand-in does not know {self.command} {self.path}.")
+
+    def _xet(self, rest: list[str]) -> tuple[Any, ...]:
+        """Access tokens of Xet storage are good for one thing, here named by it; fetched ranges need none."""
+        xet, allowed = self.hub.xet, self.headers.get("Authorization", "").removeprefix("Bearer ")
+        match self.command, rest:
+            case "GET", ["fetch", xorb]:
+                return self._content(xet.xorbs[xorb], {})
+            case "GET", ["v1", "reconstructions", name] if allowed.startswith("xet-"):
+                return 200, xet.reconstruction(name, f"{self.hub.url}/xet/fetch")
+            case "POST", ["v1", "xorbs", _, name] if allowed == "xet-write-token":
+                xet.xorbs[name] = self.body
+                return 200, {"was_inserted": True}
+            case "POST", ["v1", "shards"] if allowed == "xet-write-token":
+                self.hub.contents |= {f"lfs:{digest}": content for digest, content in xet.add_shard(self.body).items()}
+                return 200, {"result": 1}
+            case _, ["v1", "chunks" | "xorb-grants", *_] | ["v2", *_]:
+                raise _Refused(404, "Not in this store.")
+        raise _Refused(501, f"The stand-in does not know {self.command} {self.path} with {allowed!r}.")
 
     def _create(self, wanted: Mapping[str, Any]) -> tuple[Any, ...]:
         if self._user is None:
@@ -431,6 +465,9 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(content)),
             "Location": f"{self.hub.storage}/{oid}",
         }
+        if oid in self.hub.xet.hashes:
+            route = f"{self.hub.url}/api/models/{name}/xet-read-token/{commit.oid}"
+            headers |= {"X-Xet-Hash": self.hub.xet.hashes[oid], "Link": f'<{route}>; rel="xet-auth"'}
         return 302, b"", headers
 
     def _content(self, content: bytes, headers: Mapping[str, str]) -> tuple[Any, ...]:

@@ -203,8 +203,8 @@ def test_what_is_pushed(pushed: StandInHub) -> None:
     assert pushed.titles("ada/baka") == ["Upload tokenizer", "Upload BakaForCausalLM", "initial commit"]
     assert pushed.titles("ada/baka", "dev")[1:] == ["Other weights", *pushed.titles("ada/baka")]
     assert pushed.files("ada/baka", "dev")[WEIGHTS] != files[WEIGHTS] == pushed.files("ada/secret")[WEIGHTS]
-    uploads = [path for path, _ in pushed.asked("PUT", "storage")]
-    assert len(uploads) == len(set(uploads))
+    uploads = [path for path, _ in pushed.uploads()]
+    assert uploads and len(uploads) == len(set(uploads))
     assert not holds_token(pushed.contents)
 
 
@@ -338,30 +338,39 @@ tiny_model(tiny_config(), torch.float32, seed=2).push_to_hub("ada/late")
 """
 
 
-def test_an_interrupted_upload_is_completed_by_the_next(hub: StandInHub, client: Client) -> None:
+@pytest.mark.parametrize("transfer", ["xet", "lfs"])
+def test_an_interrupted_upload_is_completed_by_the_next(hub: StandInHub, client: Client, transfer: str) -> None:
     """Killed in the middle of the weights; the connection dropped there, and no commit; then whole.
 
     No revision ever is half of a model, and what was stored is not sent again.
     """
-    fault = Fault("PUT", "/storage/", times=1_000_000)
-    hub.faults.append(fault)
-    process = client.start(PUSH_ONE)
+    if transfer == "xet":
+        pytest.importorskip("hf_xet")
+        upload, options = Fault("POST", "/xet/v1/xorbs/", times=1_000_000), {}
+    else:
+        upload, options = Fault("PUT", "/storage/", times=1_000_000), {"HF_HUB_DISABLE_XET": "1"}
+    name, sent = f"ada/late-{transfer}", len(hub.uploads())
+    script = PUSH_ONE.replace("ada/late", name).replace("seed=2", f"seed={len(name)}")
+
+    hub.faults.append(upload)
+    process = client.start(script, **options)
     deadline = time.monotonic() + 120
-    while not (sent := hub.asked("PUT", "/storage/")) or sent[-1][1] != 0:  # the connection was dropped
+    while len(hub.uploads()) == sent:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    hub.faults.remove(fault)
-    assert hub.files("ada/late") == {}
+    assert {status for _, status in hub.uploads()[sent:]} == {0} and hub.files(name) == {}
 
-    hub.faults += [Fault("PUT", "/storage/"), Fault("POST", "ada/late/commit/", status=500)]
-    assert "500" in client.fails(PUSH_ONE)
-    sent = hub.asked("PUT", "/storage/")
-    assert [status for _, status in sent[-2:]] == [0, 200]  # the client itself tried again
-    assert hub.files("ada/late") == {} and hub.titles("ada/late") == ["initial commit"]
+    upload.times = 1
+    hub.faults.append(Fault("POST", f"{name}/commit/", status=500))
+    sent = len(hub.uploads())
+    assert "500" in client.fails(script, **options)
+    assert [status for _, status in hub.uploads()[sent:]] == [0, 200]  # the client itself tried again
+    assert hub.files(name) == {} and hub.titles(name) == ["initial commit"]
 
-    client.run(PUSH_ONE)
-    assert hub.asked("PUT", "/storage/") == sent
-    assert set(hub.files("ada/late")) >= CODE | {"config.json", WEIGHTS}
-    assert hub.titles("ada/late") == ["Upload BakaForCausalLM", "initial commit"]
+    sent = len(hub.uploads())
+    client.run(script, **options)
+    assert len(hub.uploads()) == sent
+    assert set(hub.files(name)) >= CODE | {"config.json", WEIGHTS}
+    assert hub.titles(name) == ["Upload BakaForCausalLM", "initial commit"]
