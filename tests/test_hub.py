@@ -23,27 +23,27 @@ CODE = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_ba
 WEIGHTS = "model.safetensors"
 HERE = Path(__file__).parent
 
-# What all that push have in common: a model, and a tokenizer with a word for each of its 19 ids.
+# A model, and a tokenizer with a word for each of its 19 ids.
 MAKE = """
 import json, sys
 from pathlib import Path
 import torch
 from helpers import random_tokens, tiny_config, tiny_model
-from huggingface_hub import HfApi
-from test_remote_code import tokenizer
-from baka_hf.data import LaneDataset
-from baka_hf.training import BakaTrainer, BakaTrainingArguments
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 def new_model(seed=0):
     return tiny_model(tiny_config(pad_token_id=0, memory_solidifier="layer"), torch.float32, seed)
 
-tokenizer = tokenizer.__wrapped__()
+backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(19)}, unk_token="w1"))
+backend.pre_tokenizer = pre_tokenizers.Whitespace()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", padding_side="left")
 """
 
 PUSH = (
     MAKE
     + """
+from huggingface_hub import HfApi
 model, other = new_model(0), new_model(1)
 model.push_to_hub("ada/baka", tags=["of-a-test"])
 tokenizer.push_to_hub("ada/baka")
@@ -247,6 +247,9 @@ def test_a_private_model_is_tuned_and_pushed_where_the_package_is_missing(pushed
 TRAIN = (
     MAKE
     + """
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from baka_hf.data import LaneDataset
+from baka_hf.training import BakaTrainer, BakaTrainingArguments
 kind, folder, about = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 model = new_model()
 documents = [random_tokens(model.config, 40, seed=seed).clamp(min=1) for seed in range(4)]
@@ -350,7 +353,7 @@ def test_an_interrupted_upload_is_completed_by_the_next(hub: StandInHub, client:
     else:
         upload, options = Fault("PUT", "/storage/", times=1_000_000), {"HF_HUB_DISABLE_XET": "1"}
     name, sent = f"ada/late-{transfer}", len(hub.uploads())
-    script = PUSH_ONE.replace("ada/late", name).replace("seed=2", f"seed={len(name)}")
+    script = PUSH_ONE.replace("ada/late", name).replace("seed=2", f"seed={2 + (transfer == 'lfs')}")
 
     hub.faults.append(upload)
     process = client.start(script, **options)
