@@ -139,11 +139,12 @@ class StandInHub:
 
     def uploads(self) -> list[tuple[str, int]]:
         """Paths and answers of the requests that brought contents of large files, by LFS or Xet."""
-        return self.asked("PUT", "/storage/") + self.asked("POST", "/xet/v1/xorbs/")
-
-    def asked(self, method: str, part: str) -> list[tuple[str, int]]:
-        """Paths and answers of the requests of a method with `part` in their path."""
-        return [(path, status) for asked, path, status in self.requests if asked == method and part in path]
+        ways = (("PUT", "/storage/"), ("POST", "/xet/v1/xorbs/"))
+        return [
+            (path, status)
+            for method, path, status in self.requests
+            if any(method == way and path.startswith(place) for way, place in ways)
+        ]
 
 
 def is_large(path: str, size: int) -> bool:
