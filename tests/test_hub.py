@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from huggingface_hub import ModelCard
 from safetensors.torch import load
 from stand_in_hub import TOKEN, Fault, StandInHub
 from test_card import snippet
@@ -281,6 +282,8 @@ if kind == "BakaTrainer":
         model, dict(loss=2.5, num_tokens=9), run_id=Path(folder).name, dataset="numbers", split="test", steps=4))
     run.push_to_hub(dataset="numbers", license="mit", commit_message="With scores")
     model.push_to_hub("ada/lanes", commit_message="Once more", tags=["again"])  # takes the card that is there
+    arguments = arguments_class(folder + "-tuned", use_cpu=True, report_to=[], per_device_train_batch_size=2)
+    BakaTrainer(type(model).from_pretrained("ada/lanes"), arguments, train_dataset=lanes).create_model_card()
 """
 )
 
@@ -317,6 +320,10 @@ def test_baka_trainer(hub: StandInHub, client: Client) -> None:
     card = files["README.md"].decode()
     assert "# lanes\n" in card and "trained from scratch on numbers" in card and "| Memory | carried on" in card
     assert 'from_pretrained("ada/lanes"' in card
+    # What is trained on from there says so, and inherits the licence that the Hub tells.
+    tuned = ModelCard.load(client.home / "run-tuned" / "README.md").data
+    assert (tuned.base_model, tuned.license) == ("ada/lanes", "mit")
+
     commits = [c for c in hub.repositories["ada/lanes"].commits.values() if c.title != "initial commit"]
     halfway = [c.oid for c in commits if "step" in c.title and WEIGHTS in c.files]
     assert len(halfway) >= 2 and all("README.md" in hub.files("ada/lanes", oid) for oid in halfway)
