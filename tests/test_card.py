@@ -213,6 +213,18 @@ def test_what_was_loaded_from_a_folder_is_not_called_from_scratch(tmp_path: Path
     assert card.data.base_model == "ada/base" and card.data.language == ["de"]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # which PEFT asks for
+def test_adapters_have_the_card_of_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    run = trainer(tmp_path)
+    run.model = run.model_wrapped = peft.get_peft_model(run.model, peft.LoraConfig(target_modules=["q_proj"]))
+    run.train()
+    run.save_model()
+    run.create_model_card(tags=["of a test"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft" and "of a test" in card.data.tags and "BakaLLM" not in card.text
+
+
 # The snippet
 
 
