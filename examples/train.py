@@ -131,7 +131,8 @@ class DataArguments:
 
     def describe(self) -> str:
         if self.dataset_name:
-            return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+            name = self.hub_name or Path(self.dataset_name).name  # where it lies on this machine is told nobody
+            return " ".join(filter(None, (name, self.dataset_config_name)))
         if self.text_files:
             return "local text files"
         return f"the sources of the standard library of Python {platform.python_version()}"
@@ -448,8 +449,9 @@ def main() -> None:
             dataset=data.describe(),
             steps=steps,
             seed=args.seed,
-            tokens_seen=steps * rows * args.world_size * length,
-            wall_time=outcome.metrics["train_runtime"],
+            # Lanes have padding among their tokens, and of a resumed run only the last part was timed.
+            tokens_seen=None if data.streaming else steps * rows * args.world_size * length,
+            wall_time=None if resume else outcome.metrics["train_runtime"],
             curves=curves_of(trainer.state.log_history),
         )
         blocks = {"loss": metrics["eval_nats_per_token"], "bits_per_byte": metrics["eval_bits_per_byte"]}
