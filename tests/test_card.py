@@ -149,7 +149,7 @@ def test_a_trainer_tells_of_its_training(tmp_path: Path) -> None:
     run.train()
     model = run.model
     documents = [random_tokens(model.config, 12)]
-    write_result(folder / "results.db", result(steps=1, loss=9.0))  # of an earlier step
+    write_result(folder / "results.db", result(split="valid", steps=1, loss=9.0))  # of an earlier step
     write_result(folder / "results.db", result(run_id="bigram", steps=5, loss=8.0))
     scores = evaluate_documents(model, documents)
     about = dict(run_id="tiny", dataset="wiki raw-1", split="test", steps=2, tokens_seen=80, wall_time=61.0)
