@@ -23,13 +23,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
-from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -38,7 +37,6 @@ from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Trainer,
     default_data_collator,
     set_seed,
 )
@@ -134,9 +132,15 @@ class DataArguments:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}.")
 
+    @property
+    def hub_name(self) -> str | None:
+        """The data set's name on the Hub, if it is from there."""
+        return self.dataset_name if self.dataset_name and not Path(self.dataset_name).exists() else None
+
     def describe(self) -> str:
         if self.dataset_name:
-            return " ".join(filter(None, (self.dataset_name, self.dataset_config_name)))
+            name = self.hub_name or Path(self.dataset_name).name  # where it lies on this machine is told nobody
+            return " ".join(filter(None, (name, self.dataset_config_name)))
         if self.text_files:
             return "local text files"
         return f"the sources of the standard library of Python {platform.python_version()}"
@@ -381,15 +385,6 @@ def draw_curve(history: list[dict[str, float]], floor: float, path: Path) -> Non
     figure.savefig(path)
 
 
-def write_card(path: Path, **values: object) -> None:
-    """The checkpoint's model card, filled in from the repository's template."""
-    card_data = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["baka", "recurrent-memory", "long-context"]
-    )
-    template = Path(__file__).resolve().parent.parent / "model_card.md"
-    ModelCard.from_template(card_data, template_path=str(template), **values).save(path)
-
-
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__.split("\n")[0])
     model_args, data, args = parser.parse_args_into_dataclasses()
@@ -439,7 +434,7 @@ def main() -> None:
             f"{model.num_parameters():,} parameters"
         )
 
-    trainer = (BakaTrainer if data.streaming else Trainer)(
+    trainer = BakaTrainer(
         model,
         args,
         data_collator=default_data_collator,
@@ -456,50 +451,58 @@ def main() -> None:
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-
-    output = Path(args.output_dir)
-    table = {"BakaLLM, in blocks": {score: metrics[f"eval_{score}"] for score in bigram}}
-    if args.world_size == 1:
-        whole = evaluate_documents(model, list(validation_tokens["input_ids"]), num_bytes=num_bytes)
-        table["BakaLLM, documents"] = scores(whole["loss"] * num_tokens, num_tokens, num_bytes)
-        samples = trainer.state.global_step * args.train_batch_size * args.gradient_accumulation_steps
-        result = Result.of(
-            model,
-            whole,
+    if trainer.is_world_process_zero():
+        output = Path(args.output_dir)
+        steps, rows = trainer.state.global_step, args.train_batch_size * args.gradient_accumulation_steps
+        about = dict(
             run_id=output.resolve().name,
             dataset=data.describe(),
-            split="validation",
-            steps=trainer.state.global_step,
+            steps=steps,
             seed=args.seed,
-            tokens_seen=samples * length,
-            wall_time=outcome.metrics["train_runtime"],
+            # Lanes have padding among their tokens, and of a resumed run only the last part was timed.
+            tokens_seen=None if data.streaming else steps * rows * args.world_size * length,
+            wall_time=None if resume else outcome.metrics["train_runtime"],
             curves=curves_of(trainer.state.log_history),
         )
-        write_result(output / "results.db", result)
-    table[f"bigram, add-{k:g}"] = bigram
-    draw_curve(trainer.state.log_history, bigram["nats_per_token"], output / "training_curve.png")
-    write_card(
-        output / "README.md",
-        name=output.resolve().name,
-        source=data.describe(),
-        config=model.config,
-        num_parameters=model.num_parameters(),
-        state_bytes=model.new_cache(1).nbytes,
-        training_documents=len(training_texts),
-        validation_documents=len(validation_texts),
-        validation_bytes=num_bytes,
-        sample_tokens=length,
-        streaming=data.streaming,
-        args=args,
-        steps=trainer.state.global_step,
-        table=table,
-    )
-    print(f"\n{'held-out text':<20}{'nats per token':>16}{'perplexity':>14}{'bits per byte':>16}")
-    for name, row in table.items():
-        print(f"{name:<20}{row['nats_per_token']:16.4f}{row['perplexity']:14.2f}{row['bits_per_byte']:16.4f}")
-    print(f"Checkpoint, model card and training curve: {output}/")
+        blocks = {"loss": metrics["eval_nats_per_token"], "bits_per_byte": metrics["eval_bits_per_byte"]}
+        blocks_note = f"in blocks of {length:,} tokens, each read with an empty memory"
+        results = [
+            Result.of(model, blocks, num_tokens=num_tokens, split="validation in blocks", note=blocks_note, **about)
+        ]
+        if args.world_size == 1:
+            whole = evaluate_documents(model, list(validation_tokens["input_ids"]), num_bytes=num_bytes)
+            whole_note = f"{len(validation_texts):,} whole documents, memory carried along"
+            results.append(Result.of(model, whole, split="validation", note=whole_note, **about))
+        results.append(
+            Result(
+                run_id=f"bigram, add-{k:g}",
+                dataset=data.describe(),
+                split="validation",
+                loss=bigram["nats_per_token"],
+                bits_per_byte=bigram["bits_per_byte"],
+                num_tokens=num_tokens,
+                note="of the same tokens, counted in the same training text",
+            )
+        )
+        for result in results:
+            write_result(output / "results.db", result)
+        draw_curve(trainer.state.log_history, bigram["nats_per_token"], output / "training_curve.png")
+        print(f"\n{'held-out text':<44}{'nats per token':>16}{'perplexity':>14}{'bits per byte':>16}")
+        for result in results:
+            print(
+                f"{result.run_id + ', ' + result.split:<44}{result.loss:16.4f}{result.perplexity:14.2f}"
+                f"{result.bits_per_byte:16.4f}"
+            )
+        print(f"Checkpoint, results, training curve and model card: {output}/")
+    # With those results; all processes push, as all may hold a part of the model.
+    card: dict[str, Any] = {
+        "dataset": f"{data.describe()} ({len(training_texts):,} documents)",
+        "dataset_tags": data.hub_name,
+    }
+    if args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":

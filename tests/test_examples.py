@@ -184,7 +184,11 @@ def test_training_writes_checkpoint_curve_and_card(trained: SimpleNamespace) -> 
     assert code | {"config.json", "model.safetensors", "tokenizer.json", "checkpoint-6"} <= files
     assert Image.open(trained.output / "training_curve.png").size == (1200, 675)
     card = (trained.output / "README.md").read_text()
-    assert "trust_remote_code=True" in card and "bigram, add-" in card and "{{" not in card and "{%" not in card
+    assert "trust_remote_code=True" in card and "{{" not in card and "{%" not in card
+    assert (
+        "| out | local text files/validation | " in card and "| out | local text files/validation in blocks | " in card
+    )
+    assert "| bigram, add-" in card and "trained from scratch on local text files (" in card
     losses = [log["loss"] for log in history(trained.output) if "loss" in log]
     assert losses[-1] < losses[0]
 
@@ -228,8 +232,9 @@ def test_streaming_carries_memory_and_resumes(
     samples = load_file(trained.output / "model.safetensors")
     assert any(not torch.equal(samples[name], weights[name]) for name in weights)
     assert (tmp_path / "whole" / "checkpoint-4" / "lanes-rank-0" / "baka_cache.safetensors").is_file()
-    (result,) = read_results(tmp_path / "whole" / "results.db")
+    blocks, result, bigram = read_results(tmp_path / "whole" / "results.db")
     assert (result.run_id, result.steps, result.split) == ("whole", 6, "validation")
+    assert blocks.run_id == "whole" and bigram.run_id.startswith("bigram") and bigram.num_tokens == result.num_tokens
     assert math.isfinite(result.loss) and result.loss_by_chunk and result.curves["train"]
 
 

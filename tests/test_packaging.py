@@ -1,6 +1,7 @@
 """What the package promises beyond its behaviour: imports, typing marker, licence."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -33,10 +34,25 @@ def test_importing_the_package_warns_of_nothing() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", f"import baka_hf, {modules}"], check=True)
 
 
-def test_wheel_has_all_modules_the_typing_marker_and_the_licence(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
     subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("baka_hf-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"baka_hf/{module}.py" for module in ("__init__", *REMOTE_CODE)} | {"baka_hf/py.typed"} <= names
+    (path,) = folder.glob("baka_hf-*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_has_all_modules_the_typing_marker_and_the_licence(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    assert {f"baka_hf/{path.name}" for path in PACKAGE.glob("*.py")} | {"baka_hf/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_a_package_without_its_checkout_has_the_template_of_cards(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    wheel.extractall(tmp_path)
+    script = "from baka_hf.hub import template_path; print(template_path())"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    found = Path(done.stdout.strip())
+    assert found.is_relative_to(tmp_path) and found.read_bytes() == (ROOT / "model_card.md").read_bytes()

@@ -12,6 +12,7 @@ whose rows have nothing to do with those before, `BakaTrainer` is a plain `Train
 
 import json
 import random
+import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,12 +25,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .cache_baka import BakaCache
 from .data import IGNORED, LaneDataset, StreamingLanes
+from .hub import trainer_card
 
 logger = logging.get_logger(__name__)
 
@@ -102,6 +105,7 @@ class BakaTrainer(Trainer):
     """
 
     _signature_columns: Any
+    push_in_progress: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         given = kwargs.get("data_collator") or (args[2] if len(args) > 2 else None)
@@ -358,6 +362,68 @@ def _about_lanes(checkpoint: str, *ranks: int) -> dict[str, Any]:
         f"expected the state of lanes in {folders[0]}, found none: the checkpoint was not saved by a BakaTrainer that "
         "carried memory, or the folders of all its processes are not in one place."
     )
+
+    # The Hub
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.args.hub_token is not None:
+            self.args.hub_token = _Secret(self.args.hub_token)  # the arguments are pickled beside the model
+        super().save_model(output_dir, _internal_call)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # While training Trainer pushes a checkpoint's weights and configuration, which are no model without the code,
+        # and no card. Nothing is changed under an upload that is still reading.
+        if (
+            self.is_world_process_zero()
+            and self.args.hub_strategy != HubStrategy.END
+            and (self.push_in_progress is None or self.push_in_progress.is_done())
+        ):
+            for file in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(file, self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` of the output folder: `baka_hf.hub.trainer_card` with these arguments.
+
+        `dataset_args` are not used: a result's `dataset` names the configuration. Adapters of PEFT have PEFT's card.
+        """
+        given: dict[str, Any] = dict(
+            language=language,
+            license=license,
+            tags=tags,
+            model_name=model_name,
+            finetuned_from=finetuned_from,
+            tasks=tasks,
+            dataset_tags=dataset_tags,
+            dataset=dataset,
+        )
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PreTrainedModel):
+            super().create_model_card(**given, dataset_args=dataset_args)
+        elif self.is_world_process_zero():
+            trainer_card(self, **given).save(Path(self.args.output_dir) / "README.md")
+
+
+class _Secret(str):
+    """A string that is pickled as None."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: Any) -> "_Secret":
+        return self
 
 
 class ChunkCurriculum(TrainerCallback):
