@@ -351,18 +351,6 @@ class BakaTrainer(Trainer):
         np.random.set_state(states["numpy"])
         torch.set_rng_state(states["cpu"])
 
-
-def _about_lanes(checkpoint: str, *ranks: int) -> dict[str, Any]:
-    """What the first of these processes that is found has saved of its lanes in a checkpoint."""
-    folders = [Path(checkpoint) / STATE_FOLDER.format(rank=rank) for rank in ranks]
-    for folder in folders:
-        if (folder / PLACES_FILE).is_file():
-            return json.loads((folder / PLACES_FILE).read_text())
-    raise ValueError(
-        f"expected the state of lanes in {folders[0]}, found none: the checkpoint was not saved by a BakaTrainer that "
-        "carried memory, or the folders of all its processes are not in one place."
-    )
-
     # The Hub
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -414,6 +402,18 @@ def _about_lanes(checkpoint: str, *ranks: int) -> dict[str, Any]:
             super().create_model_card(**given, dataset_args=dataset_args)
         elif self.is_world_process_zero():
             trainer_card(self, **given).save(Path(self.args.output_dir) / "README.md")
+
+
+def _about_lanes(checkpoint: str, *ranks: int) -> dict[str, Any]:
+    """What the first of these processes that is found has saved of its lanes in a checkpoint."""
+    folders = [Path(checkpoint) / STATE_FOLDER.format(rank=rank) for rank in ranks]
+    for folder in folders:
+        if (folder / PLACES_FILE).is_file():
+            return json.loads((folder / PLACES_FILE).read_text())
+    raise ValueError(
+        f"expected the state of lanes in {folders[0]}, found none: the checkpoint was not saved by a BakaTrainer that "
+        "carried memory, or the folders of all its processes are not in one place."
+    )
 
 
 class _Secret(str):
