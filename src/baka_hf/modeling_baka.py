@@ -45,7 +45,8 @@ logger = logging.get_logger(__name__)
 on_host = torch.compiler.disable
 runs_compiled_parts = torch.compiler.disable(recursive=False)
 # One program for each kind of chunk, and again for other batch sizes. torch gives up compiling at 8 of them by default.
-allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64)
+# Under DDP it would cut every program in two, to send the gradients of one half early: blocks are small enough.
+allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimize_ddp=False)
 
 # What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
