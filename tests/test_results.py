@@ -317,7 +317,7 @@ def run(*arguments: object, program: tuple[object, ...] = (SCRIPT,)) -> subproce
 @pytest.mark.smoke
 def test_the_module_is_a_program(file: Path) -> None:
     done = run(file, "list", program=("-m", "baka_hf.results"))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr  # packages that transformers imports may log something of their own
     header, rule, *rows = done.stdout.splitlines()
     names = "run data steps loss perplexity bits/byte parameters w/o emb. trained on time written note"
     assert " ".join(header.split()) == names

@@ -171,7 +171,6 @@ class BakaCache(Cache):
         self._prompt: tuple[int, torch.Tensor | None] | None = None
         self._is_beam_search = False
 
-        self._checked: Any = None  # the configuration that this state was last found to fit
         self.is_static = False  # read by CUDA graphs where there are any, see `new_cache`
         self._reader: Any = None  # what does so, once it has
 

@@ -948,9 +948,8 @@ class BakaModel(BakaPreTrainedModel):
             raise ValueError(
                 f"expected `past_key_values` to be a BakaCache (see `new_cache`), got {type(cache).__name__}."
             )
-        if cache._checked is not self.config:
+        if cache._reader is None or cache._reader.config is not self.config:  # else it was looked at before
             check_signature(signature, signature_of(self.config))
-            cache._checked = self.config
         if cache.batch_size != batch_size:
             raise ValueError(
                 f"expected a state of batch size {batch_size}, got one of {cache.batch_size}; "
