@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing import get_context, start_processes
 from transformers import TrainerCallback
 
-from baka_hf import BakaForCausalLM
+from baka_hf import BakaForCausalLM, modeling_baka
 from baka_hf.data import LaneDataset, StreamingLanes
 from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum
 
@@ -167,6 +167,7 @@ def in_processes(
 
 def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]], environment: Mapping[str, str]) -> None:
     os.environ |= environment
+    modeling_baka.LOSS_PIECE = 5  # several pieces, as the losses of real steps have
     if number > 1 or environment:
         os.environ |= dict(
             RANK=str(rank),

@@ -1525,14 +1525,16 @@ def _in_columns(
     return gather_positions(joined, rank).masked_fill(~real[:, :, None], 0)
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether its weight says all that the module does: no bias, no subclass, no hooks, nothing wrapped or sharded."""
+def _computes_losses(head: nn.Module) -> bool:
+    """Whether a head can be asked for a loss: nothing wrapped, adapted, quantized or hooked. FSDP2 may shard it: its
+    hooks have the weight ready whenever the head is called."""
+    if type(head).__module__.startswith("torch.distributed.fsdp"):
+        return isinstance(head, BakaHead)
     return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and type(module.weight) is nn.Parameter
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        type(head) is BakaHead
+        and type(head.weight) is nn.Parameter
+        and "forward" not in vars(head)
+        and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
     )
 
 
@@ -1616,6 +1618,21 @@ def _cross_entropy(
     return loss, torch.where(is_real, (wide - total).exp() - is_target.to(wide.dtype), 0).to(logits.dtype)
 
 
+class BakaHead(nn.Linear):
+    """The head of a language model: logits, or the summed loss with no more than `LOSS_PIECE` rows of them at a time.
+
+    The loss is computed in here, and in one call, because a sharded model has a module's weight only while that runs.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., V] of `hidden_states` [..., D]; or, of [T, D], the loss for `targets` [T], -100 for none."""
+        return super().forward(hidden_states) if targets is None else self._loss(hidden_states, targets)
+
+    @runs_compiled_parts
+    def _loss(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return LinearCrossEntropy.apply(hidden_states, self.weight, targets)
+
+
 class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
     """BakaLLM with a language modelling head."""
 
@@ -1626,7 +1643,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BakaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = BakaHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -1713,8 +1730,8 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORED).sum()
         hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
-        if self.loss_function is ForCausalLMLoss and _is_plain_linear(self.lm_head):
-            loss = LinearCrossEntropy.apply(hidden_states, self.lm_head.weight, targets)
+        if self.loss_function is ForCausalLMLoss and _computes_losses(self.lm_head):
+            loss = self.lm_head(hidden_states, targets)
         else:
             loss = self._loss_of_head(hidden_states, targets)
         return (loss / torch.as_tensor(num_items_in_batch, device=loss.device)).float()  # as transformers' own
