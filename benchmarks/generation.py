@@ -64,7 +64,7 @@ def main() -> None:
             for name, new_model in (("BakaLLM", new_baka), ("Llama", new_llama)):
                 sides[name + kind] = partial(prepare, new_model, batch, args, options)
         work = f"generate {args.new_tokens:,} after {args.prompt:,}, batch {batch}"
-        comparison.measure(work, args.new_tokens, sides, per_token=True, batch=batch)
+        comparison.measure(work, args.new_tokens, sides, per_token=True, warm_ups=1, batch=batch)
     comparison.finish("BakaLLM" + next(iter(kinds)), ("ms/token",))
     comparison.save(draw)
 

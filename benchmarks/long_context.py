@@ -151,7 +151,7 @@ def main() -> None:
         }
         if batch * length <= args.peer_tokens:
             sides["Llama"] = lambda batch=batch, length=length: reading_by(new_llama(args), batch, length)
-        comparison.measure(f"read {batch} x {length:,}", batch * length, sides, batch=batch, length=length)
+        comparison.measure(f"read {batch} x {length:,}", batch * length, sides, warm_ups=1, batch=batch, length=length)
     measure_steps(comparison, args)
     comparison.finish("BakaLLM", ("tokens/s", "peak GiB", "ms/step", "worst ms"))
     comparison.save(draw)

@@ -94,7 +94,6 @@ def main() -> None:
         args.new_tokens,
         {"BakaLLM": generate_ours, PEER: generate_theirs},
         per_token=True,
-        warm_ups=0 if args.device == "cpu" else 1,
     )
     comparison.finish("BakaLLM", ("tokens/s", "ms/token", "peak GiB"))
 

@@ -141,7 +141,7 @@ class Comparison:
         tokens: int,
         sides: dict[str, Callable[[], Callable[[], Any]]],
         per_token: bool = False,
-        warm_ups: int = 1,
+        warm_ups: int = 0,
         **facts: float,
     ) -> None:
         """Time `tokens` tokens of work: each side is a function that gets everything ready and returns the run.

@@ -71,7 +71,9 @@ def main() -> None:
             return training_of(new_llama(args), args, shape)
 
         sides = {"BakaLLM": ours, f"Llama, {kind}": theirs}
-        comparison.measure(f"train {batch} x {length:,}", batch * length, sides, warm_ups=2, length=length)
+        comparison.measure(
+            f"train {batch} x {length:,}", batch * length, sides, warm_ups=0 if args.eager else 2, length=length
+        )
     comparison.finish("BakaLLM", ("tokens/s", "peak GiB"))
     comparison.save(draw)
 

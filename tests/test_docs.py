@@ -34,7 +34,9 @@ from baka_hf.training import BakaTrainingArguments
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
-MODULES = ["cache_baka", "configuration_baka", "data", "evaluation", "modeling_baka", "results", "tasks", "training"]
+MODULES = [
+    *("cache_baka", "configuration_baka", "data", "evaluation", "hub", "modeling_baka", "results", "tasks", "training")
+]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
@@ -155,7 +157,9 @@ def test_scripts_take_the_options_that_are_named(
 def test_every_command_is_one_that_is_checked() -> None:
     """Nothing in a shell block goes unnoticed by the tests and by .ci/run."""
     others = {command for text in TEXTS.values() for command in commands(text) if not STARTS.match(command)}
-    assert others == {'pip install -e ".[dev]"', "pytest", "cat examples/*.py"}
+    elsewhere = {command for command in others if command.startswith(("lm_eval ", "transformers "))}
+    assert {command.split()[0] for command in elsewhere} == {"lm_eval", "transformers"}  # test_lm_eval, test_serving
+    assert others - elsewhere == {'pip install -e ".[dev]"', "pytest", "cat examples/*.py"}
 
 
 def test_ci_runs_the_commands_that_readme_gives() -> None:
@@ -234,13 +238,16 @@ def known_names() -> set[str]:
 
 # Arguments of PEFT, and what `forward` and transformers' `from_pretrained` find in their `kwargs`.
 ELSEWHERE = {"target_modules", "modules_to_save", "shift_labels", "distributed_config", "tp_plan"}
+# Arguments of the Hub's client, TRL, lm-eval and torchao or bitsandbytes.
+ELSEWHERE |= {"code_revision", "hub_token", "packing_strategy", "max_length", "max_batch_size", "batch_size"}
+ELSEWHERE |= {"quantization_config", "device_map"}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_names_exist(page: str) -> None:
     """Names in backticks that look like a field, an argument or a class; files; and options of scripts."""
     known = known_names() | ELSEWHERE
-    files = {path.name for folder in ("src", "examples") for path in (ROOT / folder).glob("**/*.*")}
+    files = {path.name for folder in ("src", "examples", "tests") for path in (ROOT / folder).glob("**/*.*")}
     for code in inline_code(TEXTS[page]):
         if code.startswith("python "):  # a command, see above
             continue

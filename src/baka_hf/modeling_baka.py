@@ -77,7 +77,9 @@ class _Elephant(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return _elephant(x)
+        wide = x.to(_at_least_float32(x.dtype))
+        power = wide * wide
+        return power.square_().square_().add_(1).reciprocal_().to(x.dtype)  # an infinite power gives 0, as it should
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -1606,16 +1608,20 @@ def _cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss of logits [T, V'] for `targets` [T], and its gradient [T, V']; only `vocab_size` columns count."""
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    is_target = columns == targets[:, None]
-    wide = logits.to(_at_least_float32(logits.dtype)).masked_fill(columns >= vocab_size, float("-inf"))
-    total = wide.logsumexp(1, keepdim=True)
-    is_real = (targets != IGNORED)[:, None]
-    picked = wide.gather(1, targets.clamp(min=0)[:, None])
-    loss = torch.where(is_real, total - picked, 0).sum()
-    if not with_gradient:
-        return loss, logits
-    return loss, torch.where(is_real, (wide - total).exp() - is_target.to(wide.dtype), 0).to(logits.dtype)
+    wide, columns = logits.to(_at_least_float32(logits.dtype)), torch.arange(logits.shape[1], device=logits.device)
+    if vocab_size < logits.shape[1]:
+        wide = wide.masked_fill(columns >= vocab_size, float("-inf"))
+    is_real, target = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
+    if torch.compiler.is_compiling():
+        # What a compiler makes two passes of.
+        total = wide.logsumexp(1, keepdim=True)
+        loss = torch.where(is_real, total - wide.gather(1, target), 0).sum()
+        gradient = torch.where(is_real, (wide - total).exp() - (columns == target).to(wide.dtype), 0)
+    else:
+        probabilities = wide.log_softmax(1)
+        loss = -torch.where(is_real, probabilities.gather(1, target), 0).sum()
+        gradient = probabilities.exp_().scatter_add_(1, target, -torch.ones_like(wide[:, :1])).mul_(is_real)
+    return loss, gradient.to(logits.dtype) if with_gradient else logits
 
 
 class BakaHead(nn.Linear):
