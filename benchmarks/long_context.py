@@ -23,8 +23,12 @@ from transformers import PreTrainedModel
 
 from baka_hf.modeling_baka import CACHE_NAME
 
-READS = {"cuda": ["1x131072", "1x1048576", "8x131072"], "cpu": ["1x4096", "1x32768"], "quick": ["1x32", "2x64"]}
-CONTEXTS = {"cuda": [512, 65536, 1048576], "cpu": [4096, 32768], "quick": [16, 40]}
+READS = {
+    "cuda": ["1x8192", "1x32768", "1x131072", "1x1048576", "8x131072"],
+    "cpu": ["1x1024", "1x4096", "1x16384", "1x32768"],
+    "quick": ["1x32", "2x64"],
+}
+CONTEXTS = {"cuda": [512, 65536, 1048576], "cpu": [512, 4096, 16384, 32768], "quick": [16, 40]}
 PIECE = 2**17  # tokens of a context that are read in one call
 
 
@@ -133,9 +137,10 @@ def draw(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(4.4 * max(len(plots), 1), 3.6), layout="constrained")
     for axes, (name, against, label) in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots, strict=True):
         rows = [row for row in comparison.rows if name in row]
-        for side, batch in dict.fromkeys((row["side"], row["batch"]) for row in rows):
+        for index, (side, batch) in enumerate(dict.fromkeys((row["side"], row["batch"]) for row in rows)):
             points = sorted((r[against], r[name]) for r in rows if (r["side"], r["batch"]) == (side, batch))
-            axes.plot(*zip(*points, strict=True), "o-", label=f"{side}, batch {batch}")
+            style = ("C0" if side == "BakaLLM" else "C1") + "o^sD"[index % 4] + "-"
+            axes.plot(*zip(*points, strict=True), style, label=f"{side}, batch {batch}")
         axes.set(xscale="log", xlabel=label, ylabel=name, ylim=(0, None))
         axes.legend(fontsize="small")
     return figure

@@ -3,6 +3,9 @@
 There are no CUDA graphs on a CPU, but all they would record runs here as well.
 """
 
+import gc
+import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -195,15 +198,19 @@ def test_generate_with_a_static_state(batch_size: int, counts: dict[str, int]) -
     assert found.past_key_values.is_static and counts["tokens"] > 5
 
 
-@pytest.mark.parametrize("case", ["hook", "adapter", "eager", "recording", "hidden states", "embeddings", "grad"])
+@pytest.mark.parametrize(
+    "case", ["hook", "adapter", "adapted solidifier", "eager", "recording", "hidden states", "embeddings", "grad"]
+)
 def test_what_is_not_plain_is_read_plainly(case: str, counts: dict[str, int]) -> None:
-    model = tiny_model(tiny_config())
+    model = tiny_model(tiny_config(memory_solidifier="glu"))
     tokens = random_tokens(model.config, 2, 4)
     state, options = model.new_cache(2, static=True), {}
     if case == "hook":
         model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
     elif case == "adapter":
         model.model.layers[0].self_attn.q_proj = torch.nn.Sequential(model.model.layers[0].self_attn.q_proj)
+    elif case == "adapted solidifier":
+        model.model.solidifier.proj.register_forward_hook(lambda module, inputs, output: 2 * output)
     elif case == "eager":
         model.set_attn_implementation("eager")
     elif case == "recording":
@@ -219,6 +226,102 @@ def test_what_is_not_plain_is_read_plainly(case: str, counts: dict[str, int]) ->
             logits = model(**text, cache=state, **options).logits
             assert_close(logits[:, 0], expected[:, column], **EXACT)
     assert counts == {"tokens": 0, "chunks": 0}
+
+
+@pytest.mark.parametrize("change", ["fused optimizer", "data"])
+@pytest.mark.parametrize("same_state", [True, False])
+def test_weights_that_change_without_a_trace(change: str, same_state: bool) -> None:
+    """A fused optimizer does not count a weight's versions, and nor does `.data`: the next text knows all the same."""
+    model = tiny_model(tiny_config(), torch.float32)
+    tokens = random_tokens(model.config, 1, 9)
+
+    def read(state: BakaCache) -> Tensor:
+        with torch.no_grad():
+            logits = [model(part, cache=state).logits for part in tokens.split([6, 1, 1, 1], 1)]
+        return torch.cat(logits, 1)
+
+    state = model.new_cache(static=True)
+    read(state)
+    if change == "data":
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    if same_state:
+        state.reset()
+    else:
+        state = model.new_cache(static=True)
+    assert_close(read(state), model(tokens).logits, **EXACT)
+
+
+@torch.no_grad()
+def test_one_state_read_by_two_models() -> None:
+    """Each reads with its own weights, where the other stopped."""
+    models = [tiny_model(tiny_config(), seed=seed) for seed in (0, 1)]
+    tokens = random_tokens(models[0].config, 1, 12)
+    state, static = models[0].new_cache(), models[0].new_cache(static=True)
+    for column in range(12):
+        token, model = tokens[:, column : column + 1], models[column // 3 % 2]
+        assert_close(model(token, cache=static).logits, model(token, cache=state).logits, **EXACT)
+    assert_same_state(static, state)
+
+
+@torch.no_grad()
+def test_a_step_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device has counted by then is not believed."""
+    model = tiny_model(tiny_config())
+    tokens = random_tokens(model.config, 1, 9)
+    static = model.new_cache(static=True)
+    model(tokens[:, :3], cache=static)
+    plain = graphs_baka.StaticReader._run
+
+    def interrupted(self: Any, key: Any, program: Any) -> None:
+        plain(self, key, program)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(graphs_baka.StaticReader, "_run", interrupted)
+        model(tokens[:, 3:4], cache=static)
+    del static
+    again = model.new_cache(static=True)
+    logits = [model(part, cache=again).logits for part in tokens.split([3, 1, 1, 1, 1, 1, 1], 1)]
+    assert_close(torch.cat(logits, 1), model(tokens).logits, **EXACT)
+
+
+@torch.no_grad()
+def test_a_state_of_another_precision() -> None:
+    """It is read plainly first, which brings it to the model's."""
+    model = tiny_model(tiny_config(), torch.float32)
+    tokens = random_tokens(model.config, 1, 20)
+    static = model.new_cache(static=True).to(dtype=torch.float64)
+    logits = [model(part, cache=static).logits for part in tokens.split([12, 1, 1, 1, 5], 1)]
+    assert_close(torch.cat(logits, 1), model(tokens).logits, **EXACT)
+
+
+def test_readers_that_were_given_up_are_gone() -> None:
+    model = tiny_model(tiny_config())
+    tokens, static = random_tokens(model.config, 1, 3), model.new_cache(static=True)
+    readers = weakref.WeakSet()
+    for _ in range(4):
+        with torch.no_grad():
+            model(tokens, cache=static)
+        readers.add(static._reader)
+        model(tokens, cache=static)  # its graph holds on to the tensors
+        static.detach_()
+    gc.collect()
+    assert len(readers) == 0
+
+
+def test_a_static_state_is_pickled() -> None:
+    model = tiny_model(tiny_config())
+    static, tokens = model.new_cache(static=True), random_tokens(model.config, 1, 3)
+    with torch.no_grad():
+        model(tokens, cache=static)
+        twin = pickle.loads(pickle.dumps(static))
+        assert_same_state(twin, static)
+        assert_close(model(tokens, cache=twin).logits, model(tokens, cache=static).logits, **EXACT)
 
 
 def test_bad_input_leaves_a_static_state_as_it_was() -> None:

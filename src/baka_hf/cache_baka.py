@@ -394,7 +394,11 @@ class BakaCache(Cache):
     def _release(self) -> None:
         """Let go of what reads these tensors in place: an autograd graph may hold on to them from now on."""
         if self._reader is not None:
-            self._reader.is_shared, self._reader = True, None
+            self._reader.give_up()
+            self._reader = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reader": None}
 
     def __deepcopy__(self, memo: dict) -> "BakaCache":
         return self.clone().detach_()

@@ -11,6 +11,7 @@ The blocks are those of the model in another order of work: what multiplies the 
 between products is compiled. All else (memory, layout, masks) is `modeling_baka`'s own code, recorded.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from itertools import repeat
@@ -48,65 +49,74 @@ PLAIN, PAUSE, EDGE = range(3)  # kinds of steps, by what the token at a position
 LARGE_BATCH = 16
 NUM_WINDOWS = 4
 
+_recording = threading.Lock()  # one thread at a time compiles and records
 _idle: "weakref.WeakKeyDictionary[nn.Module, StaticReader]" = weakref.WeakKeyDictionary()
 
 
 def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
     """The reader of `cache` by `model`, a `BakaModel`, with the state in its tensors; None if it cannot be read so."""
-    device, config = model.norm.weight.device.type, model.config
-    if device not in DEVICES or config._attn_implementation != "sdpa" or cache._is_recording:
+    weight, config = model.norm.weight, model.config
+    if weight.device.type not in DEVICES or config._attn_implementation != "sdpa" or cache._is_recording:
         return None
-    if torch.is_autocast_enabled(device) or (model.training and config.uses_random_pauses):
+    if torch.is_autocast_enabled(weight.device.type) or (model.training and config.uses_random_pauses):
         return None
     reader = cache._reader
-    if reader is None or not reader.fits(cache):
+    if reader is None or not reader.fits(cache, model):
+        if cache.device != weight.device:
+            cache.to(weight.device)
+        if cache.layers[0].keys.dtype != weight.dtype:
+            return None  # the plain path brings it to the model's
         # A state that is gone leaves its tensors and their graphs to the next of its shape.
         reader = _idle.pop(model, None)
-        if reader is None or not reader.fits(cache):
+        if reader is None or not reader.fits(cache, model):
             weights = PlainWeights(model)
             if not weights.are_plain:
+                cache.is_static = False
                 return None
             reader = StaticReader(model, cache, weights)
         cache._release()
-        cache._reader, reader.owner = reader, weakref.ref(cache)
-        weakref.finalize(cache, _leave, weakref.ref(model), reader, reader.owner)
+        reader.serve(cache)
     reader.take_in(cache)
+    if reader.num_plans != model.num_plans:
+        reader.refresh()
+        reader.num_plans = model.num_plans
     return reader
 
 
-def _leave(model: Any, reader: "StaticReader", owner: Any) -> None:
-    if reader.owner is owner and not reader.is_shared and model() is not None:
-        reader.owner = None
+def _leave(model: Any, reader: "StaticReader") -> None:
+    """What becomes of the reader of a state that is gone."""
+    reader.owner = None
+    if not reader.is_shared and model() is not None:
         _idle[model()] = reader
 
 
 class PlainWeights:
-    """The weights that graphs are recorded with, and whether they are still all that the model's blocks are made of.
+    """The weights that graphs are recorded with, and whether they are still all that the model is made of.
 
-    Adapters, quantization, offloading, hooks and shards are more than the weights of linear layers: the plain path
-    knows them all. A look is taken before every token, so it is a few passes over lists.
+    Adapters, quantization, offloading, hooks and shards are more than weights of plain modules: the plain path knows
+    them all. A look is taken before every token, so it is a few passes over lists.
     """
 
     def __init__(self, model: Any):
-        blocks = list(model.layers._modules.values())
-        branches = [block._modules[name] for block in blocks for name in ("self_attn", "mlp")]
-        parents = [model, model.layers, *blocks, *branches]
-        parts = [block._modules["input_layernorm"] for block in blocks]
-        parts += [part for branch in branches for name, part in branch._modules.items() if name != "act_fn"]
-        own = [part._parameters.get("weight") for part in parts]
+        modules = list(model.modules())
         # Whatever could be put in another's place: the dictionary that has it, its name, and what it is.
-        places = [(parent._modules, name, child) for parent in parents for name, child in parent._modules.items()]
-        places += [(module._parameters, *item) for module in model.modules() for item in module._parameters.items()]
+        places = [(module._modules, *item) for module in modules for item in module._modules.items()]
+        places += [(module._parameters, *item) for module in modules for item in module._parameters.items()]
         self.holders, self.names, self.held = zip(*places, strict=True)
-        self.hooks = [hooks for x in parents + parts for hooks in (x._forward_hooks, x._forward_pre_hooks)]
-        self.attributes = [module.__dict__ for module in parents + parts]
+        self.hooks = [hooks for x in modules for hooks in (x._forward_hooks, x._forward_pre_hooks)]
+        self.attributes = [module.__dict__ for module in modules]
         self.tensors = [it for it in self.held if isinstance(it, torch.Tensor)]
         self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        # Of these there are copies, which a change in place would not reach.
-        self.counted = [weight for weight in own if weight is not None and not weight.is_inference()]
-        self.versions = [weight._version for weight in self.counted]
-        is_known = all(type(part) in (nn.Linear, nn.LayerNorm) for part in parts)
-        self.are_plain = is_known and all(type(weight) is nn.Parameter for weight in own) and self.are_as_they_were()
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self.versions = [tensor._version for tensor in self.counted]
+        own = ("torch.nn.modules.activation", "transformers.activations", type(model).__module__)
+        are_known = all(
+            type(module) in (nn.Embedding, nn.LayerNorm, nn.ModuleList)
+            or (type(module) is nn.Linear and module.bias is None)
+            or type(module).__module__ in own
+            for module in modules
+        )
+        self.are_plain = are_known and all(type(it) is nn.Parameter for it in self.tensors) and self.are_as_they_were()
 
     def are_as_they_were(self) -> bool:
         return (
@@ -114,7 +124,7 @@ class PlainWeights:
             and not any(self.hooks)
             and not any(map(contains, self.attributes, repeat("forward")))
             and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
-            and [weight._version for weight in self.counted] == self.versions
+            and [tensor._version for tensor in self.counted] == self.versions
         )
 
 
@@ -126,11 +136,13 @@ class StaticReader:
 
     def __init__(self, model: Any, cache: BakaCache, weights: PlainWeights):
         config: BakaConfig = model.config
-        self.config, self.weights = config, weights
+        self.config, self.weights, self.model = config, weights, weakref.ref(model)
+        self.num_plans = model.num_plans  # of the model, when the copies of its weights were last made
         self.chunk_size, self.stream_length = config.chunk_size, config.stream_length  # a config is slow to ask
         self.device, self.batch_size = cache.layers[0].keys.device, cache.batch_size
         self.is_shared = False
         self.owner: Any = None  # a weak reference to the state whose tensors these are
+        self.end_of_owner: Any = None  # what happens when that is gone
         self.graphs: dict[Any, Any] = {}
         self.masks: dict[Any, Any] = {}
         S = config.stream_length
@@ -163,11 +175,30 @@ class StaticReader:
         self.window = -(-S // (8 * self.num_windows)) * 8
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
-    def fits(self, cache: BakaCache) -> bool:
+    def serve(self, cache: BakaCache) -> None:
+        """Be the reader of `cache` from now on."""
+        cache._reader, self.owner = self, weakref.ref(cache)
+        self.end_of_owner = weakref.finalize(cache, _leave, self.model, self)
+        self.end_of_owner.atexit = False
+
+    def give_up(self) -> None:
+        """Be nobody's reader any more: an autograd graph may hold on to these tensors."""
+        self.is_shared = True
+        if self.end_of_owner is not None:
+            self.end_of_owner.detach()
+
+    def refresh(self) -> None:
+        """Copy the model's weights again, since not every optimizer leaves a trace of having changed them."""
+        for block in self.blocks:
+            block.refresh()
+
+    def fits(self, cache: BakaCache, model: Any) -> bool:
+        """Whether this is, or may become, the reader of `cache` by `model`."""
         keys = cache.layers[0].keys
         same = (keys.shape, keys.dtype, keys.device) == (self.keys.shape[1:], self.keys.dtype, self.keys.device)
         is_free = self.owner is None or self.owner() is cache
-        return same and is_free and not self.is_shared and self.weights.are_as_they_were()
+        is_usable = self.model() is model and is_free and not self.is_shared
+        return same and is_usable and self.weights.are_as_they_were()
 
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
@@ -202,29 +233,33 @@ class StaticReader:
                 own.copy_(now)
                 self.known[index] = now
         self.ids[1].copy_(input_ids)
-        self._run((kind, stop), lambda: self._token(model, cache, kind, stop))
+        self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
+        self._run(("token", kind, stop), lambda: self._token(model, cache, kind, stop))
         self.known[0] = cache._num_tokens + reads
         return self.states[1].clone()
 
     def read_chunk(self, model: Any, cache: BakaCache, span: Span, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, n], a whole chunk in step: its normed states [B, n, D], to be used before the next chunk."""
         self.ids[span.length].copy_(text)
-        self._run((span.first, span.has_previous), lambda: self._chunk(model, cache, span))
+        self._run(("chunk", span.first, span.has_previous), lambda: self._chunk(model, cache, span))
         return self.states[span.length]
 
     def _run(self, key: Any, program: Callable[[], None]) -> None:
         """Run a program: the first time as it is, which also compiles its parts, then as a graph."""
-        if self.pool is None or key not in self.graphs:
-            with allow_programs():
-                program()
-            self.graphs[key] = None
+        graph = self.graphs.get(key)
+        if graph is not None:
+            graph.replay()
             return
-        if self.graphs[key] is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        # Programs are compiled for a mode: whoever comes back in inference mode must not need another while recording.
+        with _recording, torch.inference_mode(False), torch.no_grad(), allow_programs():
+            if self.pool is not None and key in self.graphs:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    program()
+                graph.replay()
+            else:
                 program()
             self.graphs[key] = graph
-        self.graphs[key].replay()
 
     # What is recorded. Everything that differs from one replay to the next is in this object's tensors.
 
@@ -273,13 +308,17 @@ class FusedBlock:
     def __init__(self, layer: Any, keys: torch.Tensor, values: torch.Tensor, compiled: Callable):
         attention, mlp = layer.self_attn, layer.mlp
         self.keys, self.values, self.norm = keys, values, layer.input_layernorm
-        joined = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
-        self.sizes = [linear.weight.shape[0] for linear in joined]
-        self.projection = torch.cat([linear.weight.detach() for linear in joined])
+        self.joined = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+        self.sizes = [linear.weight.shape[0] for linear in self.joined]
+        self.projection = torch.cat([linear.weight.detach() for linear in self.joined])
         self.outputs = attention.o_proj, mlp.down_proj
         self.activation, self.scaling = mlp.act_fn, attention.scaling
         self.is_grouped = attention.num_key_value_groups > 1
         self.enter, self.leave = compiled(enter), compiled(leave)
+
+    def refresh(self) -> None:
+        with torch.no_grad(), torch.inference_mode(False):
+            torch.cat([linear.weight.detach() for linear in self.joined], out=self.projection)
 
     def __call__(
         self,

@@ -715,6 +715,7 @@ class BakaModel(BakaPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.checkpoints_chunks = False
+        self.num_plans = 0  # calls that were more than a token from a static state; weights may change between them
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -801,6 +802,7 @@ class BakaModel(BakaPreTrainedModel):
     ) -> "_Pass":
         """Check a call, and cut it into spans."""
         config = self.config
+        self.num_plans += 1
         with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = config.output_attentions if output_attentions is None else output_attentions
         if with_weights and config._attn_implementation != "eager":
@@ -950,7 +952,7 @@ class BakaModel(BakaPreTrainedModel):
             raise ValueError(
                 f"expected `past_key_values` to be a BakaCache (see `new_cache`), got {type(cache).__name__}."
             )
-        if cache._reader is None or cache._reader.config is not self.config:  # else it was looked at before
+        if cache._reader is None or cache._reader.model() is not self:  # else it was looked at before
             check_signature(signature, signature_of(self.config))
         if cache.batch_size != batch_size:
             raise ValueError(
@@ -1074,7 +1076,7 @@ class _Pass:
 
     def embed(self, embed_tokens: nn.Module) -> None:
         """Look all ids up in one call: the embedding has one gradient to add up, not one for every span."""
-        if not all(span.is_aligned for span in self.spans):
+        if self.real is not None or not all(span.is_aligned for span in self.spans):
             self.text = embed_tokens(self.text)
             return
         # Span by span, so that each part lies in memory as it would alone: programs are compiled for a memory layout.
@@ -1533,7 +1535,8 @@ def _computes_losses(head: nn.Module) -> bool:
     if type(head).__module__.startswith("torch.distributed.fsdp"):
         return isinstance(head, BakaHead)
     return (
-        type(head) is BakaHead
+        type(head) in (BakaHead, nn.Linear)  # the latter after `resize_token_embeddings`
+        and head.bias is None
         and type(head.weight) is nn.Parameter
         and "forward" not in vars(head)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks)
@@ -1567,11 +1570,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @runs_compiled_parts
-    def forward(ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, with_gradient: bool
+    ) -> torch.Tensor:
         """The loss, a float32 scalar, of hidden states [T, D] for `targets` [T], -100 for none, by `weight` [V, D]."""
         device, vocab_size = hidden_states.device.type, weight.shape[0]
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        # Whether gradients are enabled is not known in here.
+        needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         states = hidden_states.to(dtype)
         # Rows of logits begin at multiples of 16 bytes: a GPU's matrix products are several times slower otherwise.
         matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 8))
@@ -1595,13 +1601,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         # In the precision of the sum: a scale rounded to half precision would be off for all of the gradient.
         scaled = (
             None if gradient is None else (gradient.to(grad_output.dtype) * grad_output).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None  # type: ignore[return-value]
+        return *scaled, None, None  # type: ignore[return-value]
 
 
 def _cross_entropy(
@@ -1611,17 +1617,20 @@ def _cross_entropy(
     wide, columns = logits.to(_at_least_float32(logits.dtype)), torch.arange(logits.shape[1], device=logits.device)
     if vocab_size < logits.shape[1]:
         wide = wide.masked_fill(columns >= vocab_size, float("-inf"))
-    is_real, target = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
+    is_real = (targets != IGNORED)[:, None]
+    target = torch.where(is_real, targets[:, None], 0)
     if torch.compiler.is_compiling():
         # What a compiler makes two passes of.
         total = wide.logsumexp(1, keepdim=True)
         loss = torch.where(is_real, total - wide.gather(1, target), 0).sum()
         gradient = torch.where(is_real, (wide - total).exp() - (columns == target).to(wide.dtype), 0)
-    else:
-        probabilities = wide.log_softmax(1)
-        loss = -torch.where(is_real, probabilities.gather(1, target), 0).sum()
-        gradient = probabilities.exp_().scatter_add_(1, target, -torch.ones_like(wide[:, :1])).mul_(is_real)
-    return loss, gradient.to(logits.dtype) if with_gradient else logits
+        return loss, gradient.to(logits.dtype) if with_gradient else logits
+    probabilities = wide.log_softmax(1)
+    loss = -torch.where(is_real, probabilities.gather(1, target), 0).sum()
+    if not with_gradient:
+        return loss, logits
+    gradient = probabilities.exp_().scatter_add_(1, target, -torch.ones_like(wide[:, :1])).mul_(is_real)
+    return loss, gradient.to(logits.dtype)
 
 
 class BakaHead(nn.Linear):
@@ -1636,7 +1645,7 @@ class BakaHead(nn.Linear):
 
     @runs_compiled_parts
     def _loss(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return LinearCrossEntropy.apply(hidden_states, self.weight, targets)
+        return LinearCrossEntropy.apply(hidden_states, self.weight, targets, torch.is_grad_enabled())
 
 
 class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
@@ -1733,11 +1742,17 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """The loss of `hidden_states` [B, L, D] for `targets` [B, L], no more than `LOSS_PIECE` logits at a time."""
         targets = targets.to(hidden_states.device)
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= self.config.vocab_size))]
+            if len(wrong):
+                most = self.config.vocab_size - 1
+                raise ValueError(f"expected targets from 0 to {most}, or {IGNORED} for none, got {int(wrong[0])}.")
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORED).sum()
         hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
         if self.loss_function is ForCausalLMLoss and _computes_losses(self.lm_head):
-            loss = self.lm_head(hidden_states, targets)
+            of_head = self.lm_head if isinstance(self.lm_head, BakaHead) else partial(BakaHead._loss, self.lm_head)
+            loss = of_head(hidden_states, targets)
         else:
             loss = self._loss_of_head(hidden_states, targets)
         return (loss / torch.as_tensor(num_items_in_batch, device=loss.device)).float()  # as transformers' own
