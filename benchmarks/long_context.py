@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     add("--peer_tokens", type=int, default=2**17, help="most tokens for Llama to read (default: %(default)s)")
     add("--peer_steps", type=int, help="steps of Llama's to time (default: 32)")
     args = settle(parser.parse_args())
-    kind = "quick" if args.quick else args.device
+    kind = "quick" if args.quick else args.device.partition(":")[0]
     args.reads = READS[kind] if args.reads is None else args.reads
     args.contexts = CONTEXTS[kind] if args.contexts is None else args.contexts
     args.batches = args.batches or ([1, 2] if args.quick else [1] if args.device == "cpu" else [1, 16, 256])

@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="BxL", help="batch sizes and lengths")
     parser.add_argument("--eager", action="store_true", help="without torch.compile, as on a CPU")
     args = settle(parser.parse_args())
-    args.shapes = args.shapes or SHAPES["quick" if args.quick else args.device]
+    args.shapes = args.shapes or SHAPES["quick" if args.quick else args.device.partition(":")[0]]
     args.eager = args.eager or args.device == "cpu"
     return args
 

@@ -379,6 +379,25 @@ def test_padding(overrides: dict[str, Any], pattern: list[str]) -> None:
     assert_padding_is_not_read(tiny_model(tiny_config(**overrides)), bits(pattern))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("pattern", [*MASKS.values(), ["1111111111111", "0011111111111"]], ids=[*MASKS, "one"])
+def test_padding_where_gradients_are_enabled(pattern: list[str], rows: int, packed: bool) -> None:
+    """The same logits and state as without, whoever has asked for gradients."""
+    model = tiny_model(tiny_config())
+    mask = bits(pattern)[:rows]
+    tokens = random_tokens(model.config, *mask.shape)
+    options = dict(position_ids=(torch.arange(mask.shape[1]) % 7)[None]) if packed else {}
+    found = []
+    for enabled in (False, True):
+        state = model.new_cache(len(mask))
+        with torch.set_grad_enabled(enabled):
+            logits = model(tokens, attention_mask=mask, cache=state, **options).logits
+        found.append([logits, state.memory])
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected, **EXACT)
+
+
 @state_configs
 def test_an_empty_call(overrides: dict[str, Any]) -> None:
     """A call of nothing but padding leaves every row where it was."""

@@ -560,6 +560,40 @@ def test_losses_without_logits_of_other_heads(
             assert_close(actual, expected, **EXACT)
 
 
+def test_losses_without_logits_of_a_resized_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers puts a plain linear layer in the head's place: logits are not computed a second time for it."""
+    model = tiny_model(tiny_config(tie_word_embeddings=False)).train()
+    model.resize_token_embeddings(23)
+    tokens = random_tokens(model.config, 2, 11)
+    expected = model(tokens, labels=tokens).loss
+    monkeypatch.setattr(BakaForCausalLM, "_loss_of_head", None)
+    assert_close(model(tokens, labels=tokens, skip_logits=True).loss, expected, **EXACT)
+
+
+def test_losses_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient is computed where nobody will ask for one."""
+    asked = []
+    plain = modeling_baka._cross_entropy
+    monkeypatch.setattr(modeling_baka, "_cross_entropy", lambda *args: (asked.append(args[3]), plain(*args))[1])
+    model = tiny_model(tiny_config()).train()
+    tokens = random_tokens(model.config, 2, 11)
+    model(tokens, labels=tokens, skip_logits=True)
+    with torch.no_grad():
+        model(tokens, labels=tokens, skip_logits=True)
+    assert asked == [True, False]
+
+
+@pytest.mark.parametrize("label", [-1, 19, 20])
+def test_losses_of_what_is_no_token(label: int) -> None:
+    """The head is padded to 24 columns in there; none of those is a target."""
+    model = tiny_model(tiny_config()).train()
+    tokens = random_tokens(model.config, 1, 5)
+    labels = tokens.clone()
+    labels[0, 2] = label
+    with pytest.raises(ValueError, match=f"targets from 0 to 18, or -100 for none, got {label}"):
+        model(tokens, labels=labels, skip_logits=True)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("vocab_size", [96, 101])
 def test_losses_without_logits_in_half_precision(
@@ -577,7 +611,7 @@ def test_losses_without_logits_in_half_precision(
     dtype = torch.float32 if autocast else torch.bfloat16
     narrow = [tensor.to(dtype).requires_grad_() for tensor in (states, weight)]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = modeling_baka.LinearCrossEntropy.apply(*narrow, targets) / 7
+        loss = modeling_baka.LinearCrossEntropy.apply(*narrow, targets, True) / 7
     loss.backward()
     assert_close(loss.double(), expected, rtol=2e-3, atol=0)
     for actual, reference in zip(narrow, wide, strict=True):

@@ -271,7 +271,8 @@ class BakaCache(Cache):
     def cat(cls, states: Sequence["BakaCache"]) -> "BakaCache":
         """The rows of several states of the same model, one state after another.
 
-        The states are left as they are. What they recorded of chunk boundaries does not come over.
+        The states are left as they are. What they recorded of chunk boundaries, and that they were static, does not
+        come over.
 
         Raises:
             ValueError: no state, or states that differ in configuration, device, dtype or the positions fed so far.

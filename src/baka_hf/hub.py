@@ -79,7 +79,8 @@ def model_card(
     places = [(result.dataset, result.split) for result in results]
     if len(set(places)) < len(places):
         raise ValueError(f"`results` must hold one result of each data set and split, got {places!r}.")
-    auto_class, own_task = next(TASKS[end] for end in TASKS if type(model).__name__.endswith(end))
+    found = (TASKS[end] for end in TASKS if type(model).__name__.endswith(end))
+    auto_class, own_task = next(found, ("AutoModel", "feature-extraction"))
     config, datasets = model.config, _listed(datasets)
     measured = max((result for result in results if result.loss_by_chunk), key=_depth, default=None)
     card_data = ModelCardData(
@@ -194,7 +195,8 @@ def _facts_of(trainer: Any, results: Sequence[Result]) -> dict[str, str]:
     args, state, lanes = trainer.args, trainer.state, trainer.train_dataset
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     facts = {}
-    rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    processes = 1 if trainer.accelerator.split_batches else args.world_size
+    rows = args.train_batch_size * args.gradient_accumulation_steps * processes
     facts["Steps"] = f"{state.global_step:,}, each of {rows:,} rows"
     if isinstance(lanes, LaneDataset | StreamingLanes):
         facts["Steps"] += f" of {lanes.row_length:,} tokens"

@@ -755,7 +755,8 @@ class BakaModel(BakaPreTrainedModel):
                 the slots of the previous chunk's stream, then over those of the own one.
 
         Returns:
-            `last_hidden_state` [B, L, D], zero where `attention_mask` is 0, and `past_key_values`.
+            `last_hidden_state` [B, L, D], zero where `attention_mask` is 0 (with `num_last_states=k` among `kwargs` the
+            last k columns at least, and whatever else came with their chunks), and the state.
 
         Raises:
             ValueError: an argument does not fit the others, the model or the state, which is left as it was.
@@ -1686,10 +1687,11 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
                 `labels`: so the last position of a call can have one.
 
         Returns:
-            `loss` (if there are labels), `logits` [B, L, vocab_size], `past_key_values`.
+            `loss` (if there are labels), `logits` [B, L, vocab_size], the state.
 
         Raises:
-            ValueError: as `BakaModel.forward`; or labels have another shape than the text, or `skip_logits` has none.
+            ValueError: as `BakaModel.forward`; or labels have another shape than the text; or `skip_logits` has
+                none or, on a CPU, one that is no token id.
         """
         text = input_ids if input_ids is not None else inputs_embeds
         # No parameter of its own: transformers takes every one with "label" in its name for one that must be there.
