@@ -230,7 +230,7 @@ def test_a_head_quantized_in_place_keeps_its_loss(wide: Path) -> None:
     tokens = random_tokens(model.config, 2, LENGTH)
     before = losses(model, tokens)[1]
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    assert type(model.lm_head) is nn.Linear
+    assert type(model.lm_head) is modeling_baka.BakaHead
     with_logits, without = losses(model, tokens)
     assert with_logits != before
     assert_close(with_logits, without, rtol=1e-5, atol=1e-5)

@@ -167,7 +167,8 @@ def in_processes(
 
 def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]], environment: Mapping[str, str]) -> None:
     os.environ |= environment
-    modeling_baka.LOSS_PIECE = 5  # several pieces, as the losses of real steps have
+    if environment:
+        modeling_baka.LOSS_PIECE = 5  # several pieces, as the losses of real steps have
     if number > 1 or environment:
         os.environ |= dict(
             RANK=str(rank),

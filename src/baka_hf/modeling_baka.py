@@ -1699,8 +1699,8 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
             if targets is not None and text is not None and targets.shape != text.shape[:2]:
                 raise ValueError(f"expected `{name}` of shape {list(text.shape[:2])}, got {list(targets.shape)}.")
-        if skip_logits and labels is None and shift_labels is None:
-            raise ValueError("expected `labels` or `shift_labels` with `skip_logits=True`: there is nothing to return.")
+        if skip_logits:
+            self._check_targets(labels if shift_labels is None else shift_labels)
         if labels is None and shift_labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
             kwargs["num_last_states"] = logits_to_keep
         cache = either_name(past_key_values, cache)
@@ -1738,17 +1738,24 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             attentions=None if outputs is None else outputs.attentions,
         )
 
+    @on_host
+    def _check_targets(self, targets: torch.Tensor | None) -> None:
+        if targets is None:
+            raise ValueError("expected `labels` or `shift_labels` with `skip_logits=True`: there is nothing to return.")
+        if targets.device.type == "cpu" and self.model._can_look_at(
+            targets
+        ):  # on an accelerator one would have to wait
+            wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= self.config.vocab_size))]
+            if len(wrong):
+                most = self.config.vocab_size - 1
+                raise ValueError(f"expected targets from 0 to {most}, or {IGNORED} for none, got {int(wrong[0])}.")
+
     @runs_compiled_parts
     def _loss_by_pieces(
         self, hidden_states: torch.Tensor, targets: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         """The loss of `hidden_states` [B, L, D] for `targets` [B, L], no more than `LOSS_PIECE` logits at a time."""
         targets = targets.to(hidden_states.device)
-        if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-            wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= self.config.vocab_size))]
-            if len(wrong):
-                most = self.config.vocab_size - 1
-                raise ValueError(f"expected targets from 0 to {most}, or {IGNORED} for none, got {int(wrong[0])}.")
         if num_items_in_batch is None:
             num_items_in_batch = (targets != IGNORED).sum()
         hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
