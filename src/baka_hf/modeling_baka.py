@@ -586,8 +586,7 @@ def gather_positions(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return x.gather(1, index.to(x.device)[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-@dataclass
-class Stream:
+class Stream(NamedTuple):
     """What a chunk finds when it begins or goes on, as tensors with gradients that nothing writes into.
 
     Keys and values of each block stand for slots begin … begin + their length - 1 of the two halves. Where a chunk has
@@ -1330,17 +1329,17 @@ class _Pass:
     ) -> tuple[Stream, list[torch.Tensor], list[torch.Tensor]]:
         """The state after a span, and the states and weights of its text, from what the blocks gave."""
         model, config, R = self.model, self.config, self.config.num_memory_tokens
-        after = Stream(memory, [None] * len(news), [None] * len(news))
-        for index, (past, new) in enumerate(zip(pasts, news, strict=True)):
-            if new is not None:
-                after.keys[index], after.values[index] = self._keep(layout, placement, past[:2], *new)
-        if not self.in_place:
-            after.begin = placement.first if layout.completes is False else 0
-            after.turns = layout.completes is True and self.half > 0
+        kept = [
+            self._keep(layout, placement, past[:2], *new) if new else (None, None)
+            for past, new in zip(pasts, news, strict=True)
+        ]
+        begin = placement.first if layout.completes is False and not self.in_place else 0
+        turns = layout.completes is True and self.half > 0 and not self.in_place
         if R and _any(layout.completes):
-            new = states[-1][:, -R:] if layout.in_step else gather_positions(states[-1], layout.write)
-            new = model.memory_norm(new) if config.memory_norm else new
-            after.memory = _where(layout.completes, new, memory)
+            written = states[-1][:, -R:] if layout.in_step else gather_positions(states[-1], layout.write)
+            written = model.memory_norm(written) if config.memory_norm else written
+            memory = _where(layout.completes, written, memory)
+        after = Stream(memory, [keys for keys, _ in kept], [values for _, values in kept], begin, turns)
         *states, last = (self._text(layout, state) for state in states)
         weights = [self._text_weights(layout, placement, weight) for weight in weights if weight is not None]
         return after, [*states, model.norm(last)], weights
