@@ -334,6 +334,7 @@ def test_bad_input_leaves_a_static_state_as_it_was() -> None:
         for bad, message in (
             (dict(input_ids=tokens[:1, :1]), "expected a state of batch size 1, got one of 2"),
             (dict(input_ids=tokens[:, :1] + 1000), "expected token ids from 0 to"),
+            (dict(input_ids=tokens[:, :1], inputs_embeds=torch.zeros(2, 1, 12)), "expected exactly one of"),
             (dict(input_ids=tokens[:, :1], attention_mask=tokens[:, :3]), "expected an `attention_mask` of shape"),
         ):
             with pytest.raises(ValueError, match=message):

@@ -767,9 +767,12 @@ class BakaModel(BakaPreTrainedModel):
                     f"expected `position_ids` that restart at 0 where a packed text begins, got `{name}` alone (PEFT's "
                     "prompt learning drops `position_ids`: give it samples that are not packed)."
                 )
-        states = self._read_token(input_ids, attention_mask, cache, output_hidden_states, output_attentions, **kwargs)
-        if states is not None:
-            return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
+        if inputs_embeds is None:
+            states = self._read_token(
+                input_ids, attention_mask, cache, output_hidden_states, output_attentions, **kwargs
+            )
+            if states is not None:
+                return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
         pass_ = self._plan(
             input_ids,
             attention_mask,
@@ -1490,8 +1493,8 @@ class _Pass:
 class _PassByBlocks(_Pass):
     """A pass of which torch.compile compiles the blocks alone: one program for all of them, not one that has them all.
 
-    A block's own work is what it can speed up, and a program of twelve takes twelve times as long to compile. Only
-    where a chunk is computed again in the backward pass, which happens outside, must it be compiled as a whole.
+    A block's own work is what it can speed up, and a program of many takes many times as long to compile. Only where a
+    chunk is computed again in the backward pass, which happens outside, must it be compiled as a whole.
     """
 
     _run = runs_compiled_parts(_Pass._read_stream)
@@ -1705,7 +1708,7 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
         cache = either_name(past_key_values, cache)
         outputs = None
         hidden_states = None
-        if cache is not None:
+        if cache is not None and inputs_embeds is None:
             hidden_states = self.model._read_token(input_ids, attention_mask, cache, **kwargs)
         if hidden_states is None:
             outputs = self.model(
@@ -1741,9 +1744,8 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
     def _check_targets(self, targets: torch.Tensor | None) -> None:
         if targets is None:
             raise ValueError("expected `labels` or `shift_labels` with `skip_logits=True`: there is nothing to return.")
-        if targets.device.type == "cpu" and self.model._can_look_at(
-            targets
-        ):  # on an accelerator one would have to wait
+        # On an accelerator one would have to wait for the device.
+        if targets.device.type == "cpu" and self.model._can_look_at(targets):
             wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= self.config.vocab_size))]
             if len(wrong):
                 most = self.config.vocab_size - 1

@@ -1,0 +1,40 @@
+"""Benchmarks run: two sides, a line and a ratio for each measurement, a picture. Their figures mean nothing here."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FIGURES = {
+    "training": {"tokens/s"},
+    "generation": {"ms/token"},
+    "long_context": {"tokens/s", "ms/step", "worst ms"},
+    "peers": {"tokens/s", "ms/token"},
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_both_sides_are_measured(name: str, tmp_path: Path) -> None:
+    if name == "peers" and importlib.util.find_spec("recurrent_memory_transformer_pytorch") is None:
+        pytest.skip("recurrent-memory-transformer-pytorch is not installed")
+    command = [sys.executable, BENCHMARKS / f"{name}.py", "--device", "cpu", "--quick", "--out", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
+
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    rows = [line for line in lines if "work" in line]
+    works = {work: {row["side"] for row in rows if row["work"] == work} for work in (row["work"] for row in rows)}
+    assert works and all(len(sides) == 2 and "BakaLLM" in sides for sides in works.values())
+    for figure in FIGURES[name]:
+        assert {row[figure] > 0 for row in rows if figure in row} == {True}
+
+    _, _, *table = (tmp_path / f"{name}.md").read_text().splitlines()
+    assert len(table) >= len(works)
+    assert all(float(row.split("|")[-2]) >= 0 for row in table)
+    assert (tmp_path / f"{name}.png").is_file() == (name != "peers")
+    sizes = [line for line in lines if "by_formula" in line]
+    assert all(line["state_bytes_a_row"] == line["by_formula"] for line in sizes)
+    assert len(sizes) == (4 if name == "long_context" else 0)
