@@ -20,7 +20,7 @@ from safetensors.torch import load
 from stand_in_hub import TOKEN, Fault, StandInHub
 from test_card import snippet
 
-CODE = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py"}
+CODE = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py", "training_graphs_baka.py"}
 WEIGHTS = "model.safetensors"
 HERE = Path(__file__).parent
 

@@ -461,7 +461,7 @@ def test_sharded_by_the_example_configuration(tmp_path: Path) -> None:
         assert_same(sharded[name].final, expected.final, rtol=1e-6, atol=1e-8)
     checkpoint = tmp_path / "whole" / "checkpoint-10"
     assert_same(weights_of(BakaForCausalLM.from_pretrained(checkpoint)), sharded["whole"].final)
-    code = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py"}
+    code = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py", "training_graphs_baka.py"}
     assert {path.name for path in checkpoint.glob("*.py")} == code
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForCausalLM"] == "modeling_baka.BakaForCausalLM"

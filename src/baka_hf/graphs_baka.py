@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cache_baka import HASH_MULTIPLIER, BakaCache, Placement
 from .configuration_baka import BakaConfig
@@ -39,9 +38,6 @@ from .modeling_baka import (
 
 # Where states are read this way. Without a graph it is right everywhere, but no faster.
 DEVICES = ("cuda",)
-
-# cuDNN's attention takes a mask at no cost and is the fastest there for few queries and for many.
-BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 PLAIN, PAUSE, EDGE = range(3)  # kinds of steps, by what the token at a position brings with it
 
@@ -104,11 +100,9 @@ class PlainWeights:
         places += [(module._parameters, *item) for module in modules for item in module._parameters.items()]
         self.holders, self.names, self.held = zip(*places, strict=True)
         self.hooks = [hooks for x in modules for hooks in (x._forward_hooks, x._forward_pre_hooks)]
+        self.hooks += [hooks for x in modules for hooks in (x._backward_hooks, x._backward_pre_hooks)]
         self.attributes = [module.__dict__ for module in modules]
         self.tensors = [it for it in self.held if isinstance(it, torch.Tensor)]
-        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
-        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
-        self.versions = [tensor._version for tensor in self.counted]
         own = ("torch.nn.modules.activation", "transformers.activations", type(model).__module__)
         are_known = all(
             type(module) in (nn.Embedding, nn.LayerNorm, nn.ModuleList)
@@ -116,15 +110,24 @@ class PlainWeights:
             or type(module).__module__ in own
             for module in modules
         )
-        self.are_plain = are_known and all(type(it) is nn.Parameter for it in self.tensors) and self.are_as_they_were()
+        self.are_plain = are_known and all(type(it) is nn.Parameter for it in self.tensors)
+        if self.are_plain:  # shards have no address
+            self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+            self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+            self.versions = [tensor._version for tensor in self.counted]
+            self.are_plain = self.are_as_they_were()
 
     def are_as_they_were(self) -> bool:
+        """Whether they are the same, and have the same values."""
+        return self.are_in_place() and [tensor._version for tensor in self.counted] == self.versions
+
+    def are_in_place(self) -> bool:
+        """Whether they are the same, whatever their values."""
         return (
             all(map(is_, map(dict.get, self.holders, self.names), self.held))
             and not any(self.hooks)
             and not any(map(contains, self.attributes, repeat("forward")))
             and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
-            and [tensor._version for tensor in self.counted] == self.versions
         )
 
 
@@ -345,15 +348,14 @@ class FusedBlock:
             self.values,
         )
         visible = slice(placement.first, placement.stop)
-        with sdpa_kernel(BACKENDS, set_priority=True):
-            attended = nn.functional.scaled_dot_product_attention(
-                query,
-                self.keys[:, :, visible],
-                self.values[:, :, visible],
-                attn_mask=attention_mask,
-                scale=self.scaling,
-                enable_gqa=self.is_grouped,
-            )
+        attended = nn.functional.scaled_dot_product_attention(
+            query,
+            self.keys[:, :, visible],
+            self.values[:, :, visible],
+            attn_mask=attention_mask,
+            scale=self.scaling,
+            enable_gqa=self.is_grouped,
+        )
         o_proj, down_proj = self.outputs
         return self.leave(hidden_states, attended, gated, o_proj.weight, down_proj.weight), None, None, None
 

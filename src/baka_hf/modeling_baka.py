@@ -11,6 +11,7 @@ chunk that are read in one pass, and gives each row its place; everything recurr
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Unpack
@@ -19,6 +20,7 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -47,6 +49,11 @@ runs_compiled_parts = torch.compiler.disable(recursive=False)
 # One program for each kind of chunk, and again for other batch sizes. torch gives up compiling at 8 of them by default.
 # Under DDP it would cut every program in two, to send the gradients of one half early: blocks are small enough.
 allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimize_ddp=False)
+
+# PyTorch's attention for pieces of chunks, on a CUDA device. Where it prefers cuDNN's, that takes some 30 ms to prepare
+# itself for each new length, and a piece may have any. (The order of preference is not ours to set: once set, even for
+# a moment, PyTorch's own is lost to the whole process.)
+FOR_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -245,9 +252,12 @@ class BakaAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
-            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling
-        )
+        arguments = self, query_states, key_states, value_states, attention_mask
+        if query_states.is_cuda and query_states.shape[2] < self.config.chunk_size:
+            with sdpa_kernel(FOR_ANY_LENGTH):
+                output, weights = attention(*arguments, dropout=0.0, scaling=self.scaling)
+        else:
+            output, weights = attention(*arguments, dropout=0.0, scaling=self.scaling)
         return self.o_proj(output.reshape(*input_shape, -1)), new_key, new_value, weights
 
 
@@ -570,9 +580,11 @@ def compare_slots(
         numbers = torch.arange(half + S, device=device)[None]
     numbers = numbers + S - half
     horizons = torch.where(slots < R, S + R - 1, torch.where(slots >= S - R, 2 * S - 1, S + slots))
-    if span.has_previous is not True:
-        has_previous = torch.as_tensor(span.has_previous, device=device).reshape(-1, 1)
+    if isinstance(span.has_previous, torch.Tensor):
+        has_previous = span.has_previous.to(device)[:, None]
         numbers = numbers.masked_fill((numbers < S) & ~has_previous, 2 * S)
+    elif not span.has_previous:
+        numbers = numbers.masked_fill(numbers < S, 2 * S)
     return numbers, horizons
 
 
@@ -674,6 +686,20 @@ class BakaPreTrainedModel(PreTrainedModel):
             elif by_chunk and isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = False
 
+    def cuda_graphs_enable(self, enable: bool = True) -> None:
+        """Record training calls as CUDA graphs (`training_graphs_baka`), or stop doing so.
+
+        A call's blocks are some thousand kernels, many of a few microseconds, and asking for one after another keeps a
+        GPU waiting when rows are few. The first call of each kind (rows, tokens, with or without a state) runs as it
+        would anyway, the second is recorded, and the blocks of all later ones are launched at once, forward and
+        backward. Activation memory stays reserved for that. Only with gradients, on a CUDA device, from `input_ids`
+        without an `attention_mask`, in models of plain modules without hooks, adapters, shards, checkpointing or random
+        pauses; whatever else comes is read as ever.
+        """
+        for module in self.modules():
+            if isinstance(module, BakaModel):
+                module.records_training = enable
+
     def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None, static: bool = False) -> BakaCache:
         """An empty state of this model's own class, device and dtype.
 
@@ -714,6 +740,7 @@ class BakaModel(BakaPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.checkpoints_chunks = False
+        self.records_training = False
         self.num_plans = 0  # calls that were more than a token from a static state; weights may change between them
         self.post_init()
 
@@ -785,8 +812,12 @@ class BakaModel(BakaPreTrainedModel):
             kwargs.get("within_beam_search", False),
             kwargs.get("num_last_states"),
         )
-        for index in range(len(pass_.spans)):
-            pass_.read(index)
+        if pass_.graph is None:
+            with pass_.reading():
+                for index in range(len(pass_.spans)):
+                    pass_.read(index)
+        else:
+            pass_.graph.read(pass_)
         return pass_.close()
 
     @on_host
@@ -861,6 +892,10 @@ class BakaModel(BakaPreTrainedModel):
             pass_.num_last_states = num_last_states
         if inputs_embeds is None and torch.is_grad_enabled() and not recomputes:
             pass_.embed(self.embed_tokens)
+        if self.records_training and pass_.pieces is not None:
+            from .training_graphs_baka import graph_of
+
+            pass_.graph = graph_of(self, pass_)
         if cache is not None and seeded is not None:
             # What the state will know of itself after the call.
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
@@ -1035,9 +1070,11 @@ class _Pass:
     """One call of `BakaModel`: reads its spans one after another and collects what they give."""
 
     text: Any  # the call's ids [B, L], or its embeddings [B, L, D]
-    pieces: Any = None  # each span's part of them, if all rows read the same columns and they are known in advance
+    embeddings: Any = None  # of all spans, one after another [·, D], if all rows read the same columns
+    pieces: Any = None  # each span's part of them [B, T, D]
     following: Any = None  # what `close` tells the cache
     reader: Any = None  # reads whole chunks by graphs, from a static state
+    graph: Any = None  # reads all of the call at once, to train on it
     num_last_states: int | None = None  # how many columns' states are asked for, from the last one back; None: all
 
     def __init__(
@@ -1055,6 +1092,7 @@ class _Pass:
         config = model.config
         self.model, self.config, self.cache, self.spans = model, config, cache, spans
         self.batch_size, self.length, self.real = batch_size, length, real
+        self.keeps = cache is not None  # whether another call reads what this one leaves behind
         self.with_states, self.with_weights = with_states, with_weights
         self.blocks: Any = model.layers
         self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
@@ -1068,14 +1106,28 @@ class _Pass:
             stream = Stream(cache.memory, [None] * layers, [None] * layers)
         else:
             stream = self._borrow(cache)
-        # By how many chunks their gradients reach back: one stream, unless `bptt_chunks` asks for a sliding window.
-        self.streams: dict[int, Stream] = {0: stream if self.bptt_chunks is None else stream.detach()}
-        self.last = stream
+        self.begin(stream)
         self.fixed_pauses = fixed_pauses(config)
         self.pauses: Any = self.fixed_pauses if cache is None or not config.uses_random_pauses else cache._pauses
         self.masks: dict[Any, torch.Tensor | None] = {}
         self.states: list[list[torch.Tensor]] = []
         self.weights: list[list[torch.Tensor]] = []
+
+    def begin(self, stream: Stream) -> None:
+        """Begin with what `stream` has."""
+        # By how many chunks their gradients reach back: one stream, unless `bptt_chunks` asks for a sliding window.
+        self.streams: dict[int, Stream] = {0: stream if self.bptt_chunks is None else stream.detach()}
+        self.last = stream
+
+    @on_host
+    def reading(self) -> Any:
+        """What the spans are to be read in."""
+        device = self.model.norm.weight.device.type
+        if not self.model.records_training or not torch.is_autocast_enabled(device):
+            return nullcontext()
+        # What autocast keeps while recording would be found, and be stale, when all else is read. Programs are compiled
+        # for the one or the other.
+        return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
 
     def embed(self, embed_tokens: nn.Module) -> None:
         """Look all ids up in one call: the embedding has one gradient to add up, not one for every span."""
@@ -1083,9 +1135,12 @@ class _Pass:
             self.text = embed_tokens(self.text)
             return
         # Span by span, so that each part lies in memory as it would alone: programs are compiled for a memory layout.
-        counts = [span.count for span in self.spans]
-        flat = embed_tokens(torch.cat([ids.flatten() for ids in self.text.split(counts, dim=1)]))
-        parts = flat.split([self.batch_size * count for count in counts])
+        ids = self.text.split([span.count for span in self.spans], dim=1)
+        self.take_embeddings(embed_tokens(torch.cat([piece.flatten() for piece in ids])))
+
+    def take_embeddings(self, embeddings: torch.Tensor) -> None:
+        self.embeddings = embeddings
+        parts = embeddings.split([self.batch_size * span.count for span in self.spans])
         self.pieces = [part.unflatten(0, (self.batch_size, -1)) for part in parts]
 
     def _borrow(self, cache: BakaCache) -> Stream:
@@ -1097,7 +1152,12 @@ class _Pass:
         for layer in cache.layers:
             layer.is_shared = True
         cache._release()
-        keys, values = [readable(x.keys) for x in cache.layers], [readable(x.values) for x in cache.layers]
+        # In the dtype that attention will have, as later calls find them: programs are compiled for one.
+        device, dtype = cache.device.type, cache.layers[0].keys.dtype
+        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        keys = [readable(layer.keys).to(dtype) for layer in cache.layers]
+        values = [readable(layer.values).to(dtype) for layer in cache.layers]
         return Stream(readable(cache.memory), keys, values)
 
     @runs_compiled_parts
@@ -1166,7 +1226,7 @@ class _Pass:
     def _prepare(self, index: int) -> tuple[Span, Layout, Any, torch.Tensor]:
         """Span number `index`, its layout, its view and its tokens: ids [B, T] or embeddings [B, T, D]."""
         span, pauses = self._place_pauses(self.spans[index])
-        followed = self.cache is not None or index + 1 < len(self.spans)
+        followed = self.keeps or index + 1 < len(self.spans)
         layout = lay_out(span, self.config, pauses, followed)
         if self.pieces is not None:
             text = self.pieces[index]
@@ -1243,7 +1303,7 @@ class _Pass:
             def allowed(b: Any, h: Any, q: Any, k: Any) -> torch.Tensor:
                 return numbers[b, k] <= horizons[b, q]
 
-        return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
             batch_size=batch_size,
             q_length=horizons.shape[-1],
             kv_length=numbers.shape[-1],
@@ -1257,6 +1317,11 @@ class _Pass:
             config=config,
             device=device,
         )
+        if device.type != "cuda" or not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+            return mask
+        # There each block would make this of it again.
+        kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+        return torch.zeros_like(mask, dtype=kind).masked_fill_(~mask, float("-inf"))
 
     def _run(self, *arguments: Any) -> Any:
         if self.recomputes:
@@ -1430,9 +1495,8 @@ class _Pass:
     @on_host
     def close(self) -> BaseModelOutputWithPast:
         """Leave the state behind in the cache, and put together what was read."""
-        if self.spans and self.model.training and torch.is_grad_enabled():
-            first = self.states[0]
-            first[-1] = first[-1] + self.model._anchor(first[-1])
+        if self.spans and self.graph is None:
+            self.anchor()
         if self.cache is not None:
             self._leave_state(self.cache, *self.following)
         states, weights = self._outputs()
@@ -1443,22 +1507,33 @@ class _Pass:
             attentions=weights,
         )
 
+    def anchor(self) -> None:
+        """In training, make every parameter one that the call depends on."""
+        if self.model.training and torch.is_grad_enabled():
+            first = self.states[0]
+            first[-1] = first[-1] + self.model._anchor(first[-1])
+
+    def kept_at_the_end(self, cache: BakaCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For each block the keys and values, [B, H_kv, slots, head_dim], that `cache` is left with."""
+        kept, total = [], self.half + self.config.stream_length
+        for index, layer in enumerate(cache.layers):
+            keys, values = self.last.kept(index, 0, total)
+            if keys is None or values is None:  # nothing of a full chunk is kept without the XL cache
+                keys, values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
+            elif self.last.turns:
+                keys = apply_rotary(keys, *self._backwards(keys))
+            kept.append((keys, values))
+        return kept
+
     def _leave_state(
         self, cache: BakaCache, input_ids: torch.Tensor | None, seeded: torch.Tensor, num_aligned: int, restarted: bool
     ) -> None:
         """What the cache keeps of the call. In the last `num_aligned` positions no row had padding."""
-        stream = self.last
         if self.spans:
-            cache.memory = stream.memory
+            cache.memory = self.last.memory
         if self.spans and not self.in_place:
-            total = self.half + self.config.stream_length
-            for index, layer in enumerate(cache.layers):
-                keys, values = stream.kept(index, 0, total)
-                if keys is None or values is None:  # nothing of a full chunk is kept without the XL cache
-                    keys, values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
-                elif stream.turns:
-                    keys = apply_rotary(keys, *self._backwards(keys))
-                layer.keys, layer.values, layer.is_shared = keys, values, True
+            for layer, kept in zip(cache.layers, self.kept_at_the_end(cache), strict=True):
+                (layer.keys, layer.values), layer.is_shared = kept, True
         num_tokens = self.spans[-1].num_tokens if self.spans else cache._num_tokens
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
         cache._advance(self.length, num_tokens, seeded, pauses, num_aligned, restarted)
@@ -1623,11 +1698,12 @@ def _cross_entropy(
     is_real = (targets != IGNORED)[:, None]
     target = torch.where(is_real, targets[:, None], 0)
     if torch.compiler.is_compiling():
-        # What a compiler makes two passes of.
-        total = wide.logsumexp(1, keepdim=True)
-        loss = torch.where(is_real, total - wide.gather(1, target), 0).sum()
-        gradient = torch.where(is_real, (wide - total).exp() - (columns == target).to(wide.dtype), 0)
-        return loss, gradient.to(logits.dtype) if with_gradient else logits
+        # What a compiler makes two passes of. The gradient takes the place of the logits, which nobody needs any more.
+        shifted = wide - wide.amax(1, keepdim=True)
+        total = shifted.exp().sum(1, keepdim=True)
+        loss = torch.where(is_real, total.log() - shifted.gather(1, target), 0).sum()
+        gradient = torch.where(is_real, shifted.exp() / total - (columns == target).to(wide.dtype), 0)
+        return loss, logits.copy_(gradient) if with_gradient else logits
     probabilities = wide.log_softmax(1)
     loss = -torch.where(is_real, probabilities.gather(1, target), 0).sum()
     if not with_gradient:

@@ -74,6 +74,13 @@ class BakaTrainingArguments(TrainingArguments):
             "pass of its own and the state carried between them. All of the step's if not given."
         },
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Record training steps as CUDA graphs (`model.cuda_graphs_enable()`), beside `torch_compile`: much "
+            "faster where rows are few."
+        },
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={"help": "Let DDP search every step for parameters without a gradient; each of a BakaLLM's gets one."},
@@ -112,6 +119,10 @@ class BakaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if given is None and (_is_lanes(self.train_dataset) or _is_lanes(self.eval_dataset)):
             self.data_collator = default_data_collator  # not a tokenizer's, which would add a mask
+        if getattr(self.args, "cuda_graphs", False):
+            for module in self.model.modules():
+                if hasattr(module, "records_training"):
+                    module.records_training = True
         self._groups = deque([_Group()])  # of lanes; the one to be read next comes first
         self._lanes: LaneDataset | StreamingLanes | None = None  # what is being read
         self._skips_logits = True

@@ -1,0 +1,276 @@
+"""Training calls by CUDA graphs, `model.cuda_graphs_enable()`.
+
+What the blocks do in a call, all chunks forward and all of them backward, depends on shapes alone: which rows begin a
+text is a matter of masks. So it is recorded once for each kind of call, as two graphs over tensors that stay where they
+are, and from then on launched at once. What comes in is copied to these tensors, what comes out from them, so that
+callers need not know. Embedding, head, loss and optimizer are not in the graphs.
+
+Between the two graphs the activations lie in memory that all recorded calls share. Therefore one call at a time can
+wait for its backward pass; others are read without graphs meanwhile.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .cache_baka import BakaCache
+from .graphs_baka import PlainWeights, _recording
+from .modeling_baka import Span, Stream, _Pass, _PassByBlocks, on_host, runs_compiled_parts
+
+# Where calls are read this way. Without a graph it is right everywhere, but no faster.
+DEVICES = ("cuda",)
+
+NUM_GRAPHS = 8  # kinds of calls that are recorded for a model; each keeps what goes in and comes out
+
+_recorders: "weakref.WeakKeyDictionary[nn.Module, Recorder]" = weakref.WeakKeyDictionary()
+
+
+def graph_of(model: Any, pass_: _Pass) -> "TrainingGraph | None":
+    """What reads a call of `model`, a `BakaModel`, by graphs; None if it is to be read as ever."""
+    embeddings, cache = pass_.embeddings, pass_.cache
+    if not (model.training and torch.is_grad_enabled()) or embeddings.device.type not in DEVICES:
+        return None
+    if pass_.with_states or pass_.with_weights or not all(span.in_step for span in pass_.spans):
+        return None
+    if model.config._attn_implementation != "sdpa" or model.config.uses_random_pauses:
+        return None
+    if any(layer.gradient_checkpointing for layer in model.layers):
+        return None
+    if cache is not None and any(tensor.requires_grad for tensor in _tensors(cache)):
+        return None
+    recorder = _recorders.get(model)
+    if recorder is None or not recorder.weights.are_in_place():
+        _recorders.pop(model, None)
+        weights = PlainWeights(model)
+        if not weights.are_plain or any(weight.device != embeddings.device for weight in weights.tensors):
+            return None
+        recorder = _recorders[model] = Recorder(weights)
+    return recorder.find(pass_)
+
+
+class Recorder:
+    """The recorded calls of a model, by their kind."""
+
+    def __init__(self, weights: PlainWeights):
+        self.weights = weights
+        self.graphs: dict[Any, TrainingGraph] = {}
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self.turn: Any = None  # a weak reference to that of the call whose backward pass may still come
+
+    def find(self, pass_: _Pass) -> "TrainingGraph | None":
+        embedding = pass_.model.embed_tokens.weight
+        trained = [weight for weight in self.weights.tensors if weight.requires_grad and weight is not embedding]
+        kind = _kind_of(pass_), tuple(map(id, trained))
+        graph = self.graphs.get(kind)
+        if graph is None and trained and len(self.graphs) < NUM_GRAPHS:
+            self.graphs[kind] = TrainingGraph(self, trained)  # for the next of its kind
+        turn = self.turn and self.turn()
+        return graph if turn is None or turn.is_over else None
+
+
+def _kind_of(pass_: _Pass) -> Any:
+    """What a call must have in common with a recorded one."""
+    embeddings, cache, device = pass_.embeddings, pass_.cache, pass_.embeddings.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    flags = tuple(None if _comes_in(pass_, flag) else flag for flag in _flags_of(pass_))
+    spans = flags, tuple((span.start, span.count) for span in pass_.spans)
+    state = None if cache is None else tuple((x.shape, x.dtype) for x in _tensors(cache)[:3])
+    text = embeddings.shape, embeddings.dtype, embeddings.requires_grad
+    return spans, text, state, autocast, pass_.bptt_chunks
+
+
+def _flags_of(pass_: _Pass) -> list[Any]:
+    """`first` and `has_previous` of every span."""
+    return [flag for span in pass_.spans for flag in (span.first, span.has_previous)]
+
+
+def _comes_in(pass_: _Pass, flag: Any) -> bool:
+    """Whether a flag is input of a graph: if rows differ, and with a state in any case, lest there be more kinds."""
+    return pass_.cache is not None or isinstance(flag, torch.Tensor)
+
+
+def _inputs_of(pass_: _Pass) -> torch.Tensor:
+    """[2 · spans, B] bool on the host: all flags, for each row."""
+    return torch.stack([torch.as_tensor(flag).expand(pass_.batch_size) for flag in _flags_of(pass_)])
+
+
+def _tensors(cache: BakaCache) -> list[torch.Tensor]:
+    """Memory, keys and values of a state."""
+    return [cache.memory, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+
+
+def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
+class TrainingGraph:
+    """A kind of call, recorded: what goes in, what comes out, and the graphs between.
+
+    Outputs are the normed states [B, L, D] and, if there is a state, its memory and each block's keys and values.
+    """
+
+    text: torch.Tensor  # embeddings [·, D], as `_Pass.embeddings`
+    flags: torch.Tensor | None  # as `_inputs_of`, on the device; None if none comes in
+    state: BakaCache | None
+    spans: list[Span]
+    grad_states: torch.Tensor
+    outputs: list[torch.Tensor]
+    gradients: list[torch.Tensor | None]  # of `inputs`
+
+    def __init__(self, recorder: Recorder, parameters: list[torch.Tensor]):
+        self.recorder, self.parameters = weakref.ref(recorder), parameters
+        self.graphs: tuple[Any, Any] | None = None  # forward and backward
+        self.is_ready = False
+
+    @runs_compiled_parts
+    def read(self, pass_: _Pass) -> None:
+        """Read all spans of `pass_`."""
+        if not self.is_ready:
+            with _recording:
+                self._prepare(pass_)
+                self._record(pass_.model)
+            self.is_ready = True
+        self._take_in(pass_)
+        states, *state = _Replay.apply(self, pass_.model, pass_.embeddings, *self.parameters)
+        pass_.states, pass_.weights = [[states]], [[]]
+        if state:
+            pass_.last = Stream(state[0], state[1::2], state[2::2])
+
+    @on_host
+    def _prepare(self, pass_: _Pass) -> None:
+        """Make room for what goes in."""
+        embeddings, cache = pass_.embeddings, pass_.cache
+        self.text = embeddings.detach().clone().requires_grad_(embeddings.requires_grad)
+        self.inputs = [*([self.text] if self.text.requires_grad else []), *self.parameters]
+        flags = _flags_of(pass_)
+        self.flags, self.spans = None, list(pass_.spans)
+        if any(_comes_in(pass_, flag) for flag in flags):
+            self.flags = _inputs_of(pass_).to(embeddings.device)
+            flags = [own if _comes_in(pass_, flag) else flag for flag, own in zip(flags, self.flags, strict=True)]
+            self.spans = [
+                span._replace(first=first, has_previous=has_previous)
+                for span, first, has_previous in zip(pass_.spans, flags[::2], flags[1::2], strict=True)
+            ]
+        self.state = None if cache is None else cache.clone()
+        self.grad_states = embeddings.new_zeros(pass_.batch_size, pass_.length, embeddings.shape[-1])
+
+    @on_host
+    def _take_in(self, pass_: _Pass) -> None:
+        if self.flags is not None:
+            self.flags.copy_(_inputs_of(pass_))
+        if self.state is not None and pass_.cache is not None:
+            torch._foreach_copy_(_tensors(self.state), _tensors(pass_.cache))
+
+    @runs_compiled_parts
+    def _record(self, model: Any) -> None:
+        if self.text.device.type != "cuda":
+            return
+        # Once as it is: kernels are compiled and chosen.
+        stream = torch.cuda.Stream(self.text.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._run_forward(model)
+            self._run_backward()
+            self.outputs, self.gradients = [], []
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        recorder = self.recorder()
+        options: dict[str, Any] = dict(pool=recorder and recorder.pool, capture_error_mode="thread_local")
+        with torch.cuda.graph(graphs[0], **options):
+            self._run_forward(model)
+        with torch.cuda.graph(graphs[1], **options):
+            self._run_backward()
+        self.outputs = [output.detach() for output in self.outputs]  # activations belong to whoever is recorded next
+        self.graphs = graphs
+
+    @runs_compiled_parts
+    def _run_forward(self, model: Any) -> None:
+        with torch.enable_grad():
+            pass_ = self._open(model)
+            with pass_.reading():
+                for index in range(len(self.spans)):
+                    pass_.read(index)
+                self._close(pass_)
+
+    @on_host
+    def _open(self, model: Any) -> _Pass:
+        batch_size, length, _ = self.grad_states.shape
+        pass_ = _PassByBlocks(model, self.state, self.spans, batch_size, length, None, False, False)
+        pass_.take_embeddings(self.text)
+        return pass_
+
+    @on_host
+    def _close(self, pass_: _Pass) -> None:
+        pass_.anchor()
+        self.outputs = [torch.cat([states[-1] for states in pass_.states], dim=1)]
+        if self.state is not None:
+            kept = pass_.kept_at_the_end(self.state)
+            self.outputs += [pass_.last.memory, *(tensor for both in kept for tensor in both)]
+
+    @on_host
+    def _run_backward(self) -> None:
+        with torch.autocast(self.text.device.type, enabled=False):
+            gradients = torch.autograd.grad(self.outputs[0], self.inputs, self.grad_states, allow_unused=True)
+        self.gradients = list(gradients)
+
+    # What callers see. Tensors of the graphs are written anew with each call: they get copies.
+
+    def forward(self, model: Any, embeddings: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad():
+            self.text.copy_(embeddings)
+        if self.graphs is None:
+            self._run_forward(model)
+        else:
+            self.graphs[0].replay()
+        return _copies([output.detach() for output in self.outputs])
+
+    def backward(self, grad_states: torch.Tensor) -> list[torch.Tensor | None]:
+        """The gradients of `inputs`."""
+        self.grad_states.copy_(grad_states)
+        if self.graphs is None:
+            self._run_backward()
+        else:
+            self.graphs[1].replay()
+        copies = iter(_copies([gradient for gradient in self.gradients if gradient is not None]))
+        return [None if gradient is None else next(copies) for gradient in self.gradients]
+
+
+class _Turn:
+    """A call between its forward pass and its backward pass."""
+
+    is_over = False
+
+
+class _Replay(torch.autograd.Function):
+    """The outputs of a graph, as a function of the embeddings and of the weights it was recorded with."""
+
+    @staticmethod
+    @on_host
+    def forward(
+        ctx: Any, graph: TrainingGraph, model: Any, embeddings: torch.Tensor, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.graph, ctx.turn = graph, _Turn()
+        recorder = graph.recorder()
+        if recorder is not None:
+            recorder.turn = weakref.ref(ctx.turn)
+        return tuple(graph.forward(model, embeddings))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_states: Any, *grad_state: Any) -> tuple[torch.Tensor | None, ...]:
+        if grad_states is None or any(gradient is not None for gradient in grad_state):
+            raise ValueError(
+                "expected a state without gradients in the next call (`state.detach_()`): none flow from one call that "
+                "CUDA graphs have read into another. `cuda_graphs_enable(False)` reads calls without them."
+            )
+        if ctx.turn.is_over:
+            raise ValueError("expected one backward pass through a call that CUDA graphs have read, got another.")
+        gradients = ctx.graph.backward(grad_states)
+        ctx.turn.is_over = True
+        return None, None, *([] if ctx.graph.text.requires_grad else [None]), *gradients
