@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,13 @@ class Comparison:
         sides: dict[str, Callable[[], Callable[[], Any]]],
         per_token: bool = False,
         warm_ups: int = 0,
+        in_a_row: int = 1,
         **facts: float,
     ) -> None:
         """Time `tokens` tokens of work: each side is a function that gets everything ready and returns the run.
 
-        The first run, which may have to compile, is timed by itself; then come `warm_ups` more, and those that count.
+        The first run, which may have to compile, is timed by itself; then come `warm_ups` more, and those that count:
+        so many at a time, `in_a_row`, as a program asks a GPU for the next step while it is still at the last one.
         """
         device, repeats = self.args.device, self.args.repeats
         sides = self.chosen(sides)
@@ -156,6 +159,7 @@ class Comparison:
                 gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
+            run = None
             try:
                 runs = {name: prepare() for name, prepare in group.items()}
                 first = {name: seconds(run, device) for name, run in runs.items()}
@@ -165,7 +169,7 @@ class Comparison:
                 times: dict[str, list[float]] = {name: [] for name in runs}
                 for _ in range(repeats):
                     for name, run in runs.items():
-                        times[name].append(seconds(run, device))
+                        times[name].append(seconds(partial(_repeat, run, in_a_row), device) / in_a_row)
                 if self.args.profile:
                     for name, run in runs.items():
                         self.profile(f"{work}, {name}", run)
@@ -173,7 +177,7 @@ class Comparison:
                 self.note(work=work, side=next(iter(group)), out_of_memory=True)
                 continue
             finally:
-                runs = {}
+                runs, run = {}, None  # nothing of this side is left when the next one is measured
             for name, measured in times.items():
                 taken = statistics.median(measured)
                 figures = {"ms/token": 1e3 * taken / tokens} if per_token else {"tokens/s": tokens / taken}
@@ -226,6 +230,11 @@ def _readable(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _repeat(run: Callable[[], Any], count: int) -> None:
+    for _ in range(count):
+        run()
 
 
 def processor_name() -> str:
