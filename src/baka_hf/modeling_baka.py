@@ -10,6 +10,7 @@ slots of a full chunk is the memory the next chunk reads. `BakaModel.forward` cu
 chunk that are read in one pass, and gives each row its place; everything recurrent goes through `BakaCache`.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -1815,6 +1816,9 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             hidden_states=None if outputs is None else outputs.hidden_states,
             attentions=None if outputs is None else outputs.attentions,
         )
+
+    # `generate` asks for it in every step, and to find it out takes longer than all else that is done here on the host.
+    forward.__signature__ = inspect.signature(forward)
 
     @on_host
     def _check_targets(self, targets: torch.Tensor | None) -> None:
