@@ -145,7 +145,7 @@ def test_a_tokenizer_does_not_touch_lanes(tmp_path: Path, tokenizer: PreTrainedT
 def test_lanes_of_two_processes(tmp_path: Path) -> None:
     runs = {
         tmp_path / "1": dict(lanes=2, gradient_accumulation_steps=4),
-        tmp_path / "3": dict(lanes=6),
+        tmp_path / "3": dict(lanes=6, cuda_graphs=True),
         tmp_path / "pieces": dict(
             lanes=6, gradient_accumulation_steps=2, chunks_per_step=4, chunks_per_backward=3, eval_strategy="epoch"
         ),
@@ -154,6 +154,7 @@ def test_lanes_of_two_processes(tmp_path: Path) -> None:
     one, three, pieces, local = in_processes(2, runs)
     assert_is_naive(one, 2, accumulation=4)
     assert_is_naive(three, 6)
+    assert three.num_graphs == 1 and one.num_graphs == 0
     assert_is_naive(pieces, 6, accumulation=2, chunks_per_step=4, spans=[3] * len(pieces.losses))
     for record in (pieces, local):
         model = tiny_model(tiny_config(memory_solidifier="glu"))
@@ -445,7 +446,7 @@ def test_sharded_by_the_example_configuration(tmp_path: Path) -> None:
     recomputed = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"granularity": "chunk"}}
     runs = {
         "whole": whole,
-        "resumed": whole | dict(resume=tmp_path / "whole" / "checkpoint-5"),
+        "resumed": whole | dict(resume=tmp_path / "whole" / "checkpoint-5", cuda_graphs=True),  # of shards are none
         "pieces": pieces | recomputed,
     }
     runs = {name: run | dict(trainer_class=ShardingTrainer) for name, run in runs.items()}

@@ -1,6 +1,7 @@
 """Training by graphs: losses, gradients and states of the plain path, and the plain path wherever that is all there is.
 
-There are no CUDA graphs on a CPU, but all they would record runs here as well, between the same tensors.
+There are no CUDA graphs on a CPU, but all they would record runs here as well, and leaves its results where those of
+the first time were, as a graph does.
 """
 
 import gc
@@ -19,6 +20,17 @@ from baka_hf import BakaCache, BakaForCausalLM, training_graphs_baka
 @pytest.fixture(autouse=True)
 def on_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(training_graphs_baka, "DEVICES", ("cpu",))
+    for method, results in (("_run_forward", "outputs"), ("_run_backward", "gradients")):
+        plain = getattr(training_graphs_baka.TrainingGraph, method)
+
+        def run(self: Any, *args: Any, plain: Any = plain, results: str = results) -> None:
+            plain(self, *args)
+            fresh = [tensor for tensor in getattr(self, results) if tensor is not None]
+            first = self.__dict__.setdefault(f"first_{results}", [tensor.detach().clone() for tensor in fresh])
+            for own, tensor in zip(first, fresh, strict=True):
+                tensor.data = own.copy_(tensor.detach())
+
+        monkeypatch.setattr(training_graphs_baka.TrainingGraph, method, run)
     yield
     training_graphs_baka._recorders.clear()
 
@@ -189,6 +201,38 @@ def test_frozen_weights(num_read: Callable[[], int]) -> None:
     assert num_read() == 2
 
 
+def test_hooks_of_parameters() -> None:
+    """They see each gradient once, when all of it is there; and the parameters are in their places."""
+    plain, graphed = twins()
+    parameters = list(graphed.parameters())
+    for model in (plain, graphed):
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: 2 * gradient)
+    for seed in range(3):
+        tokens = random_tokens(plain.config, 2, 10, seed=seed)
+        for model in (plain, graphed):
+            step(model, tokens)
+        assert_close(gradients(graphed), gradients(plain))
+        assert all(own is other for own, other in zip(graphed.parameters(), parameters, strict=True))
+
+
+def test_a_call_that_was_interrupted(monkeypatch: pytest.MonkeyPatch, num_read: Callable[[], int]) -> None:
+    plain, graphed = twins()
+    tokens = random_tokens(plain.config, 2, 10)
+    parameters = list(graphed.parameters())
+    step(graphed, tokens)
+    gradients(graphed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_graphs_baka.TrainingGraph, "_close", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        step(graphed, tokens)
+    assert all(own is other for own, other in zip(graphed.parameters(), parameters, strict=True))
+    gc.collect()
+    for model in (plain, graphed):
+        step(model, tokens)
+    assert_close(gradients(graphed), gradients(plain))
+    assert num_read() == 2
+
+
 def test_weights_that_are_others(num_read: Callable[[], int]) -> None:
     """Weights put in the place of those that were recorded are seen."""
     plain, graphed = twins()
@@ -230,9 +274,11 @@ def test_what_is_read_as_ever(num_read: Callable[[], int]) -> None:
     run_twice(input_ids=tokens)
     assert len(seen) == 4
     handle.remove()
-    graphed._set_gradient_checkpointing(True)
-    run_twice(input_ids=tokens)
-    graphed._set_gradient_checkpointing(False)
+    for name in ("enable", "disable"):
+        change = getattr(graphed, f"activation_checkpointing_{name}", None)
+        (change or getattr(graphed, f"gradient_checkpointing_{name}"))()
+        if name == "enable":
+            run_twice(input_ids=tokens)
     with torch.no_grad():
         for _ in range(2):
             graphed(tokens)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.multiprocessing import get_context, start_processes
 from transformers import TrainerCallback
 
-from baka_hf import BakaForCausalLM, modeling_baka
+from baka_hf import BakaForCausalLM, modeling_baka, training_graphs_baka
 from baka_hf.data import LaneDataset, StreamingLanes
 from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum
 
@@ -54,6 +54,7 @@ class Record(TrainerCallback):
     eval_losses: list[float] = field(default_factory=list)
     tokenized: list[str] = field(default_factory=list)
     final: Weights = field(default_factory=dict)
+    num_graphs: int = 0  # kinds of calls that were recorded
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: BakaForCausalLM, **_: Any) -> None:
         self.weights.append(weights_of(model))
@@ -147,8 +148,12 @@ class ShardingTrainer(BakaTrainer):
 def train(folder: Path, resume: Path | None = None, **settings: Any) -> Record:
     record = Record()
     trained = trainer(folder, record, **settings)
+    training_graphs_baka.DEVICES = ("cpu",)  # with `cuda_graphs=True` alone
+    training_graphs_baka._recorders.clear()
     trained.train(resume_from_checkpoint=None if resume is None else str(resume))
     record.final = weights_of(trained.model)
+    recorders = training_graphs_baka._recorders.values()
+    record.num_graphs = sum(graph.is_ready for recorder in recorders for graph in recorder.graphs.values())
     return record
 
 

@@ -62,7 +62,7 @@ CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ e
 IGNORED = -100  # a label that is no target
 
 # Without logits, the loss is computed for so many tokens at a time.
-LOSS_PIECE = 8192
+LOSS_PIECE = 6144
 
 
 def _elephant(x: torch.Tensor) -> torch.Tensor:

@@ -112,18 +112,27 @@ class TrainingGraph:
     """A kind of call, recorded: what goes in, what comes out, and the graphs between.
 
     Outputs are the normed states [B, L, D] and, if there is a state, its memory and each block's keys and values.
+
+    While it runs, other leaves over the same numbers stand in the place of the model's parameters. Autograd ends at a
+    leaf on the stream where it was first used, and whoever trains in parallel has used the parameters elsewhere.
     """
 
     text: torch.Tensor  # embeddings [·, D], as `_Pass.embeddings`
     flags: torch.Tensor | None  # as `_inputs_of`, on the device; None if none comes in
     state: BakaCache | None
     spans: list[Span]
-    grad_states: torch.Tensor
+    shape: tuple[int, int]  # B, L
+    inputs: list[torch.Tensor]  # the leaves
     outputs: list[torch.Tensor]
     gradients: list[torch.Tensor | None]  # of `inputs`
 
     def __init__(self, recorder: Recorder, parameters: list[torch.Tensor]):
         self.recorder, self.parameters = weakref.ref(recorder), parameters
+        leaves = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
+        weights = recorder.weights
+        places = zip(weights.holders, weights.names, weights.held, strict=True)
+        self.places = [(*place, leaves[id(place[2])]) for place in places if id(place[2]) in leaves]
+        self.leaves = list(leaves.values())
         self.graphs: tuple[Any, Any] | None = None  # forward and backward
         self.is_ready = False
 
@@ -146,7 +155,7 @@ class TrainingGraph:
         """Make room for what goes in."""
         embeddings, cache = pass_.embeddings, pass_.cache
         self.text = embeddings.detach().clone().requires_grad_(embeddings.requires_grad)
-        self.inputs = [*([self.text] if self.text.requires_grad else []), *self.parameters]
+        self.inputs = [*([self.text] if self.text.requires_grad else []), *self.leaves]
         flags = _flags_of(pass_)
         self.flags, self.spans = None, list(pass_.spans)
         if any(_comes_in(pass_, flag) for flag in flags):
@@ -157,7 +166,7 @@ class TrainingGraph:
                 for span, first, has_previous in zip(pass_.spans, flags[::2], flags[1::2], strict=True)
             ]
         self.state = None if cache is None else cache.clone()
-        self.grad_states = embeddings.new_zeros(pass_.batch_size, pass_.length, embeddings.shape[-1])
+        self.shape = pass_.batch_size, pass_.length
 
     @on_host
     def _take_in(self, pass_: _Pass) -> None:
@@ -190,16 +199,26 @@ class TrainingGraph:
 
     @runs_compiled_parts
     def _run_forward(self, model: Any) -> None:
-        with torch.enable_grad():
-            pass_ = self._open(model)
-            with pass_.reading():
-                for index in range(len(self.spans)):
-                    pass_.read(index)
-                self._close(pass_)
+        self._put(leaves=True)
+        try:
+            with torch.enable_grad():
+                pass_ = self._open(model)
+                with pass_.reading():
+                    for index in range(len(self.spans)):
+                        pass_.read(index)
+                    self._close(pass_)
+        finally:
+            self._put(leaves=False)
+
+    @on_host
+    def _put(self, leaves: bool) -> None:
+        """Put the leaves in the place of the parameters, or these back in theirs."""
+        for holder, name, parameter, leaf in self.places:
+            holder[name] = leaf if leaves else parameter
 
     @on_host
     def _open(self, model: Any) -> _Pass:
-        batch_size, length, _ = self.grad_states.shape
+        batch_size, length = self.shape
         pass_ = _PassByBlocks(model, self.state, self.spans, batch_size, length, None, False, False)
         pass_.take_embeddings(self.text)
         return pass_
@@ -215,8 +234,9 @@ class TrainingGraph:
     @on_host
     def _run_backward(self) -> None:
         with torch.autocast(self.text.device.type, enabled=False):
-            gradients = torch.autograd.grad(self.outputs[0], self.inputs, self.grad_states, allow_unused=True)
-        self.gradients = list(gradients)
+            # The gradient of the states comes in where they have been: they are not needed any more.
+            states = self.outputs[0]
+            self.gradients = list(torch.autograd.grad(states, self.inputs, states.detach(), allow_unused=True))
 
     # What callers see. Tensors of the graphs are written anew with each call: they get copies.
 
@@ -231,7 +251,7 @@ class TrainingGraph:
 
     def backward(self, grad_states: torch.Tensor) -> list[torch.Tensor | None]:
         """The gradients of `inputs`."""
-        self.grad_states.copy_(grad_states)
+        self.outputs[0].detach().copy_(grad_states)
         if self.graphs is None:
             self._run_backward()
         else:
