@@ -2045,6 +2045,11 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
                 ended = torch.isin(input_ids[:, -1], stop_token_ids.to(input_ids.device))
                 cache._finished = ended if cache._finished is None else cache._finished | ended
                 attention_mask = ~cache._finished[:, None]
+            if next_sequence_length == 1 and not is_first_iteration and input_ids.device == cache.device:
+                # A step of one token, by far the most frequent: there is nothing else to prepare.
+                token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
+                inputs = {"input_ids": token, "attention_mask": attention_mask, CACHE_NAME: cache}
+                return inputs | {key: value for key, value in kwargs.items() if key != "labels"}
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
