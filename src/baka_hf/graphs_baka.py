@@ -268,9 +268,10 @@ class StaticReader:
 
     def _token(self, model: Any, cache: BakaCache, kind: int, stop: int) -> None:
         rows = self.num_tokens, self.seeded, self.reads
-        span, layout, view = self.locate(
-            self.config, self.angles, self.pauses, *rows, self.widths[kind], stop, self.keys.dtype
+        span, layout, (angles, bias, placement) = self.locate(
+            self.config, self.angles, self.pauses, *rows, self.widths[kind], self.keys.dtype
         )
+        view = angles, bias[..., :stop].contiguous(), placement._replace(stop=stop)
         if kind != EDGE:
             layout.begins = layout.completes = False
         states = self._read(model, cache, span, layout, view)
@@ -427,7 +428,6 @@ def locate(
     seeded: torch.Tensor,
     reads: torch.Tensor,
     width: int,
-    stop: int,
     dtype: torch.dtype,
 ) -> tuple[Span, Layout, Any]:
     """Span, layout and view of a step of one token in the rows that `reads` [B] says, all on the device.
@@ -440,19 +440,16 @@ def locate(
         seeded: [B] bool, rows whose text began with another stream's memory.
         reads: [B] bool, rows that have a token.
         width: Q, positions that a row takes at most.
-        stop: where the slots that can be seen end.
         dtype: the model's.
     """
     n, S, half = config.chunk_size, config.stream_length, config.stream_length if config.use_xl_cache else 0
     has_previous, count = num_tokens >= n, reads.to(torch.int64)
     span = Span(0, num_tokens % n, count, 1, ~(has_previous | seeded), has_previous, num_tokens + count)
     layout = lay_out(span, config, pauses, True, width)
-    placement = Placement(
-        stop=stop, slots=(half + layout.slots)[:, None, :, None], valid=layout.valid[:, None, :, None]
-    )
+    placement = Placement(slots=(half + layout.slots)[:, None, :, None], valid=layout.valid[:, None, :, None])
     numbers, horizons = compare_slots(config, span, layout, placement, num_tokens.device)
     angles = tuple(part[S + layout.slots][:, None] for part in table)
-    return span, layout, (angles, _bias(numbers[:, :stop], horizons, dtype), placement)
+    return span, layout, (angles, _bias(numbers, horizons, dtype), placement)
 
 
 def _bias(numbers: torch.Tensor, horizons: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
