@@ -57,7 +57,8 @@ def draw(comparison: Comparison) -> Figure:
             axes.bar(places, [row[name] for row in rows], width=0.38, label=side)
         axes.set_xticks(range(len(works)), [work.removeprefix("train ") for work in works])
         axes.set(xlabel="rows x tokens", ylabel=name)
-        axes.legend()
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(sides))
     return figure
 
 
