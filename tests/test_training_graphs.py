@@ -5,16 +5,24 @@ the first time were, as a graph does.
 """
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 from baka_hf import BakaCache, BakaForCausalLM, training_graphs_baka
+from baka_hf.modeling_baka import any_length
+from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 
 @pytest.fixture(autouse=True)
@@ -341,10 +349,125 @@ def test_models_go_and_their_graphs_with_them() -> None:
     assert len(training_graphs_baka._recorders) == 0
 
 
-def test_there_is_an_end_to_kinds(num_read: Callable[[], int]) -> None:
-    """Texts of many lengths are not recorded one and all."""
+def test_there_is_an_end_to_kinds(num_read: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of many lengths are not recorded one and all; after a while the kinds that are read now take their turn."""
+    monkeypatch.setattr(training_graphs_baka, "PATIENCE", 20)
     _, model = twins()
     for _ in range(2):
         for length in range(1, 12):
             step(model, random_tokens(model.config, 1, length))
     assert num_read() == training_graphs_baka.NUM_GRAPHS
+    for _ in range(25):
+        step(model, random_tokens(model.config, 1, 20))
+    read = num_read()
+    step(model, random_tokens(model.config, 1, 20))
+    assert num_read() == read + 1
+    (recorder,) = training_graphs_baka._recorders.values()
+    assert len(recorder.graphs) == training_graphs_baka.NUM_GRAPHS
+
+
+def test_one_kind_among_many(num_read: Callable[[], int]) -> None:
+    """A kind that comes again and again is recorded, however many others come once."""
+    _, model = twins()
+    for length in range(1, 31):
+        step(model, random_tokens(model.config, 1, length))
+        step(model, random_tokens(model.config, 2, 20))
+    assert num_read() == 29
+
+
+def test_shared_weights(num_read: Callable[[], int]) -> None:
+    """A weight in two places, the embedding's among them, has the gradients of both."""
+    plain, graphed = twins()
+    tokens = random_tokens(plain.config, 2, 10)
+    for place in ("q_proj", "o_proj"):
+        for model in (plain, graphed):
+            first, second = (layer.self_attn for layer in model.model.layers)
+            getattr(second, place).weight = getattr(first, place).weight
+        for _ in range(3):
+            for model in (plain, graphed):
+                step(model, tokens)
+            assert_close(gradients(graphed), gradients(plain))
+    assert num_read() == 0
+
+
+def test_those_who_watch_see_everything(num_read: Callable[[], int]) -> None:
+    """What autograd keeps, and what modules do."""
+    plain, graphed = twins()
+    tokens = random_tokens(plain.config, 2, 10)
+    seen = []
+    for model in (plain, graphed):
+        kept: list[Tensor] = []
+        called: list[Any] = []
+
+        def loss(scale: Tensor, model: BakaForCausalLM = model) -> Tensor:
+            return model(tokens, labels=tokens).loss * scale
+
+        one = torch.ones((), requires_grad=True, dtype=torch.float64)
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x)
+        handle = register_module_forward_hook(lambda *call, called=called: called.append(call))
+        for _ in range(2):
+            loss(one).backward()
+        handle.remove()
+        for _ in range(2):
+            with hooks:
+                loss(one).backward()
+            with torch.autograd.set_detect_anomaly(True):
+                loss(one).backward()
+            checkpoint(loss, one, use_reentrant=False).backward()
+        seen.append((len(kept), len(called)))
+    assert num_read() == 0
+    assert seen[0] == seen[1] and min(seen[0]) > 10
+    assert_close(gradients(graphed), gradients(plain))
+
+
+def test_weights_that_change_between_the_passes() -> None:
+    _, model = twins()
+    tokens = random_tokens(model.config, 2, 10)
+    step(model, tokens)
+    loss = model(tokens, labels=tokens).loss
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(ValueError, match="got changed ones"):
+        loss.backward()
+    step(model, tokens)
+
+
+def test_graphs_are_freed(num_read: Callable[[], int]) -> None:
+    _, model = twins()
+    for _ in range(2):
+        step(model, random_tokens(model.config, 2, 10))
+    (recorder,) = training_graphs_baka._recorders.values()
+    gone = weakref.ref(recorder)
+    del recorder
+    model.cuda_graphs_enable(False)
+    gc.collect()
+    assert gone() is None
+    step(model, random_tokens(model.config, 2, 10))
+    assert num_read() == 1
+
+
+def test_a_trainer_that_makes_its_model(tmp_path: Path) -> None:
+    arguments = BakaTrainingArguments(str(tmp_path), cuda_graphs=True, use_cpu=True, report_to=[])
+    trainer = BakaTrainer(args=arguments, model_init=lambda: tiny_model(tiny_config()))
+    assert trainer.model.model.records_training
+    assert trainer.call_model_init().model.records_training
+    assert not BakaTrainer(
+        tiny_model(tiny_config()), replace(arguments, cuda_graphs=False)
+    ).model.model.records_training
+
+
+def test_cudnn_is_left_as_it_was() -> None:
+    """Pieces of chunks are read without its attention, in however many threads; users' own choice stays."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    for choice in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(choice)
+        with any_length:
+            assert not enabled()
+            with any_length:
+                assert not enabled()
+            assert not enabled()
+        assert enabled() is choice
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), any_length:
+        assert enabled()
+    assert enabled()

@@ -176,7 +176,9 @@ class StaticReader:
         self.kinds, self.widths, self.ends = _steps(config)
         self.num_windows = NUM_WINDOWS if self.batch_size >= LARGE_BATCH else 1
         self.window = -(-S // (8 * self.num_windows)) * 8
-        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        on_gpu = self.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
 
     def serve(self, cache: BakaCache) -> None:
         """Be the reader of `cache` from now on."""
@@ -257,7 +259,8 @@ class StaticReader:
         with _recording, torch.inference_mode(False), torch.no_grad(), allow_programs():
             if self.pool is not None and key in self.graphs:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                options: dict[str, Any] = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+                with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
                     program()
                 graph.replay()
             else:

@@ -11,6 +11,7 @@ chunk that are read in one pass, and gives each row its place; everything recurr
 """
 
 import inspect
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -50,11 +50,6 @@ runs_compiled_parts = torch.compiler.disable(recursive=False)
 # One program for each kind of chunk, and again for other batch sizes. torch gives up compiling at 8 of them by default.
 # Under DDP it would cut every program in two, to send the gradients of one half early: blocks are small enough.
 allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimize_ddp=False)
-
-# PyTorch's attention for pieces of chunks, on a CUDA device. Where it prefers cuDNN's, that takes some 30 ms to prepare
-# itself for each new length, and a piece may have any. (The order of preference is not ours to set: once set, even for
-# a moment, PyTorch's own is lost to the whole process.)
-FOR_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -170,6 +165,34 @@ def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
     return hidden_states if n_rep == 1 else hidden_states.repeat_interleave(n_rep, dim=1)
 
 
+class AnyLength:
+    """A context, for all threads at once, in which PyTorch's attention does without cuDNN's.
+
+    That takes some 30 ms to prepare itself for each new length, and a piece of a chunk may have any. Nothing else is
+    changed: the order of backends is not ours to set, since once set, even for a moment, PyTorch's own is lost.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.depth, self.was_enabled = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.depth == 0:
+                self.was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+                if torch.backends.cuda.mem_efficient_sdp_enabled() or torch.backends.cuda.math_sdp_enabled():
+                    torch.backends.cuda.enable_cudnn_sdp(False)
+            self.depth += 1
+
+    def __exit__(self, *_: Any) -> None:
+        with self.lock:
+            self.depth -= 1
+            if self.depth == 0:
+                torch.backends.cuda.enable_cudnn_sdp(self.was_enabled)
+
+
+any_length = AnyLength()
+
+
 def eager_attention_forward(
     module: Any,
     query: torch.Tensor,
@@ -253,12 +276,9 @@ class BakaAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        arguments = self, query_states, key_states, value_states, attention_mask
-        if query_states.is_cuda and query_states.shape[2] < self.config.chunk_size:
-            with sdpa_kernel(FOR_ANY_LENGTH):
-                output, weights = attention(*arguments, dropout=0.0, scaling=self.scaling)
-        else:
-            output, weights = attention(*arguments, dropout=0.0, scaling=self.scaling)
+        output, weights = attention(
+            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling
+        )
         return self.o_proj(output.reshape(*input_shape, -1)), new_key, new_value, weights
 
 
@@ -688,18 +708,22 @@ class BakaPreTrainedModel(PreTrainedModel):
                 module.gradient_checkpointing = False
 
     def cuda_graphs_enable(self, enable: bool = True) -> None:
-        """Record training calls as CUDA graphs (`training_graphs_baka`), or stop doing so.
+        """Record training calls as CUDA graphs (`training_graphs_baka`); or stop doing so, and free what they hold.
 
         A call's blocks are some thousand kernels, many of a few microseconds, and asking for one after another keeps a
         GPU waiting when rows are few. The first call of each kind (rows, tokens, with or without a state) runs as it
         would anyway, the second is recorded, and the blocks of all later ones are launched at once, forward and
         backward. Activation memory stays reserved for that. Only with gradients, on a CUDA device, from `input_ids`
-        without an `attention_mask`, in models of plain modules without hooks, adapters, shards, checkpointing or random
-        pauses; whatever else comes is read as ever.
+        without an `attention_mask`, in models of plain modules without hooks, adapters, shards, shared weights,
+        checkpointing or random pauses; whatever else comes is read as ever. One thread at a time may train a model.
         """
+        from .training_graphs_baka import forget
+
         for module in self.modules():
             if isinstance(module, BakaModel):
                 module.records_training = enable
+                if not enable:
+                    forget(module)
 
     def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None, static: bool = False) -> BakaCache:
         """An empty state of this model's own class, device and dtype.
@@ -722,6 +746,8 @@ class BakaPreTrainedModel(PreTrainedModel):
 class BakaModel(BakaPreTrainedModel):
     """The decoder without a head. Its parameters are the union of what the configuration asks for."""
 
+    records_training = False  # see `cuda_graphs_enable`
+
     def __init__(self, config: BakaConfig):
         super().__init__(config)
         config.validate_architecture()
@@ -741,7 +767,6 @@ class BakaModel(BakaPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.checkpoints_chunks = False
-        self.records_training = False
         self.num_plans = 0  # calls that were more than a token from a static state; weights may change between them
         self.post_init()
 
@@ -894,9 +919,10 @@ class BakaModel(BakaPreTrainedModel):
         if inputs_embeds is None and torch.is_grad_enabled() and not recomputes:
             pass_.embed(self.embed_tokens)
         if self.records_training and pass_.pieces is not None:
-            from .training_graphs_baka import graph_of
+            from .training_graphs_baka import recorder_of
 
-            pass_.graph = graph_of(self, pass_)
+            pass_.recorder = recorder_of(self, pass_)
+            pass_.graph = pass_.recorder and pass_.recorder.find(pass_)
         if cache is not None and seeded is not None:
             # What the state will know of itself after the call.
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
@@ -1075,7 +1101,9 @@ class _Pass:
     pieces: Any = None  # each span's part of them [B, T, D]
     following: Any = None  # what `close` tells the cache
     reader: Any = None  # reads whole chunks by graphs, from a static state
-    graph: Any = None  # reads all of the call at once, to train on it
+    recorder: Any = None  # of such calls as this one, to train on them
+    graph: Any = None  # reads all of the call at once
+    turn: Any = None  # of that graph, which no other call can have until the backward pass
     num_last_states: int | None = None  # how many columns' states are asked for, from the last one back; None: all
 
     def __init__(
@@ -1124,10 +1152,10 @@ class _Pass:
     def reading(self) -> Any:
         """What the spans are to be read in."""
         device = self.model.norm.weight.device.type
-        if not self.model.records_training or not torch.is_autocast_enabled(device):
+        if self.recorder is None or not torch.is_autocast_enabled(device):
             return nullcontext()
         # What autocast keeps while recording would be found, and be stale, when all else is read. Programs are compiled
-        # for the one or the other.
+        # for the one or the other, so the first call of a kind does without as well.
         return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
 
     def embed(self, embed_tokens: nn.Module) -> None:
@@ -1181,7 +1209,8 @@ class _Pass:
 
         for depth, stream in self.streams.items():
             if self.in_place:
-                memory, after, states, weights = self._run_on_host(span.first, layout, *arguments, stream)
+                with any_length if self._is_piece(layout) else nullcontext():
+                    memory, after, states, weights = self._run_on_host(span.first, layout, *arguments, stream)
             else:
                 with allow_programs():
                     memory, after, states, weights = self._run(span.first, layout, *arguments, stream)
@@ -1204,6 +1233,12 @@ class _Pass:
     def _is_whole_chunk(self, span: Span) -> bool:
         flags = isinstance(span.first, bool) and isinstance(span.has_previous, bool)
         return span.is_aligned and flags and (span.start, span.count) == (0, self.config.chunk_size)
+
+    def _is_piece(self, layout: Layout) -> bool:
+        """Whether a span is less than a chunk, on a CUDA device."""
+        whole = self.config.stream_length - self.config.num_memory_tokens  # of those that nothing is written after
+        width = layout.hi - layout.lo if layout.in_step else layout.slots.shape[1]
+        return width < whole and self.model.norm.weight.is_cuda
 
     def _is_skipped(self, span: Span) -> bool:
         """Whether nobody asks for the states of a span's text."""
@@ -1321,8 +1356,9 @@ class _Pass:
         if device.type != "cuda" or not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             return mask
         # There each block would make this of it again.
-        kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-        return torch.zeros_like(mask, dtype=kind).masked_fill_(~mask, float("-inf"))
+        if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
     def _run(self, *arguments: Any) -> Any:
         if self.recomputes:

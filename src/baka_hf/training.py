@@ -119,10 +119,7 @@ class BakaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if given is None and (_is_lanes(self.train_dataset) or _is_lanes(self.eval_dataset)):
             self.data_collator = default_data_collator  # not a tokenizer's, which would add a mask
-        if getattr(self.args, "cuda_graphs", False):
-            for module in self.model.modules():
-                if hasattr(module, "records_training"):
-                    module.records_training = True
+        self._records(self.model)
         self._groups = deque([_Group()])  # of lanes; the one to be read next comes first
         self._lanes: LaneDataset | StreamingLanes | None = None  # what is being read
         self._skips_logits = True
@@ -172,6 +169,17 @@ class BakaTrainer(Trainer):
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = [*(self._signature_columns or ()), "shift_labels", "document"]
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        self._records(model)
+        return model
+
+    def _records(self, model: nn.Module) -> None:
+        if getattr(self.args, "cuda_graphs", False):
+            for module in model.modules():
+                if hasattr(module, "records_training"):
+                    setattr(module, "records_training", True)  # noqa: B010 - a type checker takes it for a tensor
 
     # The state from step to step
 

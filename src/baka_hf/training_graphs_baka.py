@@ -9,66 +9,115 @@ Between the two graphs the activations lie in memory that all recorded calls sha
 wait for its backward pass; others are read without graphs meanwhile.
 """
 
+import threading
 import weakref
+from collections import OrderedDict
+from itertools import count
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from .cache_baka import BakaCache
 from .graphs_baka import PlainWeights, _recording
-from .modeling_baka import Span, Stream, _Pass, _PassByBlocks, on_host, runs_compiled_parts
+from .modeling_baka import Span, Stream, _Pass, _PassByBlocks, on_host, rotary_table_of, runs_compiled_parts
 
 # Where calls are read this way. Without a graph it is right everywhere, but no faster.
 DEVICES = ("cuda",)
 
 NUM_GRAPHS = 8  # kinds of calls that are recorded for a model; each keeps what goes in and comes out
+PATIENCE = 64  # calls before one of another kind may take the place of a recorded one
 
 _recorders: "weakref.WeakKeyDictionary[nn.Module, Recorder]" = weakref.WeakKeyDictionary()
 
 
-def graph_of(model: Any, pass_: _Pass) -> "TrainingGraph | None":
-    """What reads a call of `model`, a `BakaModel`, by graphs; None if it is to be read as ever."""
-    embeddings, cache = pass_.embeddings, pass_.cache
+def recorder_of(model: Any, pass_: _Pass) -> "Recorder | None":
+    """What records calls of `model`, a `BakaModel`; None if this one cannot be recorded."""
+    embeddings, cache, config = pass_.embeddings, pass_.cache, model.config
     if not (model.training and torch.is_grad_enabled()) or embeddings.device.type not in DEVICES:
         return None
     if pass_.with_states or pass_.with_weights or not all(span.in_step for span in pass_.spans):
         return None
-    if model.config._attn_implementation != "sdpa" or model.config.uses_random_pauses:
+    if config._attn_implementation != "sdpa" or config.uses_random_pauses:
         return None
-    if any(layer.gradient_checkpointing for layer in model.layers):
+    if any(layer.gradient_checkpointing for layer in model.layers) or _is_watched():
         return None
     if cache is not None and any(tensor.requires_grad for tensor in _tensors(cache)):
         return None
     recorder = _recorders.get(model)
     if recorder is None or not recorder.weights.are_in_place():
-        _recorders.pop(model, None)
+        forget(model)
         weights = PlainWeights(model)
-        if not weights.are_plain or any(weight.device != embeddings.device for weight in weights.tensors):
+        are_shared = len(set(map(id, weights.tensors))) < len(weights.tensors)
+        if not weights.are_plain or are_shared or any(each.device != embeddings.device for each in weights.tensors):
             return None
-        recorder = _recorders[model] = Recorder(weights)
-    return recorder.find(pass_)
+        recorder = _recorders[model] = Recorder(weights, model.embed_tokens.weight)
+    return recorder if recorder.trained() else None
+
+
+def _is_watched() -> bool:
+    """Whether somebody looks at what autograd keeps or modules do: a replay shows nothing of it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None or torch.is_anomaly_enabled() or _has_any_global_hook()
+
+
+def forget(model: Any) -> None:
+    """Free what is recorded for a model."""
+    _recorders.pop(model, None)
 
 
 class Recorder:
     """The recorded calls of a model, by their kind."""
 
-    def __init__(self, weights: PlainWeights):
-        self.weights = weights
-        self.graphs: dict[Any, TrainingGraph] = {}
-        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+    def __init__(self, weights: PlainWeights, embedding: torch.Tensor):
+        self.weights, self.embedding = weights, embedding
+        self.graphs: OrderedDict[Any, TrainingGraph] = OrderedDict()  # the one used last comes last
+        self.seen: OrderedDict[Any, None] = OrderedDict()  # kinds of calls that were read as ever
+        self.calls, self.last_recorded = count(), -PATIENCE
+        self.lock = threading.Lock()
         self.turn: Any = None  # a weak reference to that of the call whose backward pass may still come
+        device = embedding.device
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def trained(self) -> list[torch.Tensor]:
+        """Parameters that are trained; not the embedding, which is not in the graphs."""
+        return [each for each in self.weights.tensors if each.requires_grad and each is not self.embedding]
 
     def find(self, pass_: _Pass) -> "TrainingGraph | None":
-        embedding = pass_.model.embed_tokens.weight
-        trained = [weight for weight in self.weights.tensors if weight.requires_grad and weight is not embedding]
+        """The graph that reads a call, which has its turn now; None the first time, and while another has it."""
+        trained = self.trained()
         kind = _kind_of(pass_), tuple(map(id, trained))
-        graph = self.graphs.get(kind)
-        if graph is None and trained and len(self.graphs) < NUM_GRAPHS:
-            self.graphs[kind] = TrainingGraph(self, trained)  # for the next of its kind
-        turn = self.turn and self.turn()
-        return graph if turn is None or turn.is_over else None
+        with self.lock:
+            graph = self._graph_of(kind, trained, next(self.calls))
+            turn = self.turn and self.turn()
+            if graph is None or not (turn is None or turn.is_over):
+                return None
+            pass_.turn = Turn()
+            self.turn = weakref.ref(pass_.turn)
+        return graph
+
+    def _graph_of(self, kind: Any, trained: list[torch.Tensor], call: int) -> "TrainingGraph | None":
+        if kind in self.graphs:
+            self.graphs.move_to_end(kind)
+            self.graphs[kind].last_call = call
+            return self.graphs[kind]
+        if kind not in self.seen:
+            self.seen[kind] = None
+            if len(self.seen) > 8 * NUM_GRAPHS:
+                self.seen.popitem(last=False)
+            return None
+        if len(self.graphs) >= NUM_GRAPHS:
+            # Texts of many lengths would all be recorded over and over.
+            least = next(iter(self.graphs.values()))
+            if call - max(least.last_call, self.last_recorded) < PATIENCE:
+                return None
+            self.graphs.popitem(last=False)
+        self.last_recorded = call
+        self.graphs[kind] = TrainingGraph(self, trained, call)
+        return self.graphs[kind]
 
 
 def _kind_of(pass_: _Pass) -> Any:
@@ -119,6 +168,7 @@ class TrainingGraph:
 
     text: torch.Tensor  # embeddings [·, D], as `_Pass.embeddings`
     flags: torch.Tensor | None  # as `_inputs_of`, on the device; None if none comes in
+    known_flags: torch.Tensor  # what they are, on the host
     state: BakaCache | None
     spans: list[Span]
     shape: tuple[int, int]  # B, L
@@ -126,8 +176,9 @@ class TrainingGraph:
     outputs: list[torch.Tensor]
     gradients: list[torch.Tensor | None]  # of `inputs`
 
-    def __init__(self, recorder: Recorder, parameters: list[torch.Tensor]):
-        self.recorder, self.parameters = weakref.ref(recorder), parameters
+    def __init__(self, recorder: Recorder, parameters: list[torch.Tensor], call: int):
+        self.parameters, self.last_call = parameters, call
+        self.pool, self.stream = recorder.pool, recorder.stream
         leaves = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
         weights = recorder.weights
         places = zip(weights.holders, weights.names, weights.held, strict=True)
@@ -145,7 +196,7 @@ class TrainingGraph:
                 self._record(pass_.model)
             self.is_ready = True
         self._take_in(pass_)
-        states, *state = _Replay.apply(self, pass_.model, pass_.embeddings, *self.parameters)
+        states, *state = _Replay.apply(self, pass_.model, pass_.turn, pass_.embeddings, *self.parameters)
         pass_.states, pass_.weights = [[states]], [[]]
         if state:
             pass_.last = Stream(state[0], state[1::2], state[2::2])
@@ -159,41 +210,47 @@ class TrainingGraph:
         flags = _flags_of(pass_)
         self.flags, self.spans = None, list(pass_.spans)
         if any(_comes_in(pass_, flag) for flag in flags):
-            self.flags = _inputs_of(pass_).to(embeddings.device)
+            self.known_flags = _inputs_of(pass_)
+            self.flags = self.known_flags.clone().to(embeddings.device)
             flags = [own if _comes_in(pass_, flag) else flag for flag, own in zip(flags, self.flags, strict=True)]
             self.spans = [
                 span._replace(first=first, has_previous=has_previous)
                 for span, first, has_previous in zip(pass_.spans, flags[::2], flags[1::2], strict=True)
             ]
-        self.state = None if cache is None else cache.clone()
+        self.state = None if cache is None else cache.clone().to(embeddings.device)
+        self.table = rotary_table_of(pass_.config, embeddings.device, embeddings.dtype)  # what graphs read must stay
         self.shape = pass_.batch_size, pass_.length
 
     @on_host
     def _take_in(self, pass_: _Pass) -> None:
         if self.flags is not None:
-            self.flags.copy_(_inputs_of(pass_))
+            flags = _inputs_of(pass_)
+            if not torch.equal(flags, self.known_flags):
+                self.known_flags = flags
+                self.flags.copy_(flags.pin_memory() if self.flags.is_cuda else flags, non_blocking=True)
         if self.state is not None and pass_.cache is not None:
             torch._foreach_copy_(_tensors(self.state), _tensors(pass_.cache))
 
     @runs_compiled_parts
     def _record(self, model: Any) -> None:
-        if self.text.device.type != "cuda":
+        device = self.text.device
+        if device.type != "cuda":
             return
-        # Once as it is: kernels are compiled and chosen.
-        stream = torch.cuda.Stream(self.text.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run_forward(model)
-            self._run_backward()
-            self.outputs, self.gradients = [], []
-        torch.cuda.current_stream().wait_stream(stream)
-        graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        recorder = self.recorder()
-        options: dict[str, Any] = dict(pool=recorder and recorder.pool, capture_error_mode="thread_local")
-        with torch.cuda.graph(graphs[0], **options):
-            self._run_forward(model)
-        with torch.cuda.graph(graphs[1], **options):
-            self._run_backward()
+        with torch.cuda.device(device):
+            # Once as it is: kernels are compiled and chosen.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run_forward(model)
+                self._run_backward()
+                self.outputs, self.gradients = [], []
+            torch.cuda.current_stream().wait_stream(stream)
+            graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            options: dict[str, Any] = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+            with torch.cuda.graph(graphs[0], **options):
+                self._run_forward(model)
+            with torch.cuda.graph(graphs[1], **options):
+                self._run_backward()
         self.outputs = [output.detach() for output in self.outputs]  # activations belong to whoever is recorded next
         self.graphs = graphs
 
@@ -220,6 +277,7 @@ class TrainingGraph:
     def _open(self, model: Any) -> _Pass:
         batch_size, length = self.shape
         pass_ = _PassByBlocks(model, self.state, self.spans, batch_size, length, None, False, False)
+        pass_.recorder = self
         pass_.take_embeddings(self.text)
         return pass_
 
@@ -260,7 +318,7 @@ class TrainingGraph:
         return [None if gradient is None else next(copies) for gradient in self.gradients]
 
 
-class _Turn:
+class Turn:
     """A call between its forward pass and its backward pass."""
 
     is_over = False
@@ -272,13 +330,11 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @on_host
     def forward(
-        ctx: Any, graph: TrainingGraph, model: Any, embeddings: torch.Tensor, *parameters: torch.Tensor
+        ctx: Any, graph: TrainingGraph, model: Any, turn: Turn, embeddings: torch.Tensor, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.graph, ctx.turn = graph, _Turn()
-        recorder = graph.recorder()
-        if recorder is not None:
-            recorder.turn = weakref.ref(ctx.turn)
+        ctx.graph, ctx.turn = graph, turn
+        ctx.versions = [parameter._version for parameter in graph.parameters]
         return tuple(graph.forward(model, embeddings))
 
     @staticmethod
@@ -291,6 +347,8 @@ class _Replay(torch.autograd.Function):
             )
         if ctx.turn.is_over:
             raise ValueError("expected one backward pass through a call that CUDA graphs have read, got another.")
-        gradients = ctx.graph.backward(grad_states)
         ctx.turn.is_over = True
-        return None, None, *([] if ctx.graph.text.requires_grad else [None]), *gradients
+        if [parameter._version for parameter in ctx.graph.parameters] != ctx.versions:
+            raise ValueError("expected the weights that the call was read with in its backward pass, got changed ones.")
+        gradients = ctx.graph.backward(grad_states)
+        return None, None, None, *([] if ctx.graph.text.requires_grad else [None]), *gradients
