@@ -175,6 +175,7 @@ class AnyLength:
     def __init__(self) -> None:
         self.lock, self.depth, self.was_enabled = threading.Lock(), 0, False
 
+    @on_host
     def __enter__(self) -> None:
         with self.lock:
             if self.depth == 0:
@@ -183,6 +184,7 @@ class AnyLength:
                     torch.backends.cuda.enable_cudnn_sdp(False)
             self.depth += 1
 
+    @on_host
     def __exit__(self, *_: Any) -> None:
         with self.lock:
             self.depth -= 1
@@ -1121,7 +1123,6 @@ class _Pass:
         config = model.config
         self.model, self.config, self.cache, self.spans = model, config, cache, spans
         self.batch_size, self.length, self.real = batch_size, length, real
-        self.keeps = cache is not None  # whether another call reads what this one leaves behind
         self.with_states, self.with_weights = with_states, with_weights
         self.blocks: Any = model.layers
         self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
@@ -1135,18 +1136,14 @@ class _Pass:
             stream = Stream(cache.memory, [None] * layers, [None] * layers)
         else:
             stream = self._borrow(cache)
-        self.begin(stream)
+        # By how many chunks their gradients reach back: one stream, unless `bptt_chunks` asks for a sliding window.
+        self.streams: dict[int, Stream] = {0: stream if self.bptt_chunks is None else stream.detach()}
+        self.last = stream
         self.fixed_pauses = fixed_pauses(config)
         self.pauses: Any = self.fixed_pauses if cache is None or not config.uses_random_pauses else cache._pauses
         self.masks: dict[Any, torch.Tensor | None] = {}
         self.states: list[list[torch.Tensor]] = []
         self.weights: list[list[torch.Tensor]] = []
-
-    def begin(self, stream: Stream) -> None:
-        """Begin with what `stream` has."""
-        # By how many chunks their gradients reach back: one stream, unless `bptt_chunks` asks for a sliding window.
-        self.streams: dict[int, Stream] = {0: stream if self.bptt_chunks is None else stream.detach()}
-        self.last = stream
 
     @on_host
     def reading(self) -> Any:
@@ -1234,6 +1231,7 @@ class _Pass:
         flags = isinstance(span.first, bool) and isinstance(span.has_previous, bool)
         return span.is_aligned and flags and (span.start, span.count) == (0, self.config.chunk_size)
 
+    @on_host
     def _is_piece(self, layout: Layout) -> bool:
         """Whether a span is less than a chunk, on a CUDA device."""
         whole = self.config.stream_length - self.config.num_memory_tokens  # of those that nothing is written after
@@ -1262,7 +1260,7 @@ class _Pass:
     def _prepare(self, index: int) -> tuple[Span, Layout, Any, torch.Tensor]:
         """Span number `index`, its layout, its view and its tokens: ids [B, T] or embeddings [B, T, D]."""
         span, pauses = self._place_pauses(self.spans[index])
-        followed = self.keeps or index + 1 < len(self.spans)
+        followed = self.cache is not None or index + 1 < len(self.spans)
         layout = lay_out(span, self.config, pauses, followed)
         if self.pieces is not None:
             text = self.pieces[index]
