@@ -15,13 +15,11 @@ import pytest
 import torch
 from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from baka_hf import BakaCache, BakaForCausalLM, training_graphs_baka
-from baka_hf.modeling_baka import any_length
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 
@@ -454,20 +452,3 @@ def test_a_trainer_that_makes_its_model(tmp_path: Path) -> None:
     assert not BakaTrainer(
         tiny_model(tiny_config()), replace(arguments, cuda_graphs=False)
     ).model.model.records_training
-
-
-def test_cudnn_is_left_as_it_was() -> None:
-    """Pieces of chunks are read without its attention, in however many threads; users' own choice stays."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled
-    for choice in (True, False):
-        torch.backends.cuda.enable_cudnn_sdp(choice)
-        with any_length:
-            assert not enabled()
-            with any_length:
-                assert not enabled()
-            assert not enabled()
-        assert enabled() is choice
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), any_length:
-        assert enabled()
-    assert enabled()

@@ -923,8 +923,9 @@ class BakaModel(BakaPreTrainedModel):
         if self.records_training and pass_.pieces is not None:
             from .training_graphs_baka import recorder_of
 
-            pass_.recorder = recorder_of(self, pass_)
-            pass_.graph = pass_.recorder and pass_.recorder.find(pass_)
+            recorder = recorder_of(self, pass_)
+            if recorder is not None:
+                pass_.is_recordable, pass_.graph = True, recorder.find(pass_)
         if cache is not None and seeded is not None:
             # What the state will know of itself after the call.
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
@@ -1103,7 +1104,7 @@ class _Pass:
     pieces: Any = None  # each span's part of them [B, T, D]
     following: Any = None  # what `close` tells the cache
     reader: Any = None  # reads whole chunks by graphs, from a static state
-    recorder: Any = None  # of such calls as this one, to train on them
+    is_recordable: bool = False  # as a graph, to train on it
     graph: Any = None  # reads all of the call at once
     turn: Any = None  # of that graph, which no other call can have until the backward pass
     num_last_states: int | None = None  # how many columns' states are asked for, from the last one back; None: all
@@ -1149,7 +1150,7 @@ class _Pass:
     def reading(self) -> Any:
         """What the spans are to be read in."""
         device = self.model.norm.weight.device.type
-        if self.recorder is None or not torch.is_autocast_enabled(device):
+        if not self.is_recordable or not torch.is_autocast_enabled(device):
             return nullcontext()
         # What autocast keeps while recording would be found, and be stale, when all else is read. Programs are compiled
         # for the one or the other, so the first call of a kind does without as well.

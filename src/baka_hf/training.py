@@ -178,8 +178,9 @@ class BakaTrainer(Trainer):
     def _records(self, model: nn.Module) -> None:
         if getattr(self.args, "cuda_graphs", False):
             for module in model.modules():
-                if hasattr(module, "records_training"):
-                    setattr(module, "records_training", True)  # noqa: B010 - a type checker takes it for a tensor
+                enable: Any = getattr(module, "cuda_graphs_enable", None)
+                if enable is not None:
+                    enable()
 
     # The state from step to step
 

@@ -54,7 +54,7 @@ def recorder_of(model: Any, pass_: _Pass) -> "Recorder | None":
         if not weights.are_plain or are_shared or any(each.device != embeddings.device for each in weights.tensors):
             return None
         recorder = _recorders[model] = Recorder(weights, model.embed_tokens.weight)
-    return recorder if recorder.trained() else None
+    return recorder
 
 
 def _is_watched() -> bool:
@@ -82,13 +82,12 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def trained(self) -> list[torch.Tensor]:
-        """Parameters that are trained; not the embedding, which is not in the graphs."""
-        return [each for each in self.weights.tensors if each.requires_grad and each is not self.embedding]
-
     def find(self, pass_: _Pass) -> "TrainingGraph | None":
         """The graph that reads a call, which has its turn now; None the first time, and while another has it."""
-        trained = self.trained()
+        # Not the embedding, which is not in the graphs.
+        trained = [each for each in self.weights.tensors if each.requires_grad and each is not self.embedding]
+        if not trained:
+            return None
         kind = _kind_of(pass_), tuple(map(id, trained))
         with self.lock:
             graph = self._graph_of(kind, trained, next(self.calls))
@@ -277,7 +276,7 @@ class TrainingGraph:
     def _open(self, model: Any) -> _Pass:
         batch_size, length = self.shape
         pass_ = _PassByBlocks(model, self.state, self.spans, batch_size, length, None, False, False)
-        pass_.recorder = self
+        pass_.is_recordable = True
         pass_.take_embeddings(self.text)
         return pass_
 
