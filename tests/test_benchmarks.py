@@ -38,3 +38,10 @@ def test_both_sides_are_measured(name: str, tmp_path: Path) -> None:
     sizes = [line for line in lines if "by_formula" in line]
     assert all(line["state_bytes_a_row"] == line["by_formula"] for line in sizes)
     assert len(sizes) == (4 if name == "long_context" else 0)
+
+
+def test_training_on_lanes_is_measured() -> None:
+    command = [sys.executable, BENCHMARKS / "lanes.py", "--device", "cpu", "--quick"]
+    *_, line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    row = json.loads(line)
+    assert (row["processes"], row["lanes"]) == (1, 2) and row["tokens/s"] > 0

@@ -434,9 +434,11 @@ def launched(name: str) -> Any:
     return _validate_launch_command(options)[0]
 
 
-def test_sharded_by_the_example_configuration(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["TRANSFORMER_BASED_WRAP", "NO_WRAP"])
+def test_sharded_by_the_example_configuration(tmp_path: Path, policy: str) -> None:
     """Two processes with FSDP2: weights and losses of one process; saved whole, and resumed."""
     options = launched("fsdp2.yaml")
+    options.fsdp_auto_wrap_policy = policy
     options.mixed_precision = "no"
     environment = {name: value for name, value in prepare_multi_gpu_env(options).items() if "FSDP" in name}
     assert environment["FSDP_VERSION"] == "2" and environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "BakaDecoderLayer"

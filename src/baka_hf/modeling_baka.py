@@ -133,7 +133,8 @@ def rotary_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [num_slots, head_dim] of RoPE's angles (arXiv 2104.09864) in Llama's rotate-half layout.
 
-    The angles are computed in float64: no buffer that a cast of the model to half precision could spoil.
+    sin has the other sign in its first half, see `apply_rotary`. The angles are computed in float64: no buffer that a
+    cast of the model to half precision could spoil.
     """
     return _rotary_table(theta, head_dim, num_slots, device, dtype)
 
@@ -145,19 +146,18 @@ def _rotary_table(
     with torch.inference_mode(False):
         inverse_frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
         angles = torch.arange(num_slots, dtype=torch.float64)[:, None] * inverse_frequencies
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(device=device, dtype=dtype), angles.sin().to(device=device, dtype=dtype)
-
-
-def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn queries or keys [B, H, T, head_dim] by the angles of `cos` and `sin`, broadcastable to them."""
-    cos, sin = cos.to(x), sin.to(x)
-    return x * cos + rotate_half(x) * sin
+    """Turn queries or keys [B, H, T, head_dim] by angles of `rotary_table`, broadcastable to them.
+
+    A pair (a, b) lies half a head apart and becomes (a cos - b sin, b cos + a sin): the halves change places, which
+    compilers read past more easily than halves put together anew, and sin brings the sign.
+    """
+    return x * cos.to(x) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x)
 
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
@@ -219,6 +219,13 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What matrix products make of `dtype`: autocast's if that is on."""
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
+        return dtype
+    return torch.get_autocast_dtype(device.type)
+
+
 def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, num_slots: int) -> torch.Tensor:
     """Keys or values of a span, `new` [B, H, Q, head_dim], among those kept from before; nothing is written in place.
 
@@ -231,6 +238,14 @@ def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, nu
     past = new.new_zeros(*new.shape[:2], num_slots, new.shape[3]) if past is None else past.to(new)
     index = placement.slots.expand_as(new)
     return past.scatter(2, index, torch.where(placement.valid, new, past.gather(2, index)))
+
+
+def as_previous(
+    keys: torch.Tensor, values: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, H, S, head_dim] of a stream that has ended as those of a previous one, in 2S slots."""
+    keys = apply_rotary(keys, *turn)
+    return pad_slots(keys, 0, keys.shape[2]), pad_slots(values, 0, values.shape[2])
 
 
 class BakaAttention(nn.Module):
@@ -387,8 +402,8 @@ SOLIDIFIERS: dict[str, type[nn.Module]] = {
 
 
 def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [2S, head_dim] of a model's slots, for queries and keys of `dtype`."""
-    return rotary_table(*_rotary_key(config), device, _at_least_float32(dtype))
+    """cos and sin [2S, head_dim] of a model's slots, for the queries and keys of states of `dtype`."""
+    return rotary_table(*_rotary_key(config), device, dtype_of_products(dtype, device))
 
 
 def _rotary_key(config: BakaConfig) -> tuple[float, int, int]:
@@ -846,7 +861,7 @@ class BakaModel(BakaPreTrainedModel):
                     pass_.read(index)
         else:
             pass_.graph.read(pass_)
-        return pass_.close()
+        return pass_.close(pass_.kept_at_the_end())
 
     @on_host
     def _plan(
@@ -1180,9 +1195,7 @@ class _Pass:
             layer.is_shared = True
         cache._release()
         # In the dtype that attention will have, as later calls find them: programs are compiled for one.
-        device, dtype = cache.device.type, cache.layers[0].keys.dtype
-        if dtype != torch.float64 and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        dtype = dtype_of_products(cache.layers[0].keys.dtype, cache.device)
         keys = [readable(layer.keys).to(dtype) for layer in cache.layers]
         values = [readable(layer.values).to(dtype) for layer in cache.layers]
         return Stream(readable(cache.memory), keys, values)
@@ -1355,9 +1368,7 @@ class _Pass:
         if device.type != "cuda" or not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             return mask
         # There each block would make this of it again.
-        if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+        return torch.zeros_like(mask, dtype=dtype_of_products(dtype, device)).masked_fill_(~mask, float("-inf"))
 
     def _run(self, *arguments: Any) -> Any:
         if self.recomputes:
@@ -1529,12 +1540,12 @@ class _Pass:
                 buffer[:, :, :S] = _where(layout.completes, own, buffer[:, :, :S])
 
     @on_host
-    def close(self) -> BaseModelOutputWithPast:
-        """Leave the state behind in the cache, and put together what was read."""
+    def close(self, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> BaseModelOutputWithPast:
+        """Leave the state behind in the cache, `kept` for its keys and values, and put together what was read."""
         if self.spans and self.graph is None:
             self.anchor()
         if self.cache is not None:
-            self._leave_state(self.cache, *self.following)
+            self._leave_state(self.cache, kept, *self.following)
         states, weights = self._outputs()
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
@@ -1549,27 +1560,43 @@ class _Pass:
             first = self.states[0]
             first[-1] = first[-1] + self.model._anchor(first[-1])
 
-    def kept_at_the_end(self, cache: BakaCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For each block the keys and values, [B, H_kv, slots, head_dim], that `cache` is left with."""
-        kept, total = [], self.half + self.config.stream_length
-        for index, layer in enumerate(cache.layers):
-            keys, values = self.last.kept(index, 0, total)
-            if keys is None or values is None:  # nothing of a full chunk is kept without the XL cache
-                keys, values = torch.zeros_like(layer.keys), torch.zeros_like(layer.values)
-            elif self.last.turns:
-                keys = apply_rotary(keys, *self._backwards(keys))
-            kept.append((keys, values))
+    @runs_compiled_parts
+    def kept_at_the_end(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each block's keys and values, [B, H_kv, slots, head_dim], that the cache is left with; none if in place."""
+        kept, turn = self._find_kept()
+        if turn is not None:
+            with allow_programs():
+                for index, (keys, values) in enumerate(kept):
+                    kept[index] = as_previous(keys, values, turn)
         return kept
 
+    @on_host
+    def _find_kept(self) -> tuple[list[Any], Any]:
+        """The same; or those of a stream that has just ended, and cos and sin that turn its keys back."""
+        if self.cache is None or self.in_place or not self.spans:
+            return [], None
+        last, slots = self.last, self.half + self.config.stream_length
+        if last.turns:
+            return list(zip(last.keys, last.values, strict=True)), self._backwards(last.keys[0])
+        kept = [last.kept(index, 0, slots) for index in range(len(self.blocks))]
+        if kept[0][0] is None:  # nothing of a full chunk is kept without the XL cache
+            kept = [(torch.zeros_like(layer.keys), torch.zeros_like(layer.values)) for layer in self.cache.layers]
+        return kept, None
+
     def _leave_state(
-        self, cache: BakaCache, input_ids: torch.Tensor | None, seeded: torch.Tensor, num_aligned: int, restarted: bool
+        self,
+        cache: BakaCache,
+        kept: list[tuple[torch.Tensor, torch.Tensor]],
+        input_ids: torch.Tensor | None,
+        seeded: torch.Tensor,
+        num_aligned: int,
+        restarted: bool,
     ) -> None:
         """What the cache keeps of the call. In the last `num_aligned` positions no row had padding."""
         if self.spans:
             cache.memory = self.last.memory
-        if self.spans and not self.in_place:
-            for layer, kept in zip(cache.layers, self.kept_at_the_end(cache), strict=True):
-                (layer.keys, layer.values), layer.is_shared = kept, True
+        for layer, both in zip(cache.layers, kept, strict=False):  # none in place
+            (layer.keys, layer.values), layer.is_shared = both, True
         num_tokens = self.spans[-1].num_tokens if self.spans else cache._num_tokens
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
         cache._advance(self.length, num_tokens, seeded, pauses, num_aligned, restarted)
@@ -1688,8 +1715,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_states: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, with_gradient: bool
     ) -> torch.Tensor:
         """The loss, a float32 scalar, of hidden states [T, D] for `targets` [T], -100 for none, by `weight` [V, D]."""
-        device, vocab_size = hidden_states.device.type, weight.shape[0]
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        device, vocab_size = hidden_states.device, weight.shape[0]
+        dtype = dtype_of_products(weight.dtype, device)
         # Whether gradients are enabled is not known in here.
         needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         states = hidden_states.to(dtype)
@@ -1697,8 +1724,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 8))
         total = torch.zeros((), dtype=_at_least_float32(dtype), device=states.device)
         grad_hidden = torch.empty_like(states) if needs_hidden else None
-        grad_weight = torch.zeros_like(matrix, dtype=total.dtype) if needs_weight else None
-        with torch.autocast(device, enabled=False):
+        grad_weight = torch.zeros_like(matrix) if needs_weight and not len(states) else None
+        with torch.autocast(device.type, enabled=False):
             for begin in range(0, len(states), LOSS_PIECE):
                 piece = slice(begin, begin + LOSS_PIECE)
                 loss, gradient = _cross_entropy(
@@ -1707,8 +1734,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 total += loss
                 if grad_hidden is not None:
                     grad_hidden[piece] = gradient @ matrix
-                if grad_weight is not None:
-                    grad_weight += gradient.T @ states[piece]
+                if needs_weight:
+                    part = gradient.T @ states[piece]
+                    grad_weight = part if grad_weight is None else grad_weight.to(total.dtype).add_(part)
         ctx.dtypes = hidden_states.dtype, weight.dtype
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab_size])
         return total
@@ -1716,12 +1744,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        # In the precision of the sum: a scale rounded to half precision would be off for all of the gradient.
-        scaled = (
-            None if gradient is None else (gradient.to(grad_output.dtype) * grad_output).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *scaled, None, None  # type: ignore[return-value]
+        def scaled(gradient: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+            if gradient is None:
+                return None
+            # In the precision of the sum: a scale rounded to half precision would be off for all of the gradient.
+            wide, result = gradient.to(grad_output.dtype), torch.empty_like(gradient, dtype=dtype)
+            return torch.mul(wide, grad_output, out=result)
+
+        grad_hidden, grad_weight = map(scaled, ctx.saved_tensors, ctx.dtypes)
+        return grad_hidden, grad_weight, None, None
 
 
 def _cross_entropy(

@@ -39,6 +39,8 @@ logger = logging.get_logger(__name__)
 STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process's lanes
 PLACES_FILE = "lanes.json"  # in that folder: which lanes these are, and where they stand
 
+LARGE_BUCKET = 512  # MB of gradients that DDP exchanges at once
+
 
 def lanes_of(rank: int, num_processes: int, num_lanes: int, num_groups: int = 1) -> list[list[int]]:
     """The lanes that process `rank` reads, one for each of its rows, in each batch of a step.
@@ -78,7 +80,7 @@ class BakaTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Record training steps as CUDA graphs (`model.cuda_graphs_enable()`), beside `torch_compile`: much "
-            "faster where rows are few."
+            "faster where rows are few. DDP's `ddp_bucket_cap_mb` is then 512 if not given."
         },
     )
     ddp_find_unused_parameters: bool | None = field(
@@ -91,6 +93,9 @@ class BakaTrainingArguments(TrainingArguments):
         chunks = self.chunks_per_backward
         if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1):
             raise ValueError(f"`chunks_per_backward` must be an integer of at least 1, got {chunks!r}.")
+        if self.cuda_graphs and self.ddp_bucket_cap_mb is None:  # type: ignore[has-type]  # they are not followed
+            # Gradients come all at once: little is left to overlap with, and large exchanges are faster.
+            self.ddp_bucket_cap_mb = LARGE_BUCKET
 
 
 class BakaTrainer(Trainer):

@@ -262,7 +262,7 @@ class TrainingGraph:
                 with pass_.reading():
                     for index in range(len(self.spans)):
                         pass_.read(index)
-                    self._close(pass_)
+                    self._close(pass_, pass_.kept_at_the_end())
         finally:
             self._put(leaves=False)
 
@@ -281,11 +281,10 @@ class TrainingGraph:
         return pass_
 
     @on_host
-    def _close(self, pass_: _Pass) -> None:
+    def _close(self, pass_: _Pass, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         pass_.anchor()
         self.outputs = [torch.cat([states[-1] for states in pass_.states], dim=1)]
         if self.state is not None:
-            kept = pass_.kept_at_the_end(self.state)
             self.outputs += [pass_.last.memory, *(tensor for both in kept for tensor in both)]
 
     @on_host
