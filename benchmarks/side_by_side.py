@@ -6,6 +6,7 @@ A figure counts beside its peer's of the same run, because machines are shared a
 import argparse
 import gc
 import json
+import math
 import platform
 import statistics
 import time
@@ -143,13 +144,14 @@ class Comparison:
         sides: dict[str, Callable[[], Callable[[], Any]]],
         per_token: bool = False,
         warm_ups: int = 0,
-        in_a_row: int = 1,
+        in_a_row: float = 0,
         **facts: float,
     ) -> None:
         """Time `tokens` tokens of work: each side is a function that gets everything ready and returns the run.
 
         The first run, which may have to compile, is timed by itself; then come `warm_ups` more, and those that count:
-        so many at a time, `in_a_row`, as a program asks a GPU for the next step while it is still at the last one.
+        one at a time, or as many as take `in_a_row` seconds, as a program asks a GPU for the next step while it is
+        still at the last one.
         """
         device, repeats = self.args.device, self.args.repeats
         sides = self.chosen(sides)
@@ -166,10 +168,13 @@ class Comparison:
                 for _ in range(warm_ups):
                     for run in runs.values():
                         run()
+                counts = {
+                    name: math.ceil(in_a_row / seconds(run, device)) if in_a_row else 1 for name, run in runs.items()
+                }
                 times: dict[str, list[float]] = {name: [] for name in runs}
                 for _ in range(repeats):
                     for name, run in runs.items():
-                        times[name].append(seconds(partial(_repeat, run, in_a_row), device) / in_a_row)
+                        times[name].append(seconds(partial(_repeat, run, counts[name]), device) / counts[name])
                 if self.args.profile:
                     for name, run in runs.items():
                         self.profile(f"{work}, {name}", run)

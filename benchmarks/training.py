@@ -78,7 +78,7 @@ def main() -> None:
             return training_of(new_llama(args), args, shape)
 
         sides = {"BakaLLM": ours, f"Llama, {kind}": theirs}
-        options = {} if args.device == "cpu" else dict(warm_ups=2, in_a_row=4)
+        options = {} if args.device == "cpu" else dict(warm_ups=2, in_a_row=2)
         comparison.measure(f"train {batch} x {length:,}", batch * length, sides, **options)
     comparison.finish("BakaLLM", ("tokens/s", "peak GiB"))
     comparison.save(draw)

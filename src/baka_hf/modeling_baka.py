@@ -221,9 +221,10 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What matrix products make of `dtype`: autocast's if that is on."""
-    if dtype == torch.float64 or not torch.is_autocast_enabled(device.type):
+    kind = device.type
+    if dtype == torch.float64 or not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return dtype
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(kind)
 
 
 def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, num_slots: int) -> torch.Tensor:

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
@@ -38,6 +40,11 @@ logger = logging.get_logger(__name__)
 
 STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process's lanes
 PLACES_FILE = "lanes.json"  # in that folder: which lanes these are, and where they stand
+
+KNOWN = {
+    "position_ids": "positions",
+    "document": "document",
+}  # of a batch: what stays on the host, and under which name
 
 LARGE_BUCKET = 512  # MB of gradients that DDP exchanges at once
 
@@ -146,7 +153,19 @@ class BakaTrainer(Trainer):
             # The seed that is drawn for workers whenever an iteration begins must not be one of the training's random
             # numbers: a resumed run begins one more.
             loader.base_dataloader.generator = torch.Generator()
+        if self._lanes is not None and isinstance(loader, DataLoaderShard):
+            loader.device = None  # batches go there later
         return loader
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
+        # What the host has to know of a batch is taken from it before it goes to the device: then nothing waits there
+        # for the step before.
+        batches = epoch_iterator if self._lanes is None else map(self._send, epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def _send(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        known = {KNOWN[name]: batch[name].cpu().numpy() for name in KNOWN if name in batch}
+        return send_to_device(dict(batch), self.args.device, non_blocking=True) | known
 
     def _new_groups(self, batch_size: int) -> deque[_Group]:
         """One for each of the batches that a step of the lanes comes in."""
@@ -230,7 +249,7 @@ class BakaTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         inputs = dict(inputs)
-        places = inputs.pop("document", None)
+        places, positions = inputs.pop("document", None), inputs.pop("positions", None)
         if isinstance(num_items_in_batch, torch.Tensor):
             # A step may have no target, when all that is left of an epoch are the last tokens of documents.
             num_items_in_batch = num_items_in_batch.clamp(min=1)
@@ -249,7 +268,7 @@ class BakaTrainer(Trainer):
             and self.compute_loss_func is None
         ):
             inputs["skip_logits"] = True
-        state = self._state_for(inputs)
+        state = self._state_for(inputs, positions)
         if state is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -260,8 +279,11 @@ class BakaTrainer(Trainer):
             self._groups[0].places = places.tolist()
         return (loss, outputs) if return_outputs else loss
 
-    def _state_for(self, inputs: dict[str, Any]) -> BakaCache | None:
-        """The state to read a batch or a piece of one with, if any: new in rows that begin with a document."""
+    def _state_for(self, inputs: dict[str, Any], positions: Any) -> BakaCache | None:
+        """The state to read a batch or a piece of one with, if any: new in rows that begin with a document.
+
+        `positions` is `position_ids` on the host, if known there.
+        """
         group, batch_size = self._groups[0], len(inputs["input_ids"])
         if group.state is None and self._carries:
             group.state = self.model.new_cache(batch_size)
@@ -272,7 +294,8 @@ class BakaTrainer(Trainer):
                 "every call, so memory cannot be carried to the next. Train it with rows for the stock Trainer."
             )
         if group.state is not None and "position_ids" in inputs:
-            starts = inputs["position_ids"][:, 0].expand(batch_size).cpu()
+            positions = inputs["position_ids"].cpu() if positions is None else torch.from_numpy(positions)
+            starts = positions[:, 0].expand(batch_size)
             if self._carries and (wrong := (starts > 0) & (starts != group.state.num_tokens)).any():
                 row = int(wrong.int().argmax())
                 raise ValueError(
