@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from itertools import repeat
-from operator import contains, is_
+from operator import attrgetter, contains, is_
 from typing import Any
 
 import torch
@@ -49,15 +49,18 @@ _recording = threading.Lock()  # one thread at a time compiles and records
 _idle: "weakref.WeakKeyDictionary[nn.Module, StaticReader]" = weakref.WeakKeyDictionary()
 
 
-def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
-    """The reader of `cache` by `model`, a `BakaModel`, with the state in its tensors; None if it cannot be read so."""
+def reader_of(model: Any, cache: BakaCache, token: torch.Tensor | None = None) -> "StaticReader | None":
+    """The reader of `cache` by `model`, a `BakaModel`, with the state in its tensors; None if it cannot be read so.
+
+    `token` [B, 1] is what it will be asked to read, if no more than that.
+    """
     weight, config = model.norm.weight, model.config
     if weight.device.type not in DEVICES or config._attn_implementation != "sdpa" or cache._is_recording:
         return None
     if torch.is_autocast_enabled(weight.device.type) or (model.training and config.uses_random_pauses):
         return None
     reader = cache._reader
-    if reader is None or not reader.fits(cache, model):
+    if reader is None or not reader.fits(cache, model, token):
         if cache.device != weight.device:
             cache.to(weight.device)
         if cache.layers[0].keys.dtype != weight.dtype:
@@ -86,6 +89,9 @@ def _leave(model: Any, reader: "StaticReader") -> None:
         _idle[model()] = reader
 
 
+_version_of = attrgetter("_version")
+
+
 class PlainWeights:
     """The weights that graphs are recorded with, and whether they are still all that the model is made of.
 
@@ -112,23 +118,24 @@ class PlainWeights:
         )
         self.are_plain = are_known and all(type(it) is nn.Parameter for it in self.tensors)
         if self.are_plain:  # shards have no address
-            self.addresses = [tensor.data_ptr() for tensor in self.tensors]
+            self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
             self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
-            self.versions = [tensor._version for tensor in self.counted]
-            self.are_plain = self.are_as_they_were()
+            self.versions = list(map(_version_of, self.counted))
+            self.are_plain = self.are_all() and self.have_their_values()
 
-    def are_as_they_were(self) -> bool:
-        """Whether they are the same, and have the same values."""
-        return self.are_in_place() and [tensor._version for tensor in self.counted] == self.versions
-
-    def are_in_place(self) -> bool:
-        """Whether they are the same, whatever their values."""
+    def are_all(self) -> bool:
+        """Whether the model is made of them, and of nothing more."""
         return (
             all(map(is_, map(dict.get, self.holders, self.names), self.held))
             and not any(self.hooks)
             and not any(map(contains, self.attributes, repeat("forward")))
-            and [tensor.data_ptr() for tensor in self.tensors] == self.addresses
         )
+
+    def are_in_place(self) -> bool:
+        return list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
+
+    def have_their_values(self) -> bool:
+        return self.are_in_place() and list(map(_version_of, self.counted)) == self.versions
 
 
 class StaticReader:
@@ -146,6 +153,8 @@ class StaticReader:
         self.is_shared = False
         self.owner: Any = None  # a weak reference to the state whose tensors these are
         self.end_of_owner: Any = None  # what happens when that is gone
+        self.awaited: Any = None  # the token that `generate` has prepared, with nothing done since the one before
+        self.has_looked = False  # whether after that one the model was still made of the same weights
         self.graphs: dict[Any, Any] = {}
         self.masks: dict[Any, Any] = {}
         S = config.stream_length
@@ -153,6 +162,7 @@ class StaticReader:
             slots = cache.layers[0].keys
             shape = (config.num_hidden_layers, *slots.shape)
             self.keys, self.values = (slots.new_zeros(shape) for _ in range(2))
+            self.num_slots = slots.shape[2]
             self.memory = torch.zeros_like(cache.memory)
             self.num_tokens = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self.seeded = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
@@ -197,13 +207,14 @@ class StaticReader:
         for block in self.blocks:
             block.refresh()
 
-    def fits(self, cache: BakaCache, model: Any) -> bool:
-        """Whether this is, or may become, the reader of `cache` by `model`."""
+    def fits(self, cache: BakaCache, model: Any, token: torch.Tensor | None = None) -> bool:
+        """Whether this is, or may become, the reader of `cache` by `model`, to read `token` if given."""
         keys = cache.layers[0].keys
         same = (keys.shape, keys.dtype, keys.device) == (self.keys.shape[1:], self.keys.dtype, self.keys.device)
         is_free = self.owner is None or self.owner() is cache
         is_usable = self.model() is model and is_free and not self.is_shared
-        return same and is_usable and self.weights.are_as_they_were()
+        is_known = self.has_looked and token is not None and token is self.awaited
+        return same and is_usable and (is_known or self.weights.are_all()) and self.weights.have_their_values()
 
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
@@ -224,13 +235,12 @@ class StaticReader:
 
     def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
-        start = cache._num_tokens % self.chunk_size
-        rows = start if bool(reads.all()) else start[reads]
-        kind = int(self.kinds[rows].max())
-        stop = self.keys.shape[3]
+        positions = {count % self.chunk_size for count in cache._num_tokens[reads].tolist()}
+        kind = max(map(self.kinds.__getitem__, positions))
+        stop = self.num_slots
         if kind != EDGE:
-            half = stop - self.stream_length
-            stop = min(stop, half + -(-int(self.ends[rows].max()) // self.window) * self.window)
+            half, end = stop - self.stream_length, max(map(self.ends.__getitem__, positions))
+            stop = min(stop, half + -(-end // self.window) * self.window)
         for index, (own, now) in enumerate(
             ((self.num_tokens, cache._num_tokens), (self.seeded, cache._seeded), (self.reads, reads))
         ):
@@ -241,7 +251,10 @@ class StaticReader:
         self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
         self._run(("token", kind, stop), lambda: self._token(model, cache, kind, stop))
         self.known[0] = cache._num_tokens + reads
-        return self.states[1].clone()
+        states = self.states[1].clone()
+        # While the device is busy: `generate` need not look again before its next token.
+        self.has_looked, self.awaited = self.awaited is not None and self.weights.are_all(), None
+        return states
 
     def read_chunk(self, model: Any, cache: BakaCache, span: Span, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, n], a whole chunk in step: its normed states [B, n, D], to be used before the next chunk."""
@@ -461,9 +474,9 @@ def _bias(numbers: torch.Tensor, horizons: torch.Tensor, dtype: torch.dtype) -> 
     return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, float("-inf"))
 
 
-def _steps(config: BakaConfig) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """For a token at each position of a chunk, on the host: its kind [n], and where its slots end [n]; and how many
-    positions a step of each kind takes at most."""
+def _steps(config: BakaConfig) -> tuple[list[int], list[int], list[int]]:
+    """For a token at each position of a chunk its kind, n of them; how many positions a step of each kind takes at
+    most; and where the slots of the token at each position end, n again."""
     n, R, pauses = config.chunk_size, config.num_memory_tokens, set(fixed_pauses(config))
     kinds, ends, widths = [], [], [1, 2, 1]
     for position in range(n):
@@ -473,7 +486,7 @@ def _steps(config: BakaConfig) -> tuple[torch.Tensor, list[int], torch.Tensor]:
         if is_edge:
             width = 1 + has_pause + R * ((position == 0) + (position == n - 1))
             widths[EDGE] = max(widths[EDGE], width)
-    return torch.tensor(kinds), widths, torch.tensor(ends)
+    return kinds, widths, ends
 
 
 def _as_it_is(function: Callable) -> Callable:
