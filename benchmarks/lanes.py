@@ -2,7 +2,7 @@
 
     python benchmarks/lanes.py                                      # on one GPU
     accelerate launch --config_file examples/accelerate/ddp.yaml benchmarks/lanes.py
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml benchmarks/lanes.py
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --fsdp_auto_wrap_policy NO_WRAP benchmarks/lanes.py
     python benchmarks/lanes.py --device cpu
 
 Documents of random tokens, as long as encyclopedia articles. The lanes are those of all processes together: on more
