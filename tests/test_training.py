@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from baka_hf import BakaCache, BakaForCausalLM, modeling_baka
 from baka_hf.data import LaneDataset
 from baka_hf.evaluation import evaluate_documents
-from baka_hf.training import BakaTrainingArguments, ChunkCurriculum
+from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum
 
 Row = dict[str, Tensor]
 EXACT = dict(rtol=1e-5, atol=1e-6)  # of float64: transformers takes losses in float32
@@ -396,6 +396,23 @@ def test_bad_chunks_per_backward(tmp_path: Path, chunks: Any) -> None:
 def test_bad_schedules(schedule: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ChunkCurriculum(schedule)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_documents_begin_is_known_on_the_host(tmp_path: Path, stream: bool) -> None:
+    """In training it is found in batches that are not yet on the device, but for those that accelerate deals out."""
+    known = []
+
+    class Watching(BakaTrainer):
+        def _state_for(self, inputs: dict[str, Any], positions: Any) -> Any:
+            assert positions is None or (positions == inputs["position_ids"].numpy()).all()
+            known.append((self.model.training, positions is not None))
+            return super()._state_for(inputs, positions)
+
+    watching = trainer(tmp_path, Record(), stream=stream, trainer_class=Watching, chunks_per_backward=1)
+    assert stream or watching.get_train_dataloader().device is None
+    watching.train()
+    assert len(known) > 10 and all(is_known for is_training, is_known in known if is_training)
 
 
 # Memory and precision

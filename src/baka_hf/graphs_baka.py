@@ -132,9 +132,11 @@ class PlainWeights:
         )
 
     def are_in_place(self) -> bool:
+        """Whether their numbers lie where they did."""
         return list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
 
     def have_their_values(self) -> bool:
+        """Whether they lie there, and PyTorch has counted no change of them."""
         return self.are_in_place() and list(map(_version_of, self.counted)) == self.versions
 
 

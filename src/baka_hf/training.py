@@ -41,10 +41,8 @@ logger = logging.get_logger(__name__)
 STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process's lanes
 PLACES_FILE = "lanes.json"  # in that folder: which lanes these are, and where they stand
 
-KNOWN = {
-    "position_ids": "positions",
-    "document": "document",
-}  # of a batch: what stays on the host, and under which name
+# What the host has to know of a batch, and the name under which it stays there.
+KNOWN = {"position_ids": "positions", "document": "document"}
 
 LARGE_BUCKET = 512  # MB of gradients that DDP exchanges at once
 
@@ -158,8 +156,8 @@ class BakaTrainer(Trainer):
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
-        # What the host has to know of a batch is taken from it before it goes to the device: then nothing waits there
-        # for the step before.
+        # What has to be known of a batch is taken from it before it goes to the device: to ask there would be to wait
+        # for all of the step before.
         batches = epoch_iterator if self._lanes is None else map(self._send, epoch_iterator)
         return super().get_batch_samples(batches, num_batches, device)
 
@@ -294,7 +292,7 @@ class BakaTrainer(Trainer):
                 "every call, so memory cannot be carried to the next. Train it with rows for the stock Trainer."
             )
         if group.state is not None and "position_ids" in inputs:
-            positions = inputs["position_ids"].cpu() if positions is None else torch.from_numpy(positions)
+            positions = inputs["position_ids"][:, :1].cpu() if positions is None else torch.from_numpy(positions)
             starts = positions[:, 0].expand(batch_size)
             if self._carries and (wrong := (starts > 0) & (starts != group.state.num_tokens)).any():
                 row = int(wrong.int().argmax())
