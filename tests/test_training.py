@@ -409,7 +409,8 @@ def test_where_documents_begin_is_known_on_the_host(tmp_path: Path, stream: bool
             known.append((self.model.training, positions is not None))
             return super()._state_for(inputs, positions)
 
-    watching = trainer(tmp_path, Record(), stream=stream, trainer_class=Watching, chunks_per_backward=1)
+    settings = dict(trainer_class=Watching, chunks_per_backward=1, max_steps=7)
+    watching = trainer(tmp_path, Record(), stream=stream, **settings)
     assert stream or watching.get_train_dataloader().device is None
     watching.train()
     assert len(known) > 10 and all(is_known for is_training, is_known in known if is_training)
