@@ -81,3 +81,14 @@ def test_reading_with_a_state_needs_no_programs() -> None:
             part = compiled(tokens[:, column : column + 1], cache=state)
             assert_close(part.logits, expected[:, column : column + 1])
         assert num_programs() <= 3
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rotation_is_traced_in_any_precision(dtype: torch.dtype, autocast: bool) -> None:
+    """A solidifier that is a block asks for RoPE's table where it is compiled."""
+    model = tiny_model(tiny_config(memory_solidifier="layer"), dtype)
+    memory = torch.randn(2, model.config.num_memory_tokens, model.config.hidden_size, dtype=dtype)
+    solidify = torch.compile(model.model.solidify, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_close(solidify(memory, "read"), model.model.solidify(memory, "read"))

@@ -452,11 +452,3 @@ def test_a_trainer_that_makes_its_model(tmp_path: Path) -> None:
     assert not BakaTrainer(
         tiny_model(tiny_config()), replace(arguments, cuda_graphs=False)
     ).model.model.records_training
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [(dict(cuda_graphs=True), 512), (dict(cuda_graphs=True, ddp_bucket_cap_mb=25), 25), ({}, None)],
-)
-def test_gradients_that_come_at_once_are_exchanged_at_once(tmp_path: Path, given: dict, expected: int | None) -> None:
-    assert BakaTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **given).ddp_bucket_cap_mb == expected

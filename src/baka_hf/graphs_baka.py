@@ -49,18 +49,15 @@ _recording = threading.Lock()  # one thread at a time compiles and records
 _idle: "weakref.WeakKeyDictionary[nn.Module, StaticReader]" = weakref.WeakKeyDictionary()
 
 
-def reader_of(model: Any, cache: BakaCache, token: torch.Tensor | None = None) -> "StaticReader | None":
-    """The reader of `cache` by `model`, a `BakaModel`, with the state in its tensors; None if it cannot be read so.
-
-    `token` [B, 1] is what it will be asked to read, if no more than that.
-    """
+def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
+    """The reader of `cache` by `model`, a `BakaModel`, with the state in its tensors; None if it cannot be read so."""
     weight, config = model.norm.weight, model.config
     if weight.device.type not in DEVICES or config._attn_implementation != "sdpa" or cache._is_recording:
         return None
     if torch.is_autocast_enabled(weight.device.type) or (model.training and config.uses_random_pauses):
         return None
     reader = cache._reader
-    if reader is None or not reader.fits(cache, model, token):
+    if reader is None or not reader.fits(cache, model):
         if cache.device != weight.device:
             cache.to(weight.device)
         if cache.layers[0].keys.dtype != weight.dtype:
@@ -121,23 +118,20 @@ class PlainWeights:
             self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
             self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
             self.versions = list(map(_version_of, self.counted))
-            self.are_plain = self.are_all() and self.have_their_values()
+            self.are_plain = self.are_as_they_were()
 
-    def are_all(self) -> bool:
-        """Whether the model is made of them, and of nothing more."""
+    def are_as_they_were(self) -> bool:
+        """Whether they are the same, and have the same values, as far as PyTorch has counted changes."""
+        return self.are_in_place() and list(map(_version_of, self.counted)) == self.versions
+
+    def are_in_place(self) -> bool:
+        """Whether they are the same, whatever their values."""
         return (
             all(map(is_, map(dict.get, self.holders, self.names), self.held))
             and not any(self.hooks)
             and not any(map(contains, self.attributes, repeat("forward")))
+            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
         )
-
-    def are_in_place(self) -> bool:
-        """Whether their numbers lie where they did."""
-        return list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
-
-    def have_their_values(self) -> bool:
-        """Whether they lie there, and PyTorch has counted no change of them."""
-        return self.are_in_place() and list(map(_version_of, self.counted)) == self.versions
 
 
 class StaticReader:
@@ -155,8 +149,6 @@ class StaticReader:
         self.is_shared = False
         self.owner: Any = None  # a weak reference to the state whose tensors these are
         self.end_of_owner: Any = None  # what happens when that is gone
-        self.awaited: Any = None  # the token that `generate` has prepared, with nothing done since the one before
-        self.has_looked = False  # whether after that one the model was still made of the same weights
         self.graphs: dict[Any, Any] = {}
         self.masks: dict[Any, Any] = {}
         S = config.stream_length
@@ -209,14 +201,13 @@ class StaticReader:
         for block in self.blocks:
             block.refresh()
 
-    def fits(self, cache: BakaCache, model: Any, token: torch.Tensor | None = None) -> bool:
-        """Whether this is, or may become, the reader of `cache` by `model`, to read `token` if given."""
+    def fits(self, cache: BakaCache, model: Any) -> bool:
+        """Whether this is, or may become, the reader of `cache` by `model`."""
         keys = cache.layers[0].keys
         same = (keys.shape, keys.dtype, keys.device) == (self.keys.shape[1:], self.keys.dtype, self.keys.device)
         is_free = self.owner is None or self.owner() is cache
         is_usable = self.model() is model and is_free and not self.is_shared
-        is_known = self.has_looked and token is not None and token is self.awaited
-        return same and is_usable and (is_known or self.weights.are_all()) and self.weights.have_their_values()
+        return same and is_usable and self.weights.are_as_they_were()
 
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
@@ -253,10 +244,7 @@ class StaticReader:
         self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
         self._run(("token", kind, stop), lambda: self._token(model, cache, kind, stop))
         self.known[0] = cache._num_tokens + reads
-        states = self.states[1].clone()
-        # While the device is busy: `generate` need not look again before its next token.
-        self.has_looked, self.awaited = self.awaited is not None and self.weights.are_all(), None
-        return states
+        return self.states[1].clone()
 
     def read_chunk(self, model: Any, cache: BakaCache, span: Span, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, n], a whole chunk in step: its normed states [B, n, D], to be used before the next chunk."""

@@ -221,10 +221,10 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What matrix products make of `dtype`: autocast's if that is on."""
-    kind = device.type
-    if dtype == torch.float64 or not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    # Weights that are offloaded are on "meta", which autocast does not know.
+    if dtype == torch.float64 or device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return dtype
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(device.type)
 
 
 def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, num_slots: int) -> torch.Tensor:
@@ -974,7 +974,7 @@ class BakaModel(BakaPreTrainedModel):
         reads = torch.ones(batch_size, dtype=torch.bool) if real is None else real[:, 0].cpu()
         if config.uses_random_pauses and not bool((cache._pauses == torch.tensor(fixed_pauses(config))).all()):
             return None
-        reader = self._static_reader(cache, input_ids) if bool(reads.any()) else None
+        reader = self._static_reader(cache) if bool(reads.any()) else None
         if reader is None:
             return None
         cache._is_beam_search = within_beam_search
@@ -983,13 +983,13 @@ class BakaModel(BakaPreTrainedModel):
         cache._advance(1, cache._num_tokens + reads, cache._seeded, cache._pauses, num_aligned, False)
         return states
 
-    def _static_reader(self, cache: BakaCache | None, token: torch.Tensor | None = None) -> Any:
+    def _static_reader(self, cache: BakaCache | None) -> Any:
         """What reads a static state by graphs, see `graphs_baka`; None where that is not possible."""
         if cache is None or not getattr(cache, "is_static", False) or torch.is_grad_enabled():
             return None
         from .graphs_baka import reader_of
 
-        return reader_of(self, cache, token)
+        return reader_of(self, cache)
 
     # What a call may hold
 
@@ -2115,8 +2115,6 @@ class BakaForCausalLM(BakaPreTrainedModel, GenerationMixin):
             if next_sequence_length == 1 and not is_first_iteration and input_ids.device == cache.device:
                 # A step of one token, by far the most frequent: there is nothing else to prepare.
                 token = input_ids[:, -1:].clone(memory_format=torch.contiguous_format)
-                if cache._reader is not None:
-                    cache._reader.awaited = token
                 inputs = {"input_ids": token, "attention_mask": attention_mask, CACHE_NAME: cache}
                 return inputs | {key: value for key, value in kwargs.items() if key != "labels"}
         return super().prepare_inputs_for_generation(

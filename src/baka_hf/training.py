@@ -44,8 +44,6 @@ PLACES_FILE = "lanes.json"  # in that folder: which lanes these are, and where t
 # What the host has to know of a batch, and the name under which it stays there.
 KNOWN = {"position_ids": "positions", "document": "document"}
 
-LARGE_BUCKET = 512  # MB of gradients that DDP exchanges at once
-
 
 def lanes_of(rank: int, num_processes: int, num_lanes: int, num_groups: int = 1) -> list[list[int]]:
     """The lanes that process `rank` reads, one for each of its rows, in each batch of a step.
@@ -85,7 +83,7 @@ class BakaTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Record training steps as CUDA graphs (`model.cuda_graphs_enable()`), beside `torch_compile`: much "
-            "faster where rows are few. DDP's `ddp_bucket_cap_mb` is then 512 if not given."
+            "faster where rows are few."
         },
     )
     ddp_find_unused_parameters: bool | None = field(
@@ -98,9 +96,6 @@ class BakaTrainingArguments(TrainingArguments):
         chunks = self.chunks_per_backward
         if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1):
             raise ValueError(f"`chunks_per_backward` must be an integer of at least 1, got {chunks!r}.")
-        if self.cuda_graphs and self.ddp_bucket_cap_mb is None:  # type: ignore[has-type]  # they are not followed
-            # Gradients come all at once: little is left to overlap with, and large exchanges are faster.
-            self.ddp_bucket_cap_mb = LARGE_BUCKET
 
 
 class BakaTrainer(Trainer):
@@ -157,13 +152,14 @@ class BakaTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         # What has to be known of a batch is taken from it before it goes to the device: to ask there would be to wait
-        # for all of the step before.
+        # for all of the step before. (Streams are dealt out by accelerate, on the device.)
         batches = epoch_iterator if self._lanes is None else map(self._send, epoch_iterator)
         return super().get_batch_samples(batches, num_batches, device)
 
     def _send(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         known = {KNOWN[name]: batch[name].cpu().numpy() for name in KNOWN if name in batch}
-        return send_to_device(dict(batch), self.args.device, non_blocking=True) | known
+        device = self.args.device
+        return send_to_device(dict(batch), device, non_blocking=device.type == "cuda") | known
 
     def _new_groups(self, batch_size: int) -> deque[_Group]:
         """One for each of the batches that a step of the lanes comes in."""

@@ -47,7 +47,7 @@ def recorder_of(model: Any, pass_: _Pass) -> "Recorder | None":
     if cache is not None and any(tensor.requires_grad for tensor in _tensors(cache)):
         return None
     recorder = _recorders.get(model)
-    if recorder is None or not (recorder.weights.are_all() and recorder.weights.are_in_place()):
+    if recorder is None or not recorder.weights.are_in_place():
         forget(model)
         weights = PlainWeights(model)
         are_shared = len(set(map(id, weights.tensors))) < len(weights.tensors)
