@@ -222,7 +222,7 @@ def test_adapters_have_the_card_of_peft(tmp_path: Path) -> None:
     run.save_model()
     run.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.library_name == "peft" and "lora" in card.data.tags and "BakaLLM" not in card.text
+    assert card.data["library_name"] == "peft" and "lora" in card.data.tags and "BakaLLM" not in card.text
 
 
 # The snippet

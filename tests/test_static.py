@@ -267,7 +267,7 @@ def test_a_model_that_changes_as_it_generates(change: str, counts: dict[str, int
         layer, tokens = model.model.layers[0].mlp.up_proj, random_tokens(model.config, 2, 6)
         state = model.new_cache(2, static=implementation == "static")
 
-        def change_weight(ids: Tensor, logits: Tensor, layer: torch.nn.Linear = layer) -> Tensor:
+        def change_model(ids: Tensor, logits: Tensor, layer: torch.nn.Linear = layer) -> Tensor:
             if change == "weight" and ids.shape[1] in (8, 11):
                 layer.weight.mul_(2)
             if change == "hook" and ids.shape[1] == 11:
@@ -275,7 +275,7 @@ def test_a_model_that_changes_as_it_generates(change: str, counts: dict[str, int
             return logits
 
         options = dict(max_new_tokens=7, do_sample=False, output_scores=True, return_dict_in_generate=True)
-        found = model.generate(tokens, cache=state, logits_processor=[change_weight], **options)
+        found = model.generate(tokens, cache=state, logits_processor=[change_model], **options)
         inputs = model.prepare_inputs_for_generation(
             found.sequences, next_sequence_length=1, is_first_iteration=False, cache=state
         )
