@@ -300,7 +300,8 @@ scores = [
     [each.dataset_name, each.dataset_split, each.metric_type, each.metric_value] for each in card.data.eval_results
 ]
 print(json.dumps(dict(
-    scores=scores, license=info.card_data.license, tags=info.tags, task=info.pipeline_tag, library=vars(info)["library_name"]
+    scores=scores, license=info.card_data.license, tags=info.tags, task=info.pipeline_tag,
+    library=vars(info)["library_name"],
 )))
 """
 
