@@ -15,14 +15,13 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch._dynamo
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -39,16 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from .cache_baka import (
-    BakaCache,
-    BakaCacheLayer,
-    Parts,
-    Placement,
-    check_signature,
-    choose_rows,
-    hash_tokens,
-    signature_of,
-)
+from .cache_baka import BakaCache, BakaCacheLayer, Placement, check_signature, choose_rows, hash_tokens, signature_of
 from .configuration_baka import BakaConfig
 
 logger = logging.get_logger(__name__)
@@ -63,10 +53,6 @@ allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimiz
 
 # What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-# Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device. Nowhere yet: with
-# {"cuda": SDPBackend.CUDNN_ATTENTION} training is faster, but its gradients were wrong in one run of several.
-IN_PARTS: dict[str, SDPBackend] = {}
 
 IGNORED = -100  # a label that is no target
 
@@ -241,160 +227,6 @@ def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type)
 
 
-class AttentionInParts(torch.autograd.Function):
-    """Attention of a span in step by kernels without a mask: given one, they read it and compute what it hides.
-
-    A query sees all that was before the span, and of the span what is up to itself: one call of a kernel each, the
-    second one causal. Only read queries see all read slots, and write queries all write slots. What these see beyond
-    themselves, R x R at most, is added by hand.
-
-    The log of a query's summed weights in a part says what share of the whole it has. And as a weight is
-    exp(score - log), a kernel's backward pass gives its part of the gradient from the log and the output of the whole.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past_query: torch.Tensor | None,
-        past_key: torch.Tensor | None,
-        past_value: torch.Tensor | None,
-        has_past: torch.Tensor | None,
-        ends: tuple[slice, ...],
-        scale: float,
-    ) -> torch.Tensor:
-        """Returns [B, H, Q, head_dim].
-
-        Args:
-            ctx: PyTorch's.
-            query, key, value: of the span, [B, H, Q, head_dim].
-            past_query: queries as they stand to what was before the span, or None if nothing was.
-            past_key, past_value: that, [B, H, K, head_dim].
-            has_past: [B, 1, 1, 1] bool, rows that see it; None: all.
-            ends: the read slots and the write slots, as far as they are in the span.
-            scale: what scores are multiplied by.
-        """
-        output, own_logs = _attend(query, key, value, True, scale)
-        logs = own_logs.clone()
-        if past_key is not None:
-            past, past_logs = _attend(past_query, past_key, past_value, False, scale)
-            if has_past is not None:
-                past_logs = torch.where(has_past, past_logs, float("-inf"))
-            logs = torch.logaddexp(own_logs, past_logs)
-        if ends:
-            scores = _scores_beyond(query, key, ends, scale)
-            _change_ends(logs, ends, torch.logaddexp(_ends(logs, ends), scores.logsumexp(-1, keepdim=True)))
-        output = output * (own_logs - logs).exp()
-        if past_key is not None:
-            output = output + past * (past_logs - logs).exp()
-        if ends:
-            weights = (scores - _ends(logs, ends)).exp().to(value.dtype)
-            _change_ends(output, ends, _ends(output, ends) + weights @ _ends(value, ends))
-        output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, past_query, past_key, past_value, has_past, output, logs)
-        ctx.ends, ctx.scale = ends, scale
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, past_query, past_key, past_value, has_past, output, logs = ctx.saved_tensors
-        ends, scale = ctx.ends, ctx.scale
-        grads = _attend_backward(grad_output, query, key, value, output, logs, True, scale)
-        past_grads: tuple[Any, ...] = None, None, None
-        if past_key is not None:
-            past_logs = logs if has_past is None else torch.where(has_past, logs, torch.finfo(logs.dtype).max / 2)
-            past_grads = _attend_backward(
-                grad_output, past_query, past_key, past_value, output, past_logs, False, scale
-            )
-        if ends:
-            queries, keys, values, outputs, grad_outputs = (
-                _ends(x, ends) for x in (query, key, value, output, grad_output)
-            )
-            weights = (_scores_beyond(query, key, ends, scale) - _ends(logs, ends)).exp()
-            grad_weights = grad_outputs @ values.mT - (grad_outputs * outputs.to(logs)).sum(-1, keepdim=True)
-            grad_scores = (weights * grad_weights * scale).to(query.dtype)
-            added = grad_scores @ keys, grad_scores.mT @ queries, weights.to(value.dtype).mT @ grad_outputs
-            for grad, more in zip(grads, added, strict=True):
-                _change_ends(grad, ends, _ends(grad, ends) + more)
-        return *grads, *past_grads, None, None, None
-
-
-@torch.compiler.allow_in_graph
-def attend_in_parts(*arguments: Any) -> torch.Tensor:
-    """`AttentionInParts`, left to what derives it: PyTorch 2.11 loses the gradients of functions that it traces."""
-    return AttentionInParts.apply(*arguments)
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention [B, H, Q, head_dim], and the log of each query's summed weights [B, H, Q, 1]."""
-    if query.device.type == "cpu":
-        output, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, scale=scale
-        )
-    else:
-        output, logs, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, is_causal, False, scale=scale
-        )
-    return output, logs.view(*query.shape[:3], 1)
-
-
-# A name of its own for each copy of this module, since code that comes with a checkpoint may be loaded beside it.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::attend_backward", mutates_args=())
-def _attend_backward(
-    grad_output: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    logs: torch.Tensor,
-    is_causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `_attend`'s queries, keys and values, by the output and the logs of the whole.
-
-    Not left to compilers, which choose how tensors lie in memory: PyTorch takes a kernel of cuDNN's that it has made
-    for another call, if queries, keys and values lie as they did there, and does not look at the others.
-    """
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_output, query, key, value, output, logs[..., 0], 0.0, is_causal, scale=scale
-        )
-    grad_output, query, output = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (grad_output, query, output))
-    logs, nothing = logs.reshape(-1).view(logs.shape), torch.empty((), dtype=torch.int64, device=query.device)
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *(grad_output, query, key, value, output, logs, nothing, nothing, None, None, None),
-        *(query.shape[2], key.shape[2], 0.0, is_causal),
-        scale=scale,
-    )
-
-
-@_attend_backward.register_fake
-def _(grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
-    return torch.empty_like(query.transpose(1, 2).contiguous().transpose(1, 2)), *map(torch.empty_like, (key, value))
-
-
-def _scores_beyond(query: torch.Tensor, key: torch.Tensor, ends: tuple[slice, ...], scale: float) -> torch.Tensor:
-    """[B, H, E, R, R], scores of the keys that queries of `ends` see beyond themselves."""
-    scores = _ends(query, ends) @ _ends(key, ends).mT
-    is_beyond = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return (scores.to(_at_least_float32(scores.dtype)) * scale).where(is_beyond, float("-inf"))
-
-
-def _ends(x: torch.Tensor, ends: tuple[slice, ...]) -> torch.Tensor:
-    """The positions `ends` of x [B, H, Q, .], as [B, H, E, R, .]."""
-    return torch.stack([x[:, :, end] for end in ends], dim=2)
-
-
-def _change_ends(x: torch.Tensor, ends: tuple[slice, ...], new: torch.Tensor) -> None:
-    """Put `new` [B, H, E, R, .] at the positions `ends` of x [B, H, Q, .]."""
-    for index, end in enumerate(ends):
-        x[:, :, end] = new[:, :, index]
-
-
 def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, num_slots: int) -> torch.Tensor:
     """Keys or values of a span, `new` [B, H, Q, head_dim], among those kept from before; nothing is written in place.
 
@@ -452,10 +284,6 @@ class BakaAttention(nn.Module):
         query_states = apply_rotary(query_states, *position_embeddings)
         new_key = apply_rotary(new_key, *position_embeddings)
 
-        if placement.parts is not None and torch.compiler.is_compiling():
-            output = self._attend_in_parts(query_states, new_key, new_value, past_key, past_value, placement)
-            return self.o_proj(output.transpose(1, 2).reshape(*input_shape, -1)), new_key, new_value, None
-
         if cache_layer is not None:
             key_states, value_states = cache_layer.update(new_key, new_value, placement)
         else:
@@ -470,26 +298,6 @@ class BakaAttention(nn.Module):
             self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling
         )
         return self.o_proj(output.reshape(*input_shape, -1)), new_key, new_value, weights
-
-    def _attend_in_parts(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past_key: torch.Tensor | None,
-        past_value: torch.Tensor | None,
-        placement: Placement,
-    ) -> torch.Tensor:
-        """[B, H, Q, head_dim]. Rather than keys from before the span, queries are turned, the other way."""
-        assert placement.parts is not None
-        past_query, past = None, [None, None]
-        if past_key is not None and past_value is not None:
-            cos, sin = placement.turn or (None, None)
-            past_query = query if cos is None else apply_rotary(query, cos, -sin)
-            past = [repeat_kv(x.to(query), self.num_key_value_groups) for x in (past_key, past_value)]
-        own = [repeat_kv(x, self.num_key_value_groups) for x in (key, value)]
-        ends, has_past = placement.parts
-        return attend_in_parts(query, *own, past_query, *past, has_past, ends, self.scaling)
 
 
 class BakaMLP(nn.Module):
@@ -1511,7 +1319,7 @@ class _Pass:
             angles = cos[own], sin[own]
             has_previous = span.has_previous if isinstance(span.has_previous, bool) else True
             first = 0 if has_previous and half else half
-            placement = Placement(first, half + layout.lo, half + layout.hi, parts=self._parts(span, layout, device))
+            placement = Placement(first, half + layout.lo, half + layout.hi)
             key = (layout.lo, layout.hi, first) if isinstance(span.has_previous, bool) else None
             if key is None or key not in self.masks:
                 self.masks[key] = self._mask(span, layout, placement, device, dtype)
@@ -1523,30 +1331,6 @@ class _Pass:
             placement = Placement(slots=index, valid=layout.valid.to(device)[:, None, :, None])
             mask = self._mask(span, layout, placement, device, dtype)
         return angles, mask, placement
-
-    def _parts(self, span: Span, layout: Layout, device: torch.device) -> Parts | None:
-        """What compiled attention needs to know of a span in step to do without a mask; None if it cannot."""
-        S, R, width = self.config.stream_length, self.config.num_memory_tokens, layout.hi - layout.lo
-        has_past = None
-        if isinstance(span.has_previous, torch.Tensor):
-            has_past = span.has_previous.to(device)[:, None, None, None]
-        # In the middle of a chunk all rows see what they have read of it, if not all a previous one.
-        if self.in_place or (has_past is not None and layout.lo > 0) or not self.can_attend_in_parts:
-            return None
-        ends = [slice(0, R)] if layout.lo == 0 else []
-        if layout.hi == S:
-            ends.append(slice(width - R, width))
-        return Parts(tuple(ends) if R > 1 else (), has_past)
-
-    @cached_property
-    def can_attend_in_parts(self) -> bool:
-        """Whether PyTorch has the kernels for it, and would take them where there is no mask."""
-        weight, config = self.model.norm.weight, self.config
-        if config._attn_implementation != "sdpa" or weight.device.type not in IN_PARTS:
-            return False
-        dtype = dtype_of_products(weight.dtype, weight.device)
-        query = weight.new_empty(1, 1, config.stream_length, config.head_dim, dtype=dtype, requires_grad=True)
-        return torch._fused_sdp_choice(query, query, query) == IN_PARTS[weight.device.type].value
 
     def _mask(
         self, span: Span, layout: Layout, placement: Placement, device: torch.device, dtype: torch.dtype
