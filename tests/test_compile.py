@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config, tiny_model
+from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 
-from baka_hf import BakaForCausalLM
+from baka_hf import BakaForCausalLM, modeling_baka
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,36 @@ def test_training_compiles_to_few_programs(solidifier: str, granularity: str | N
     assert 0 < programs <= 10
     train_on_lanes(model, compiled, 8)
     assert num_programs() == programs
+
+
+@pytest.mark.parametrize("name", ["rmt_carry", "pause_without_xl", "xl", "one_memory_token", "one_key_head"])
+def test_training_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled attention without a mask, in calls with and without a state: losses and gradients of the plain model."""
+    config = tiny_config(**CONFIGS[name])
+    model = tiny_model(config, torch.float64).train()
+    tokens = random_tokens(config, 3, 4 * config.chunk_size + 3)
+
+    def train(run: Callable[..., Any]) -> tuple[float, list[Tensor]]:
+        model.zero_grad()
+        loss = run(tokens, labels=tokens).loss
+        loss.backward()
+        return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = train(model), train_on_lanes(model, model, 3)
+    calls = []
+    in_parts = modeling_baka._attend
+
+    def attend(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return in_parts(*arguments)
+
+    monkeypatch.setattr(modeling_baka, "_attend", attend)
+    monkeypatch.setitem(modeling_baka.IN_PARTS, "cpu", SDPBackend.FLASH_ATTENTION)
+    assert_close((train(model), train_on_lanes(model, model, 3)), expected)
+    assert not calls  # uncompiled, a mask takes fewer kernels
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close((train(compiled), train_on_lanes(model, compiled, 3)), expected)
+    assert calls
 
 
 def test_reading_with_a_state_needs_no_programs() -> None:

@@ -48,12 +48,21 @@ HASH_MULTIPLIER = 6364136223846793005
 HASH_INVERSE = pow(HASH_MULTIPLIER, -1, 2**64)
 
 
+class Parts(NamedTuple):
+    """What attention of a span in step needs to know to do without a mask, see `AttentionInParts`."""
+
+    ends: tuple[slice, ...]  # the positions of its read slots, and of its write slots, as far as they are in it
+    has_past: torch.Tensor | None  # [B, 1, 1, 1] bool, rows that see what was before the span; None: all
+    angles: tuple[torch.Tensor, torch.Tensor]  # what its queries are turned by instead of keys, see `Placement.turn`
+
+
 class Placement(NamedTuple):
     """Where a span's keys and values stand among a block's slots, and which slots its queries may look at.
 
     Rows in step share `start` and `stop`: the span takes slots start … stop-1 and sees slots first … stop-1.
     Rows out of step have their own `slots` [B, 1, Q, 1], of which those where `valid` [B, 1, Q, 1] is True count, and
-    see all slots. `turn`, cos and sin, is what keys from before the span are still to be turned by.
+    see all slots. `turn`, cos and sin, is what keys from before the span are still to be turned by. With `parts`
+    compiled attention does without a mask.
     """
 
     first: int = 0
@@ -62,6 +71,7 @@ class Placement(NamedTuple):
     slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     turn: tuple[torch.Tensor, torch.Tensor] | None = None
+    parts: Parts | None = None
 
 
 class BakaCacheLayer(CacheLayerMixin):

@@ -294,7 +294,8 @@ class StaticReader:
             placement = Placement(0 if span.has_previous else total - S, total - S, total)
             numbers, horizons = compare_slots(self.config, span, layout, placement, self.device)
             cos, sin = self.angles
-            self.masks[key] = (cos[S:], sin[S:]), _bias(numbers, horizons, self.keys.dtype), placement
+            own = slice(S, 2 * S)
+            self.masks[key] = (cos[own], sin[own]), _bias(numbers, horizons, self.keys.dtype), placement
         self.states[span.length].copy_(self._read(model, cache, span, layout, self.masks[key]))
 
     def _read(self, model: Any, cache: BakaCache, span: Span, layout: Layout, view: Any) -> torch.Tensor:
@@ -387,8 +388,9 @@ def enter(
     head_dim = keys.shape[3]
     normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], *norm)
     query, key, value, gate, up = nn.functional.linear(normed, projection).split(sizes, dim=-1)
-    query, key, value = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
     query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if slots is None or valid is None:
         stop = start + key.shape[2]
         keys[:, :, start:stop] = key
@@ -440,7 +442,7 @@ def locate(
 
     Args:
         config: the model's configuration.
-        table: cos and sin [2S, head_dim].
+        table: cos and sin [3S, 1, head_dim].
         pauses: [1, P], the text positions of pauses.
         num_tokens: [B] int64, tokens each row has read.
         seeded: [B] bool, rows whose text began with another stream's memory.
@@ -454,7 +456,7 @@ def locate(
     layout = lay_out(span, config, pauses, True, width)
     placement = Placement(slots=(half + layout.slots)[:, None, :, None], valid=layout.valid[:, None, :, None])
     numbers, horizons = compare_slots(config, span, layout, placement, num_tokens.device)
-    angles = tuple(part[S + layout.slots][:, None] for part in table)
+    angles = tuple(part[S + layout.slots] for part in table)
     return span, layout, (angles, _bias(numbers, horizons, dtype), placement)
 
 

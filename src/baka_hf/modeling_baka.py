@@ -15,13 +15,14 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial, reduce
 from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch._dynamo
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -38,7 +39,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from .cache_baka import BakaCache, BakaCacheLayer, Placement, check_signature, choose_rows, hash_tokens, signature_of
+from .cache_baka import (
+    BakaCache,
+    BakaCacheLayer,
+    Parts,
+    Placement,
+    check_signature,
+    choose_rows,
+    hash_tokens,
+    signature_of,
+)
 from .configuration_baka import BakaConfig
 
 logger = logging.get_logger(__name__)
@@ -54,10 +64,18 @@ allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimiz
 # What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
+# Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device. Nowhere yet: with
+# {"cuda": SDPBackend.CUDNN_ATTENTION} training is faster, but its gradients were wrong in one run of several.
+IN_PARTS: dict[str, SDPBackend] = {"cuda": SDPBackend.CUDNN_ATTENTION}
+
+SMALL_MATRIX = 32  # the most rows of a matrix whose product is computed as sums, see `_product`
+
 IGNORED = -100  # a label that is no target
 
 # Without logits, the loss is computed for so many tokens at a time.
-LOSS_PIECE = 6144
+LOSS_PIECE = 8192
+# Compiled, a token's weights are summed for so many logits at a time.
+LOSS_BLOCK = 1024
 
 
 def _elephant(x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +149,7 @@ def get_activation(name: str) -> nn.Module:
 def rotary_table(
     theta: float, head_dim: int, num_slots: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [num_slots, head_dim] of RoPE's angles (arXiv 2104.09864) in Llama's rotate-half layout.
+    """cos and sin [num_slots, 1, head_dim] of RoPE's angles (arXiv 2104.09864) in Llama's rotate-half layout.
 
     sin has the other sign in its first half, see `apply_rotary`. The angles are computed in float64: no buffer that a
     cast of the model to half precision could spoil.
@@ -145,14 +163,14 @@ def _rotary_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
         inverse_frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.arange(num_slots, dtype=torch.float64)[:, None] * inverse_frequencies
+        angles = torch.arange(num_slots, dtype=torch.float64)[:, None, None] * inverse_frequencies
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn queries or keys [B, H, T, head_dim] by angles of `rotary_table`, broadcastable to them.
+    """Turn queries or keys [B, T, H, head_dim], or of any shape by one angle, by what `rotary_table` has of it.
 
     A pair (a, b) lies half a head apart and becomes (a cos - b sin, b cos + a sin): the halves change places, which
     compilers read past more easily than halves put together anew, and sin brings the sign.
@@ -227,6 +245,181 @@ def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type)
 
 
+class AttentionInParts(torch.autograd.Function):
+    """Attention of a span in step by kernels without a mask: given one, they read it and compute what it hides.
+
+    A query sees all that was before the span, and of the span what is up to itself: one call of a kernel each, the
+    second one causal. Only read queries see all read slots, and write queries all write slots. What these see beyond
+    themselves, R x R at most, is added by hand.
+
+    The log of a query's summed weights in a part says what share of the whole it has. And as a weight is
+    exp(score - log), a kernel's backward pass gives its part of the gradient from the log and the output of the whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        past_query: torch.Tensor | None,
+        past_key: torch.Tensor | None,
+        past_value: torch.Tensor | None,
+        has_past: torch.Tensor | None,
+        ends: tuple[slice, ...],
+        scale: float,
+    ) -> torch.Tensor:
+        """Returns [B, Q, H, head_dim].
+
+        Args:
+            ctx: PyTorch's.
+            query, key, value: of the span, [B, Q, H, head_dim].
+            past_query: queries as they stand to what was before the span, or None if nothing was.
+            past_key, past_value: that, [B, K, H, head_dim].
+            has_past: [B, 1, 1, 1] bool, rows that see it; None: all.
+            ends: the read slots and the write slots, as far as they are in the span.
+            scale: what scores are multiplied by.
+        """
+        output, own_logs = _attend(query, key, value, True, scale)
+        logs, weights = own_logs, None
+        if past_query is not None and past_key is not None and past_value is not None:
+            past, past_logs = _attend(past_query, past_key, past_value, False, scale)
+            if has_past is not None:
+                past_logs = torch.where(has_past, past_logs, float("-inf"))
+            logs = torch.logaddexp(own_logs, past_logs)
+        if ends:
+            scores = _scores_beyond(query, key, ends, scale)
+            beyond = _at_ends(scores.logsumexp(-1, keepdim=True), ends, logs.transpose(1, 2), float("-inf"))
+            logs = torch.logaddexp(logs, beyond.transpose(1, 2))
+        output = output * (own_logs - logs).exp().transpose(1, 2)
+        if past_key is not None:
+            output = output + past * (past_logs - logs).exp().transpose(1, 2)
+        if ends:
+            weights = (scores - _ends(logs.transpose(1, 2), ends)).exp()
+            output = output + _at_ends(_product(weights, _ends(value, ends)), ends, output)
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, past_query, past_key, past_value, has_past, output, logs, weights)
+        ctx.ends, ctx.scale = ends, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, past_query, past_key, past_value, has_past, output, logs, weights = ctx.saved_tensors
+        ends, scale = ctx.ends, ctx.scale
+        grads = _attend_backward(grad_output, query, key, value, output, logs, True, scale)
+        past_grads: tuple[Any, ...] = None, None, None
+        if past_key is not None:
+            past_logs = logs if has_past is None else torch.where(has_past, logs, torch.finfo(logs.dtype).max / 2)
+            past_grads = _attend_backward(
+                grad_output, past_query, past_key, past_value, output, past_logs, False, scale
+            )
+        if ends:
+            queries, keys, values, outputs, grad_outputs = (
+                _ends(x, ends).to(logs) for x in (query, key, value, output, grad_output)
+            )
+            grad_weights = _product(grad_outputs, values.mT) - (grad_outputs * outputs).sum(-1, keepdim=True)
+            grad_scores = weights * grad_weights * scale
+            added = _product(grad_scores, keys), _product(grad_scores.mT, queries), _product(weights.mT, grad_outputs)
+            grads = [grad + _at_ends(more, ends, grad) for grad, more in zip(grads, added, strict=True)]
+        return *grads, *past_grads, None, None, None
+
+
+@torch.compiler.allow_in_graph
+def attend_in_parts(*arguments: Any) -> torch.Tensor:
+    """`AttentionInParts`, left to what derives it: PyTorch 2.11 loses the gradients of functions that it traces."""
+    return AttentionInParts.apply(*arguments)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [B, Q, H, head_dim], and the log of each query's summed weights [B, H, Q, 1]."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if query.device.type == "cpu":
+        output, logs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, scale=scale
+        )
+    else:
+        output, logs, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, True, 0.0, is_causal, False, scale=scale
+        )
+    return output.transpose(1, 2), logs.view(*query.shape[:3], 1)
+
+
+# A name of its own for each copy of this module, since code that comes with a checkpoint may be loaded beside it.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::attend_backward", mutates_args=())
+def _attend_backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    logs: torch.Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `_attend`'s queries, keys and values, by the output and the logs of the whole.
+
+    Not left to compilers, which choose how tensors lie in memory: PyTorch takes a kernel of cuDNN's that it has made
+    for another call, if queries, keys and values lie as they did there, and does not look at the others.
+    """
+    grad_output, query, key, value, output = (
+        x.contiguous().transpose(1, 2) for x in (grad_output, query, key, value, output)
+    )
+    if query.device.type == "cpu":
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output, query, key, value, output, logs[..., 0], 0.0, is_causal, scale=scale
+        )
+    else:
+        logs, nothing = logs.reshape(-1).view(logs.shape), torch.empty((), dtype=torch.int64, device=query.device)
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *(grad_output, query, key, value, output, logs, nothing, nothing, None, None, None),
+            *(query.shape[2], key.shape[2], 0.0, is_causal),
+            scale=scale,
+        )
+    grad_query, grad_key, grad_value = (grad.transpose(1, 2).contiguous() for grad in grads)
+    return grad_query, grad_key, grad_value
+
+
+@_attend_backward.register_fake
+def _(grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+
+
+def _scores_beyond(query: torch.Tensor, key: torch.Tensor, ends: tuple[slice, ...], scale: float) -> torch.Tensor:
+    """[B, H, E, R, R], scores of the keys that queries of `ends` see beyond themselves."""
+    scores = scale * _product(_ends(query, ends), _ends(key, ends).mT)
+    is_beyond = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.where(is_beyond, float("-inf"))
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, in float32 at least, of many small matrices.
+
+    Not left to a library's kernel, which takes longer to start than to run: compilers join this with what is around it.
+    """
+    left, right = (x.to(_at_least_float32(x.dtype)) for x in (left, right))
+    rows, depth = left.shape[-2:]
+    if rows > SMALL_MATRIX:
+        return left @ right
+    if depth > SMALL_MATRIX:
+        return (left[..., :, :, None] * right[..., None, :, :]).sum(-2)
+    return reduce(torch.add, (left[..., index, None] * right[..., index, None, :] for index in range(depth)))
+
+
+def _ends(x: torch.Tensor, ends: tuple[slice, ...]) -> torch.Tensor:
+    """The positions `ends` of x [B, Q, H, .], as [B, H, E, R, .]."""
+    return torch.stack([x[:, end].transpose(1, 2) for end in ends], dim=2)
+
+
+def _at_ends(x: torch.Tensor, ends: tuple[slice, ...], like: torch.Tensor, rest: float = 0.0) -> torch.Tensor:
+    """x [B, H, E, R, .] at the positions `ends` of [B, Q, H, .], shape and dtype of `like`, and `rest` elsewhere."""
+    result = torch.full_like(like, rest)
+    for index, end in enumerate(ends):
+        result = result.slice_scatter(x[:, :, index].transpose(1, 2).to(like), 1, end.start, end.stop)
+    return result
+
+
 def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, num_slots: int) -> torch.Tensor:
     """Keys or values of a span, `new` [B, H, Q, head_dim], among those kept from before; nothing is written in place.
 
@@ -275,21 +468,32 @@ class BakaAttention(nn.Module):
         placement: Placement,
         cache_layer: BakaCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Returns the output [B, Q, D], the new keys and values [B, H_kv, Q, head_dim], the weights (eager only)."""
+        """Returns the output [B, Q, D], the new keys and values [B, Q, H_kv, head_dim], the weights (eager only)."""
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        new_key = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        new_value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        query_states = apply_rotary(query_states, *position_embeddings)
-        new_key = apply_rotary(new_key, *position_embeddings)
+        # All is [B, Q, H, head_dim], as it lies in memory, until it is attended: a compiler copies what lies otherwise,
+        # gradients above all.
+        unturned_query = self.q_proj(hidden_states).view(hidden_shape)
+        query_states = apply_rotary(unturned_query, *position_embeddings)
+        new_key = apply_rotary(self.k_proj(hidden_states).view(hidden_shape), *position_embeddings)
+        new_value = self.v_proj(hidden_states).view(hidden_shape)
 
+        if placement.parts is not None and torch.compiler.is_compiling():
+            past_query = query_states
+            if placement.turn is not None:  # rather than keys from before the span, queries are turned, the other way
+                past_query = apply_rotary(unturned_query, *placement.parts.angles)
+            output = self._attend_in_parts(
+                query_states, new_key, new_value, past_query, past_key, past_value, placement.parts
+            )
+            return self.o_proj(output.reshape(*input_shape, -1)), new_key, new_value, None
+
+        query_states, keys, values = (x.transpose(1, 2) for x in (query_states, new_key, new_value))
         if cache_layer is not None:
-            key_states, value_states = cache_layer.update(new_key, new_value, placement)
+            key_states, value_states = cache_layer.update(keys, values, placement)
         else:
             num_slots = self.config.stream_length * (1 + self.config.use_xl_cache)
-            key_states = place(past_key, new_key, placement, num_slots)
-            value_states = place(past_value, new_value, placement._replace(turn=None), num_slots)
+            key_states = place(past_key, keys, placement, num_slots)
+            value_states = place(past_value, values, placement._replace(turn=None), num_slots)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -298,6 +502,27 @@ class BakaAttention(nn.Module):
             self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling
         )
         return self.o_proj(output.reshape(*input_shape, -1)), new_key, new_value, weights
+
+    def _attend_in_parts(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        past_query: torch.Tensor,
+        past_key: torch.Tensor | None,
+        past_value: torch.Tensor | None,
+        parts: Parts,
+    ) -> torch.Tensor:
+        """[B, Q, H, head_dim]; arguments as in `AttentionInParts.forward`, but of keys and values each head once, and
+        those from before the span [B, H_kv, K, head_dim]."""
+
+        def all_heads(x: torch.Tensor) -> torch.Tensor:
+            return repeat_kv(x.to(query).transpose(1, 2), self.num_key_value_groups).transpose(1, 2)
+
+        past: tuple[Any, ...] = None, None, None
+        if past_key is not None and past_value is not None:
+            past = past_query, all_heads(past_key.transpose(1, 2)), all_heads(past_value.transpose(1, 2))
+        return attend_in_parts(query, all_heads(key), all_heads(value), *past, parts.has_past, parts.ends, self.scaling)
 
 
 class BakaMLP(nn.Module):
@@ -403,12 +628,15 @@ SOLIDIFIERS: dict[str, type[nn.Module]] = {
 
 
 def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [2S, head_dim] of a model's slots, for the queries and keys of states of `dtype`."""
+    """cos and sin [3S, 1, head_dim] of a model's slots, for the queries and keys of states of `dtype`.
+
+    The last S are for queries that see keys of the previous stream as that stream had them, S slots too late.
+    """
     return rotary_table(*_rotary_key(config), device, dtype_of_products(dtype, device))
 
 
 def _rotary_key(config: BakaConfig) -> tuple[float, int, int]:
-    return float(config.rope_parameters["rope_theta"]), config.head_dim, 2 * config.stream_length
+    return float(config.rope_parameters["rope_theta"]), config.head_dim, 3 * config.stream_length
 
 
 # Spans: which piece of its chunk each row reads in one pass
@@ -1319,18 +1547,43 @@ class _Pass:
             angles = cos[own], sin[own]
             has_previous = span.has_previous if isinstance(span.has_previous, bool) else True
             first = 0 if has_previous and half else half
-            placement = Placement(first, half + layout.lo, half + layout.hi)
+            placement = Placement(first, half + layout.lo, half + layout.hi, parts=self._parts(span, layout, cos, sin))
             key = (layout.lo, layout.hi, first) if isinstance(span.has_previous, bool) else None
             if key is None or key not in self.masks:
                 self.masks[key] = self._mask(span, layout, placement, device, dtype)
             mask = self.masks[key]
         else:
             slots = layout.slots.to(device)
-            angles = cos[S + slots][:, None], sin[S + slots][:, None]
+            angles = cos[S + slots], sin[S + slots]
             index = (half + slots)[:, None, :, None]
             placement = Placement(slots=index, valid=layout.valid.to(device)[:, None, :, None])
             mask = self._mask(span, layout, placement, device, dtype)
         return angles, mask, placement
+
+    def _parts(self, span: Span, layout: Layout, cos: torch.Tensor, sin: torch.Tensor) -> Parts | None:
+        """What compiled attention needs to know of a span in step to do without a mask; None if it cannot."""
+        S, R, width = self.config.stream_length, self.config.num_memory_tokens, layout.hi - layout.lo
+        has_past = None
+        if isinstance(span.has_previous, torch.Tensor):
+            has_past = span.has_previous.to(cos.device)[:, None, None, None]
+        # In the middle of a chunk all rows see what they have read of it, if not all a previous one.
+        if self.in_place or (has_past is not None and layout.lo > 0) or not self.can_attend_in_parts:
+            return None
+        ends = [slice(0, R)] if layout.lo == 0 else []
+        if layout.hi == S:
+            ends.append(slice(width - R, width))
+        turned = slice(2 * S + layout.lo, 2 * S + layout.hi)
+        return Parts(tuple(ends) if R > 1 else (), has_past, (cos[turned], sin[turned]))
+
+    @cached_property
+    def can_attend_in_parts(self) -> bool:
+        """Whether PyTorch has the kernels for it, and would take them where there is no mask."""
+        weight, config = self.model.norm.weight, self.config
+        if config._attn_implementation != "sdpa" or weight.device.type not in IN_PARTS:
+            return False
+        dtype = dtype_of_products(weight.dtype, weight.device)
+        query = weight.new_empty(1, 1, config.stream_length, config.head_dim, dtype=dtype, requires_grad=True)
+        return torch._fused_sdp_choice(query, query, query) == IN_PARTS[weight.device.type].value
 
     def _mask(
         self, span: Span, layout: Layout, placement: Placement, device: torch.device, dtype: torch.dtype
@@ -1399,7 +1652,8 @@ class _Pass:
             # By position: checkpointing keeps positional arguments for each call of a layer.
             hidden_states, key, value, weight = layer(hidden_states, *past[:2], angles, mask, placement, *past[2:])
             states = [*states, hidden_states] if self.with_states else [hidden_states]
-            news.append((key, value) if layout.followed and not self.in_place else None)
+            is_kept = layout.followed and not self.in_place
+            news.append((key.transpose(1, 2), value.transpose(1, 2)) if is_kept else None)
             weights.append(weight if self.with_weights else None)
         return memory, *self._leave(layout, placement, memory, pasts, news, states, weights)
 
@@ -1519,7 +1773,7 @@ class _Pass:
         return keys, values
 
     def _backwards(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [head_dim] that turn keys of the own stream into those of a previous one: S slots earlier."""
+        """cos and sin [1, head_dim] that turn keys of the own stream into those of a previous one: S slots earlier."""
         S = self.config.stream_length
         cos, sin = rotary_table_of(self.config, like.device, like.dtype)
         return cos[S], -sin[S]
@@ -1721,8 +1975,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         # Whether gradients are enabled is not known in here.
         needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         states = hidden_states.to(dtype)
-        # Rows of logits begin at multiples of 16 bytes: a GPU's matrix products are several times slower otherwise.
-        matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, -vocab_size % 8))
+        num_blocks = -(-vocab_size // LOSS_BLOCK)
+        # Blocks of logits begin at multiples of 16 bytes: a GPU's matrix products are several times slower otherwise.
+        width = num_blocks * 8 * -(-vocab_size // (8 * num_blocks))
+        matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, width - vocab_size))
         total = torch.zeros((), dtype=_at_least_float32(dtype), device=states.device)
         grad_hidden = torch.empty_like(states) if needs_hidden else None
         grad_weight = torch.zeros_like(matrix) if needs_weight and not len(states) else None
@@ -1736,8 +1992,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[piece] = gradient @ matrix
                 if needs_weight:
-                    part = gradient.T @ states[piece]
-                    grad_weight = part if grad_weight is None else grad_weight.to(total.dtype).add_(part)
+                    grad_weight = _add_product(grad_weight, gradient.T, states[piece], total.dtype)
         ctx.dtypes = hidden_states.dtype, weight.dtype
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight[:vocab_size])
         return total
@@ -1749,11 +2004,25 @@ class LinearCrossEntropy(torch.autograd.Function):
             if gradient is None:
                 return None
             # In the precision of the sum: a scale rounded to half precision would be off for all of the gradient.
-            wide, result = gradient.to(grad_output.dtype), torch.empty_like(gradient, dtype=dtype)
-            return torch.mul(wide, grad_output, out=result)
+            return torch.mul(gradient, grad_output.view(1, 1), out=torch.empty_like(gradient, dtype=dtype))
 
         grad_hidden, grad_weight = map(scaled, ctx.saved_tensors, ctx.dtypes)
         return grad_hidden, grad_weight, None, None
+
+
+@on_host
+def _add_product(
+    total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """total + left @ right, in place and in `dtype`; without a total the product, which may have its own."""
+    is_half = left.dtype in (torch.bfloat16, torch.float16)
+    if is_half and left.is_cuda and torch.version.cuda and torch.cuda.get_device_capability(left.device) >= (8, 0):
+        # Added up as it is computed: neither rounded first nor written and read again.
+        if total is None:
+            return torch.mm(left, right, out_dtype=dtype)
+        return torch.addmm(total, left, right, out_dtype=dtype, out=total)
+    part = left @ right
+    return part if total is None else total.to(dtype).add_(part)
 
 
 def _cross_entropy(
@@ -1767,10 +2036,9 @@ def _cross_entropy(
     target = torch.where(is_real, targets[:, None], 0)
     if torch.compiler.is_compiling():
         # What a compiler makes two passes of. The gradient takes the place of the logits, which nobody needs any more.
-        shifted = wide - wide.amax(1, keepdim=True)
-        total = shifted.exp().sum(1, keepdim=True)
-        loss = torch.where(is_real, total.log() - shifted.gather(1, target), 0).sum()
-        gradient = torch.where(is_real, shifted.exp() / total - (columns == target).to(wide.dtype), 0)
+        logs = wide.unflatten(1, (-(-logits.shape[1] // LOSS_BLOCK), -1)).logsumexp(2).logsumexp(1, keepdim=True)
+        loss = torch.where(is_real, logs - wide.gather(1, target), 0).sum()
+        gradient = torch.where(is_real, (wide - logs).exp() - (columns == target).to(wide.dtype), 0)
         return loss, logits.copy_(gradient) if with_gradient else logits
     probabilities = wide.log_softmax(1)
     loss = -torch.where(is_real, probabilities.gather(1, target), 0).sum()
