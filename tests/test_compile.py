@@ -99,6 +99,40 @@ def test_training_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls
 
 
+def test_whole_chunks_have_programs_of_their_own() -> None:
+    """Also the last one, which has no memory to write; one program reads what is left of a chunk, however long."""
+    config = tiny_config(chunk_size=9, num_hidden_layers=2)
+    model = tiny_model(config, torch.float64).train()
+    of_any_length = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        if any("self_attn" in name for name, _ in module.named_parameters()) or "self_attn" in str(module.graph):
+            of_any_length.append(any(isinstance(size, torch.SymInt) for size in inputs))
+        return module.forward
+
+    compiled = torch.compile(model, backend=backend)
+    for length, expected in ((27, [False] * 3), (30, [False] * 3 + [True]), (32, [False] * 3 + [True])):
+        tokens = random_tokens(config, 2, length)
+        assert_close(compiled(tokens, labels=tokens).loss, model(tokens, labels=tokens).loss)
+        assert of_any_length == expected
+
+
+@pytest.mark.parametrize("block", [8, 40, 1024])
+def test_losses_by_blocks_of_logits(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, a token's loss is computed from blocks of its logits, with padding in the last of them."""
+    monkeypatch.setattr(modeling_baka, "LOSS_BLOCK", block)
+    generator = torch.Generator().manual_seed(0)
+    head = modeling_baka.BakaHead(6, 101, bias=False).double()
+    states = (5 * torch.randn(7, 6, dtype=torch.float64, generator=generator)).requires_grad_()
+    targets = torch.tensor([0, 100, -100, 39, 40, 7, 96])
+    inputs = [states, head.weight]
+    expected = torch.nn.functional.cross_entropy(head(states), targets, reduction="sum")
+    found = torch.compile(head, backend="aot_eager")(states, targets)
+    assert num_programs() == 1
+    assert_close(found, expected)
+    assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
+
+
 def test_reading_with_a_state_needs_no_programs() -> None:
     """Every call with a state has other slots to write to: nothing but the head is compiled, and all is right."""
     model = tiny_model(tiny_config(num_hidden_layers=1), torch.float64)

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial, reduce
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -64,11 +64,8 @@ allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimiz
 # What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device. Nowhere yet: with
-# {"cuda": SDPBackend.CUDNN_ATTENTION} training is faster, but its gradients were wrong in one run of several.
+# Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device.
 IN_PARTS: dict[str, SDPBackend] = {"cuda": SDPBackend.CUDNN_ATTENTION}
-
-SMALL_MATRIX = 32  # the most rows of a matrix whose product is computed as sums, see `_product`
 
 IGNORED = -100  # a label that is no target
 
@@ -288,15 +285,17 @@ class AttentionInParts(torch.autograd.Function):
                 past_logs = torch.where(has_past, past_logs, float("-inf"))
             logs = torch.logaddexp(own_logs, past_logs)
         if ends:
-            scores = _scores_beyond(query, key, ends, scale)
+            queries, keys, values = _ends(ends, query, key, value)
+            is_beyond = torch.ones(queries.shape[-2], queries.shape[-2], dtype=torch.bool, device=query.device).triu(1)
+            scores = (scale * (queries @ keys.mT).to(logs)).where(is_beyond, float("-inf"))
             beyond = _at_ends(scores.logsumexp(-1, keepdim=True), ends, logs.transpose(1, 2), float("-inf"))
             logs = torch.logaddexp(logs, beyond.transpose(1, 2))
         output = output * (own_logs - logs).exp().transpose(1, 2)
         if past_key is not None:
             output = output + past * (past_logs - logs).exp().transpose(1, 2)
         if ends:
-            weights = (scores - _ends(logs.transpose(1, 2), ends)).exp()
-            output = output + _at_ends(_product(weights, _ends(value, ends)), ends, output)
+            weights = (scores - _ends(ends, logs.transpose(1, 2))[0]).exp().to(query.dtype)
+            output = output + _at_ends(weights @ values, ends, output)
         output = output.to(query.dtype)
         ctx.save_for_backward(query, key, value, past_query, past_key, past_value, has_past, output, logs, weights)
         ctx.ends, ctx.scale = ends, scale
@@ -314,12 +313,11 @@ class AttentionInParts(torch.autograd.Function):
                 grad_output, past_query, past_key, past_value, output, past_logs, False, scale
             )
         if ends:
-            queries, keys, values, outputs, grad_outputs = (
-                _ends(x, ends).to(logs) for x in (query, key, value, output, grad_output)
-            )
-            grad_weights = _product(grad_outputs, values.mT) - (grad_outputs * outputs).sum(-1, keepdim=True)
-            grad_scores = weights * grad_weights * scale
-            added = _product(grad_scores, keys), _product(grad_scores.mT, queries), _product(weights.mT, grad_outputs)
+            vectors = _ends(ends, key, query, grad_output, value)
+            grad_outputs, values = vectors[2:]
+            shares = (grad_outputs.to(logs) * _ends(ends, output)[0]).sum(-1, keepdim=True)
+            grad_scores = (weights * (grad_outputs @ values.mT - shares) * scale).to(query.dtype)
+            added = torch.stack([grad_scores, grad_scores.mT, weights.mT]) @ vectors[:3]  # of queries, keys and values
             grads = [grad + _at_ends(more, ends, grad) for grad, more in zip(grads, added, strict=True)]
         return *grads, *past_grads, None, None, None
 
@@ -386,37 +384,16 @@ def _(grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: 
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
 
 
-def _scores_beyond(query: torch.Tensor, key: torch.Tensor, ends: tuple[slice, ...], scale: float) -> torch.Tensor:
-    """[B, H, E, R, R], scores of the keys that queries of `ends` see beyond themselves."""
-    scores = scale * _product(_ends(query, ends), _ends(key, ends).mT)
-    is_beyond = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-    return scores.where(is_beyond, float("-inf"))
-
-
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, in float32 at least, of many small matrices.
-
-    Not left to a library's kernel, which takes longer to start than to run: compilers join this with what is around it.
-    """
-    left, right = (x.to(_at_least_float32(x.dtype)) for x in (left, right))
-    rows, depth = left.shape[-2:]
-    if rows > SMALL_MATRIX:
-        return left @ right
-    if depth > SMALL_MATRIX:
-        return (left[..., :, :, None] * right[..., None, :, :]).sum(-2)
-    return reduce(torch.add, (left[..., index, None] * right[..., index, None, :] for index in range(depth)))
-
-
-def _ends(x: torch.Tensor, ends: tuple[slice, ...]) -> torch.Tensor:
-    """The positions `ends` of x [B, Q, H, .], as [B, H, E, R, .]."""
-    return torch.stack([x[:, end].transpose(1, 2) for end in ends], dim=2)
+def _ends(ends: tuple[slice, ...], *tensors: torch.Tensor) -> torch.Tensor:
+    """The positions `ends` of each of `tensors` [B, Q, H, .], as [., E, B, H, R, .]."""
+    return torch.stack([x[:, end].transpose(1, 2) for x in tensors for end in ends]).unflatten(0, (-1, len(ends)))
 
 
 def _at_ends(x: torch.Tensor, ends: tuple[slice, ...], like: torch.Tensor, rest: float = 0.0) -> torch.Tensor:
-    """x [B, H, E, R, .] at the positions `ends` of [B, Q, H, .], shape and dtype of `like`, and `rest` elsewhere."""
+    """x [E, B, H, R, .] at the positions `ends` of [B, Q, H, .], shape and dtype of `like`, and `rest` elsewhere."""
     result = torch.full_like(like, rest)
-    for index, end in enumerate(ends):
-        result = result.slice_scatter(x[:, :, index].transpose(1, 2).to(like), 1, end.start, end.stop)
+    for part, end in zip(x, ends, strict=True):
+        result = result.slice_scatter(part.transpose(1, 2).to(like), 1, end.start, end.stop)
     return result
 
 
@@ -1891,8 +1868,31 @@ class _PassByBlocks(_Pass):
     """
 
     _run = runs_compiled_parts(_Pass._read_stream)
-    _enter = on_host(_Pass._enter)
     _leave = on_host(_Pass._leave)
+
+    # Whole chunks are compiled for their own length. PyTorch would take the second that it sees, a last chunk that
+    # nothing reads on from, for one of many, and write slower code for any.
+
+    def _view(self, span: Span, layout: Layout, *arguments: Any) -> tuple[Any, torch.Tensor | None, Placement]:
+        angles, mask, placement = super()._view(span, layout, *arguments)
+        turned = placement.parts.angles if placement.parts else ()
+        self._fix_length(layout, *angles, *turned)
+        if isinstance(mask, torch.Tensor):
+            self._fix_length(layout, mask, dims=(2, 3))
+        return angles, mask, placement
+
+    @on_host
+    def _enter(self, first: Any, layout: Layout, *arguments: Any) -> Any:
+        memory, hidden_states, placement, pasts = super()._enter(first, layout, *arguments)
+        self._fix_length(layout, hidden_states, dims=(1,))
+        return memory, hidden_states, placement, pasts
+
+    def _fix_length(self, layout: Layout, *tensors: torch.Tensor, dims: tuple[int, ...] = (0,)) -> None:
+        """Have programs for whole chunks take `dims` of `tensors`, whose size the span decides, for what they are."""
+        whole = self.config.stream_length - self.config.num_memory_tokens  # if nothing is written
+        if layout.in_step and layout.hi - layout.lo >= whole:
+            for tensor in tensors:
+                torch._dynamo.mark_static(tensor, list(dims))
 
 
 def _columns_of(spans: list[Span], batch_size: int, length: int) -> torch.Tensor | None:
