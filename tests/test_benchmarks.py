@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+KINDS = ("plain", "lanes", "plain")
 FIGURES = {
     "training": {"tokens/s"},
     "generation": {"ms/token"},
@@ -45,3 +46,12 @@ def test_training_on_lanes_is_measured() -> None:
     *_, line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     row = json.loads(line)
     assert (row["processes"], row["lanes"]) == (1, 2) and row["tokens/s"] > 0
+
+
+def test_gradients_are_compared() -> None:
+    """Those of compiled training are as near to float32's as bfloat16 allows, whatever was trained on before."""
+    command = [sys.executable, BENCHMARKS / "gradients.py", "--device", "cpu", "--quick", "--ways", "compiled", "eager"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    assert [row[:2] for row in rows[2:]] == [[way, kind] for way in ("compiled", "eager") for kind in KINDS]
+    assert all(0 < float(mean) <= float(worst) < 0.05 for _, _, mean, worst in rows[2:])
