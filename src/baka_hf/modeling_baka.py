@@ -287,7 +287,7 @@ class AttentionInParts(torch.autograd.Function):
         if ends:
             queries, keys, values = _ends(ends, query, key, value)
             is_beyond = torch.ones(queries.shape[-2], queries.shape[-2], dtype=torch.bool, device=query.device).triu(1)
-            scores = (scale * (queries @ keys.mT).to(logs)).where(is_beyond, float("-inf"))
+            scores = (scale * _dots(queries, keys)).where(is_beyond, float("-inf"))
             beyond = _at_ends(scores.logsumexp(-1, keepdim=True), ends, logs.transpose(1, 2), float("-inf"))
             logs = torch.logaddexp(logs, beyond.transpose(1, 2))
         output = output * (own_logs - logs).exp().transpose(1, 2)
@@ -316,7 +316,7 @@ class AttentionInParts(torch.autograd.Function):
             vectors = _ends(ends, key, query, grad_output, value)
             grad_outputs, values = vectors[2:]
             shares = (grad_outputs.to(logs) * _ends(ends, output)[0]).sum(-1, keepdim=True)
-            grad_scores = (weights * (grad_outputs @ values.mT - shares) * scale).to(query.dtype)
+            grad_scores = (weights * (_dots(grad_outputs, values) - shares) * scale).to(query.dtype)
             added = torch.stack([grad_scores, grad_scores.mT, weights.mT]) @ vectors[:3]  # of queries, keys and values
             grads = [grad + _at_ends(more, ends, grad) for grad, more in zip(grads, added, strict=True)]
         return *grads, *past_grads, None, None, None
@@ -382,6 +382,12 @@ def _attend_backward(
 @_attend_backward.register_fake
 def _(grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> Any:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+
+
+def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[..., R, R], the products of all rows of [..., R, head_dim]; unlike a matrix product's, they are not rounded."""
+    left, right = (x.to(_at_least_float32(x.dtype)) for x in (left, right))
+    return (left[..., :, None, :] * right[..., None, :, :]).sum(-1)
 
 
 def _ends(ends: tuple[slice, ...], *tensors: torch.Tensor) -> torch.Tensor:
