@@ -51,7 +51,7 @@ CALLS = {"plain": train_plain, "lanes": train_lanes}
 def gradients_of(kind: str, model: BakaForCausalLM, run: Callable[..., Any], tokens: torch.Tensor) -> list[Any]:
     model.zero_grad()
     CALLS[kind](model, run, tokens)
-    return [parameter.grad.float() for parameter in model.parameters() if parameter.grad is not None]
+    return [parameter.grad.float() for parameter in model.parameters()]
 
 
 def parse_args() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch._dynamo
-from torch import nn
+from torch import library, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
@@ -71,7 +71,7 @@ IGNORED = -100  # a label that is no target
 
 # Without logits, the loss is computed for so many tokens at a time.
 LOSS_PIECE = 8192
-# Compiled, a token's weights are summed for so many logits at a time.
+# Compiled, a token's weights are summed for so many logits at a time, a multiple of 8.
 LOSS_BLOCK = 1024
 
 
@@ -167,7 +167,7 @@ def _rotary_table(
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn queries or keys [B, T, H, head_dim], or of any shape by one angle, by what `rotary_table` has of it.
+    """Turn queries or keys [B, T, H, head_dim] by T angles of `rotary_table`; by a single one, in any layout.
 
     A pair (a, b) lies half a head apart and becomes (a cos - b sin, b cos + a sin): the halves change places, which
     compilers read past more easily than halves put together anew, and sin brings the sign.
@@ -345,7 +345,7 @@ def _attend(
 
 
 # A name of its own for each copy of this module, since code that comes with a checkpoint may be loaded beside it.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::attend_backward", mutates_args=())
+@library.custom_op(f"{__name__.replace('.', '_')}::attend_backward", mutates_args=())
 def _attend_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
@@ -369,7 +369,8 @@ def _attend_backward(
             grad_output, query, key, value, output, logs[..., 0], 0.0, is_causal, scale=scale
         )
     else:
-        logs, nothing = logs.reshape(-1).view(logs.shape), torch.empty((), dtype=torch.int64, device=query.device)
+        logs = logs.reshape(-1).view(logs.shape)  # contiguous, and so are the strides of dimensions of size 1
+        nothing = torch.empty((), dtype=torch.int64, device=query.device)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *(grad_output, query, key, value, output, logs, nothing, nothing, None, None, None),
             *(query.shape[2], key.shape[2], 0.0, is_causal),
@@ -1323,6 +1324,12 @@ class BakaModel(BakaPreTrainedModel):
         return 0 * total
 
 
+def is_whole(layout: Layout, config: BakaConfig) -> bool:
+    """Whether a span is a whole chunk, or what is one if nothing is written after it."""
+    width = layout.hi - layout.lo if layout.in_step else layout.slots.shape[1]
+    return width >= config.stream_length - config.num_memory_tokens
+
+
 class _Pass:
     """One call of `BakaModel`: reads its spans one after another and collects what they give."""
 
@@ -1460,9 +1467,7 @@ class _Pass:
     @on_host
     def _is_piece(self, layout: Layout) -> bool:
         """Whether a span is less than a chunk, on a CUDA device."""
-        whole = self.config.stream_length - self.config.num_memory_tokens  # of those that nothing is written after
-        width = layout.hi - layout.lo if layout.in_step else layout.slots.shape[1]
-        return width < whole and self.model.norm.weight.is_cuda
+        return self.model.norm.weight.is_cuda and not is_whole(layout, self.config)
 
     def _is_skipped(self, span: Span) -> bool:
         """Whether nobody asks for the states of a span's text."""
@@ -1895,8 +1900,7 @@ class _PassByBlocks(_Pass):
 
     def _fix_length(self, layout: Layout, *tensors: torch.Tensor, dims: tuple[int, ...] = (0,)) -> None:
         """Have programs for whole chunks take `dims` of `tensors`, whose size the span decides, for what they are."""
-        whole = self.config.stream_length - self.config.num_memory_tokens  # if nothing is written
-        if layout.in_step and layout.hi - layout.lo >= whole:
+        if layout.in_step and is_whole(layout, self.config):
             for tensor in tensors:
                 torch._dynamo.mark_static(tensor, list(dims))
 
@@ -1981,7 +1985,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         # Whether gradients are enabled is not known in here.
         needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         states = hidden_states.to(dtype)
-        num_blocks = -(-vocab_size // LOSS_BLOCK)
+        num_blocks = _num_blocks(vocab_size)
         # Blocks of logits begin at multiples of 16 bytes: a GPU's matrix products are several times slower otherwise.
         width = num_blocks * 8 * -(-vocab_size // (8 * num_blocks))
         matrix = nn.functional.pad(weight.to(dtype), (0, 0, 0, width - vocab_size))
@@ -2031,6 +2035,11 @@ def _add_product(
     return part if total is None else total.to(dtype).add_(part)
 
 
+def _num_blocks(num_logits: int) -> int:
+    """Into how many blocks a token's logits are divided; padding of the last one changes nothing."""
+    return -(-num_logits // LOSS_BLOCK)
+
+
 def _cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, vocab_size: int, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -2042,7 +2051,7 @@ def _cross_entropy(
     target = torch.where(is_real, targets[:, None], 0)
     if torch.compiler.is_compiling():
         # What a compiler makes two passes of. The gradient takes the place of the logits, which nobody needs any more.
-        logs = wide.unflatten(1, (-(-logits.shape[1] // LOSS_BLOCK), -1)).logsumexp(2).logsumexp(1, keepdim=True)
+        logs = wide.unflatten(1, (_num_blocks(logits.shape[1]), -1)).logsumexp(2).logsumexp(1, keepdim=True)
         loss = torch.where(is_real, logs - wide.gather(1, target), 0).sum()
         gradient = torch.where(is_real, (wide - logs).exp() - (columns == target).to(wide.dtype), 0)
         return loss, logits.copy_(gradient) if with_gradient else logits
