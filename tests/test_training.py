@@ -468,6 +468,7 @@ def test_sharded_by_the_example_configuration(tmp_path: Path, policy: str) -> No
         "whole": whole,
         "resumed": whole | dict(resume=tmp_path / "whole" / "checkpoint-5", cuda_graphs=True),  # of shards are none
         "pieces": pieces | recomputed,
+        "compiled": whole | dict(torch_compile=True, torch_compile_backend="aot_eager"),
     }
     runs = {name: run | dict(trainer_class=ShardingTrainer) for name, run in runs.items()}
     sharded = dict(
@@ -475,7 +476,7 @@ def test_sharded_by_the_example_configuration(tmp_path: Path, policy: str) -> No
     )
 
     assert_resumed(sharded["resumed"], sharded["whole"])
-    for name, settings in (("whole", whole), ("pieces", pieces)):
+    for name, settings in (("whole", whole), ("pieces", pieces), ("compiled", whole)):
         expected = train(tmp_path / "one", **settings)
         assert sharded[name].losses == pytest.approx(expected.losses, rel=1e-6)
         assert sharded[name].eval_losses == pytest.approx(expected.eval_losses, rel=1e-6)

@@ -14,6 +14,7 @@ from accelerate import DistributedType
 from helpers import random_tokens, tiny_config, tiny_model
 from torch import Tensor
 from torch.multiprocessing import get_context, start_processes
+from torch.nn.attention import SDPBackend
 from transformers import TrainerCallback
 
 from baka_hf import BakaForCausalLM, modeling_baka, training_graphs_baka
@@ -70,7 +71,8 @@ class Record(TrainerCallback):
 
 
 def weights_of(model: BakaForCausalLM) -> Weights:
-    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+    prefix = "_orig_mod."  # of a compiled model's names
+    return {name.removeprefix(prefix): whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -174,6 +176,7 @@ def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]], e
     os.environ |= environment
     if environment:
         modeling_baka.LOSS_PIECE = 5  # several pieces, as the losses of real steps have
+        modeling_baka.IN_PARTS["cpu"] = SDPBackend.FLASH_ATTENTION  # compiled, as on a GPU
     if number > 1 or environment:
         os.environ |= dict(
             RANK=str(rank),

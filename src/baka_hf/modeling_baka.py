@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -320,6 +320,14 @@ class AttentionInParts(torch.autograd.Function):
             added = torch.stack([grad_scores, grad_scores.mT, weights.mT]) @ vectors[:3]  # of queries, keys and values
             grads = [grad + _at_ends(more, ends, grad) for grad, more in zip(grads, added, strict=True)]
         return *grads, *past_grads, None, None, None
+
+
+def can_attend_in_parts(config: BakaConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch has the kernels for it, and would take them for these queries where there is no mask."""
+    if config._attn_implementation != "sdpa" or device.type not in IN_PARTS:
+        return False
+    query = torch.empty(1, 1, config.stream_length, config.head_dim, dtype=dtype, device=device, requires_grad=True)
+    return torch._fused_sdp_choice(query, query, query) == IN_PARTS[device.type].value
 
 
 @torch.compiler.allow_in_graph
@@ -1555,23 +1563,15 @@ class _Pass:
         if isinstance(span.has_previous, torch.Tensor):
             has_past = span.has_previous.to(cos.device)[:, None, None, None]
         # In the middle of a chunk all rows see what they have read of it, if not all a previous one.
-        if self.in_place or (has_past is not None and layout.lo > 0) or not self.can_attend_in_parts:
+        if self.in_place or (has_past is not None and layout.lo > 0):
+            return None
+        if not can_attend_in_parts(self.config, cos.dtype, cos.device):
             return None
         ends = [slice(0, R)] if layout.lo == 0 else []
         if layout.hi == S:
             ends.append(slice(width - R, width))
         turned = slice(2 * S + layout.lo, 2 * S + layout.hi)
         return Parts(tuple(ends) if R > 1 else (), has_past, (cos[turned], sin[turned]))
-
-    @cached_property
-    def can_attend_in_parts(self) -> bool:
-        """Whether PyTorch has the kernels for it, and would take them where there is no mask."""
-        weight, config = self.model.norm.weight, self.config
-        if config._attn_implementation != "sdpa" or weight.device.type not in IN_PARTS:
-            return False
-        dtype = dtype_of_products(weight.dtype, weight.device)
-        query = weight.new_empty(1, 1, config.stream_length, config.head_dim, dtype=dtype, requires_grad=True)
-        return torch._fused_sdp_choice(query, query, query) == IN_PARTS[weight.device.type].value
 
     def _mask(
         self, span: Span, layout: Layout, placement: Placement, device: torch.device, dtype: torch.dtype
