@@ -109,8 +109,8 @@ class _Elephant(torch.autograd.Function):
         wide = _within_range(x)
         square = wide * wide
         fourth = square * square
-        gate = 1 / (1 + fourth * fourth)
-        return (-8 * (fourth * gate) * (square * wide) * gate * grad_output).to(x.dtype)
+        gate = (fourth * fourth).add_(1).reciprocal_()
+        return (fourth * gate).mul_(-8).mul_(square).mul_(wide).mul_(gate).mul_(grad_output).to(x.dtype)
 
 
 def recompute(function: Callable, *arguments: Any) -> Any:
@@ -1607,9 +1607,9 @@ class _Pass:
             config=config,
             device=device,
         )
-        if device.type != "cuda" or not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
             return mask
-        # There each block would make this of it again.
+        # Each block would make this of it again.
         return torch.zeros_like(mask, dtype=dtype_of_products(dtype, device)).masked_fill_(~mask, float("-inf"))
 
     def _run(self, *arguments: Any) -> Any:
