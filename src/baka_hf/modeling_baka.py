@@ -323,7 +323,7 @@ class AttentionInParts(torch.autograd.Function):
 
 
 def can_attend_in_parts(config: BakaConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether PyTorch has the kernels for it, and would take them for these queries where there is no mask."""
+    """Whether PyTorch has the kernels for it, and takes them for queries of `dtype` where there is no mask."""
     if config._attn_implementation != "sdpa" or device.type not in IN_PARTS:
         return False
     query = torch.empty(1, 1, config.stream_length, config.head_dim, dtype=dtype, device=device, requires_grad=True)
