@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from naive import Reading, read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -83,6 +84,19 @@ def tiny_model(config: BakaConfig, dtype: torch.dtype = torch.float64, seed: int
 
 def random_tokens(config: BakaConfig, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def recorded_calls(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, ...]]:
+    """A list to which each call of a function adds its arguments while the patch lasts."""
+    calls: list[tuple[Any, ...]] = []
+    function = getattr(module, name)
+
+    def record(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    patch.setattr(module, name, record)
+    return calls
 
 
 def naive_read(model: BakaForCausalLM, tokens: Tensor, **options: Any) -> Reading:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
+from helpers import CONFIGS, random_tokens, recorded_calls, tiny_config, tiny_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
@@ -83,14 +83,7 @@ def test_training_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
 
     expected = train(model), train_on_lanes(model, model, 3)
-    calls = []
-    in_parts = modeling_baka._attend
-
-    def attend(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return in_parts(*arguments)
-
-    monkeypatch.setattr(modeling_baka, "_attend", attend)
+    calls = recorded_calls(monkeypatch, modeling_baka, "_attend")
     monkeypatch.setitem(modeling_baka.IN_PARTS, "cpu", SDPBackend.FLASH_ATTENTION)
     assert_close((train(model), train_on_lanes(model, model, 3)), expected)
     assert not calls  # uncompiled, a mask takes fewer kernels

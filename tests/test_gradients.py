@@ -321,6 +321,13 @@ def test_elephant_gradcheck(check: Callable[..., bool]) -> None:
     assert check(ElephantActivation(), (x,))
 
 
+def test_elephant_takes_batches_of_gradients() -> None:
+    """As whole Jacobians are computed, all rows at once."""
+    x = torch.linspace(-3, 3, 25).double()
+    jacobian = torch.autograd.functional.jacobian(ElephantActivation(), x, vectorize=True)
+    assert_close(jacobian, elephant_derivative(x).diag())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_elephant_in_every_dtype(dtype: torch.dtype) -> None:
     """Finite forward and backward, and within one rounding of the formula in float64."""

@@ -476,6 +476,7 @@ def test_sharded_by_the_example_configuration(tmp_path: Path, policy: str) -> No
     )
 
     assert_resumed(sharded["resumed"], sharded["whole"])
+    assert sharded["compiled"].num_in_parts > 0 == sharded["whole"].num_in_parts
     for name, settings in (("whole", whole), ("pieces", pieces), ("compiled", whole)):
         expected = train(tmp_path / "one", **settings)
         assert sharded[name].losses == pytest.approx(expected.losses, rel=1e-6)

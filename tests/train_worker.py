@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import DistributedType
-from helpers import random_tokens, tiny_config, tiny_model
+from helpers import random_tokens, recorded_calls, tiny_config, tiny_model
 from torch import Tensor
 from torch.multiprocessing import get_context, start_processes
 from torch.nn.attention import SDPBackend
@@ -56,6 +57,7 @@ class Record(TrainerCallback):
     tokenized: list[str] = field(default_factory=list)
     final: Weights = field(default_factory=dict)
     num_graphs: int = 0  # kinds of calls that were recorded
+    num_in_parts: int = 0  # times that attention without a mask was run, or compiled
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: BakaForCausalLM, **_: Any) -> None:
         self.weights.append(weights_of(model))
@@ -71,8 +73,7 @@ class Record(TrainerCallback):
 
 
 def weights_of(model: BakaForCausalLM) -> Weights:
-    prefix = "_orig_mod."  # of a compiled model's names
-    return {name.removeprefix(prefix): whole(parameter) for name, parameter in model.named_parameters()}
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -152,8 +153,11 @@ def train(folder: Path, resume: Path | None = None, **settings: Any) -> Record:
     trained = trainer(folder, record, **settings)
     training_graphs_baka.DEVICES = ("cpu",)  # with `cuda_graphs=True` alone
     training_graphs_baka._recorders.clear()
-    trained.train(resume_from_checkpoint=None if resume is None else str(resume))
-    record.final = weights_of(trained.model)
+    with pytest.MonkeyPatch.context() as patch:
+        in_parts = recorded_calls(patch, modeling_baka, "_attend")
+        trained.train(resume_from_checkpoint=None if resume is None else str(resume))
+    record.num_in_parts = len(in_parts)
+    record.final = weights_of(trained.accelerator.unwrap_model(trained.model, keep_torch_compile=False))
     recorders = training_graphs_baka._recorders.values()
     record.num_graphs = sum(graph.is_ready for recorder in recorders for graph in recorder.graphs.values())
     return record

@@ -110,7 +110,8 @@ class _Elephant(torch.autograd.Function):
         square = wide * wide
         fourth = square * square
         gate = (fourth * fourth).add_(1).reciprocal_()
-        return (fourth * gate).mul_(-8).mul_(square).mul_(wide).mul_(gate).mul_(grad_output).to(x.dtype)
+        derivative = (fourth * gate).mul_(-8).mul_(square).mul_(wide).mul_(gate)
+        return (derivative * grad_output).to(x.dtype)  # not in place: a batch of gradients (vmap) may come in
 
 
 def recompute(function: Callable, *arguments: Any) -> Any:
