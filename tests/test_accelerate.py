@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from baka_hf import BakaForCausalLM, BakaModel, modeling_baka
+from baka_hf import BakaForCausalLM, BakaModel, functions_baka, loss_baka
 
 LENGTH = 18  # three chunks of 5 and a rest
 PARTS = (
@@ -119,7 +119,7 @@ class Elsewhere(AlignDevicesHook):
 def test_any_part_may_be_on_another_device(far: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors know their devices and mix no two of them; they need no second device to be there."""
     monkeypatch.setattr(BakaModel, "_can_look_at", staticmethod(lambda tensor: False))  # they hold no numbers
-    monkeypatch.setattr(modeling_baka, "_rotary_table", modeling_baka._rotary_table.__wrapped__)  # nor may be kept
+    monkeypatch.setattr(functions_baka, "_rotary_table", functions_baka._rotary_table.__wrapped__)  # nor may be kept
     with torch.no_grad(), FakeTensorMode():
         model = BakaForCausalLM(tiny_config(memory_solidifier="glu", memory_norm=True))
         for name, parameter in list(model.named_parameters()):
@@ -230,7 +230,7 @@ def test_a_head_quantized_in_place_keeps_its_loss(wide: Path) -> None:
     tokens = random_tokens(model.config, 2, LENGTH)
     before = losses(model, tokens)[1]
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    assert type(model.lm_head) is modeling_baka.BakaHead
+    assert type(model.lm_head) is loss_baka.BakaHead
     with_logits, without = losses(model, tokens)
     assert with_logits != before
     assert_close(with_logits, without, rtol=1e-5, atol=1e-5)

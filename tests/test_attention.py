@@ -13,7 +13,9 @@ from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from baka_hf.modeling_baka import AttentionInParts, Span, _Pass, any_length, fixed_pauses, lay_out
+from baka_hf.attention_baka import AttentionInParts, any_length
+from baka_hf.reading_baka import Reading
+from baka_hf.stream_baka import Span, fixed_pauses, lay_out
 
 is_enabled = torch.backends.cuda.cudnn_sdp_enabled
 
@@ -30,7 +32,7 @@ def test_pieces_are_told_from_chunks(name: str) -> None:
                 for followed in (True, False):
                     span = Span(0, start, stop - start, stop - start, True, False, stop)
                     layout = lay_out(span, config, fixed_pauses(config), followed)
-                    found = _Pass._is_piece(SimpleNamespace(config=config, model=model), layout)
+                    found = Reading._is_piece(SimpleNamespace(config=config, model=model), layout)
                     assert found is (is_cuda and (start, stop) != (0, n))
 
 

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 
-from baka_hf import BakaForCausalLM, modeling_baka
+from baka_hf import BakaForCausalLM, attention_baka, loss_baka
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +83,8 @@ def test_training_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return loss.item(), [parameter.grad.clone() for parameter in model.parameters()]
 
     expected = train(model), train_on_lanes(model, model, 3)
-    calls = recorded_calls(monkeypatch, modeling_baka, "_attend")
-    monkeypatch.setitem(modeling_baka.IN_PARTS, "cpu", SDPBackend.FLASH_ATTENTION)
+    calls = recorded_calls(monkeypatch, attention_baka, "_attend")
+    monkeypatch.setitem(attention_baka.IN_PARTS, "cpu", SDPBackend.FLASH_ATTENTION)
     assert_close((train(model), train_on_lanes(model, model, 3)), expected)
     assert not calls  # uncompiled, a mask takes fewer kernels
     compiled = torch.compile(model, backend="aot_eager")
@@ -113,9 +113,9 @@ def test_whole_chunks_have_programs_of_their_own() -> None:
 @pytest.mark.parametrize("block", [8, 40, 1024])
 def test_losses_by_blocks_of_logits(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, a token's loss is computed from blocks of its logits, with padding in the last of them."""
-    monkeypatch.setattr(modeling_baka, "LOSS_BLOCK", block)
+    monkeypatch.setattr(loss_baka, "LOSS_BLOCK", block)
     generator = torch.Generator().manual_seed(0)
-    head = modeling_baka.BakaHead(6, 101, bias=False).double()
+    head = loss_baka.BakaHead(6, 101, bias=False).double()
     states = (5 * torch.randn(7, 6, dtype=torch.float64, generator=generator)).requires_grad_()
     targets = torch.tensor([0, 100, -100, 39, 40, 7, 96])
     inputs = [states, head.weight]

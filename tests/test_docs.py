@@ -34,9 +34,7 @@ from baka_hf.training import BakaTrainingArguments
 ROOT = Path(__file__).parents[1]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
-MODULES = [
-    *("cache_baka", "configuration_baka", "data", "evaluation", "hub", "modeling_baka", "results", "tasks", "training")
-]
+MODULES = [path.stem for path in sorted((ROOT / "src" / "baka_hf").glob("*.py")) if path.stem != "__init__"]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from baka_hf import BakaForCausalLM
-from baka_hf.modeling_baka import ElephantActivation
+from baka_hf.functions_baka import ElephantActivation
 
 EXACT = dict(rtol=1e-8, atol=1e-10)
 CHUNKS = 5

@@ -20,9 +20,9 @@ from safetensors.torch import load
 from stand_in_hub import TOKEN, Fault, StandInHub
 from test_card import snippet
 
-CODE = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py", "training_graphs_baka.py"}
 WEIGHTS = "model.safetensors"
 HERE = Path(__file__).parent
+CODE = {path.name for path in (HERE.parent / "src" / "baka_hf").glob("*_baka.py")}
 
 # A model, and a tokenizer with a word for each of its 19 ids.
 MAKE = """

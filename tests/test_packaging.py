@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "baka_hf"
-REMOTE_CODE = ["configuration_baka", "cache_baka", "modeling_baka", "graphs_baka", "training_graphs_baka"]
+REMOTE_CODE = sorted(path.stem for path in PACKAGE.glob("*_baka.py"))
 
 
 @pytest.mark.parametrize("module", REMOTE_CODE)

@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from baka_hf import BakaCache, BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
 
-CODE = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py", "training_graphs_baka.py"}
+CODE = {path.name for path in (Path(__file__).parents[1] / "src" / "baka_hf").glob("*_baka.py")}
 PROMPTS = ["w3 w1 w4 w1 w5 w9 w2 w6", "w7"]
 LENGTH = 12  # of answers: three boundaries and more
 

@@ -15,17 +15,17 @@ from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 
-from baka_hf import BakaCache, BakaForCausalLM, graphs_baka
+from baka_hf import BakaCache, BakaForCausalLM, decoding_graphs_baka
 
 EXACT = dict(rtol=0, atol=1e-5)
 
 
 @pytest.fixture(autouse=True)
 def static_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(graphs_baka, "DEVICES", ("cpu",))
-    graphs_baka._idle.clear()
+    monkeypatch.setattr(decoding_graphs_baka, "DEVICES", ("cpu",))
+    decoding_graphs_baka._idle.clear()
     yield
-    graphs_baka._idle.clear()
+    decoding_graphs_baka._idle.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +33,13 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many tokens and chunks were read by programs."""
     counts = {"tokens": 0, "chunks": 0}
     for name, method in (("tokens", "read_token"), ("chunks", "read_chunk")):
-        plain = getattr(graphs_baka.StaticReader, method)
+        plain = getattr(decoding_graphs_baka.StaticReader, method)
 
         def counted(self: Any, *args: Any, plain: Any = plain, name: str = name) -> Tensor:
             counts[name] += 1
             return plain(self, *args)
 
-        monkeypatch.setattr(graphs_baka.StaticReader, method, counted)
+        monkeypatch.setattr(decoding_graphs_baka.StaticReader, method, counted)
     return counts
 
 
@@ -311,14 +311,14 @@ def test_a_step_that_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = random_tokens(model.config, 1, 9)
     static = model.new_cache(static=True)
     model(tokens[:, :3], cache=static)
-    plain = graphs_baka.StaticReader._run
+    plain = decoding_graphs_baka.StaticReader._run
 
     def interrupted(self: Any, key: Any, program: Any) -> None:
         plain(self, key, program)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(graphs_baka.StaticReader, "_run", interrupted)
+        context.setattr(decoding_graphs_baka.StaticReader, "_run", interrupted)
         model(tokens[:, 3:4], cache=static)
     del static
     again = model.new_cache(static=True)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from baka_hf.data import StreamingLanes
-from baka_hf.modeling_baka import CACHE_NAME
+from baka_hf.reading_baka import CACHE_NAME
 from baka_hf.tasks import BabiInBooksDataset
 
 # ---- loggers ----

@@ -30,7 +30,7 @@ from train_worker import (
 )
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from baka_hf import BakaCache, BakaForCausalLM, modeling_baka
+from baka_hf import BakaCache, BakaForCausalLM, loss_baka
 from baka_hf.data import LaneDataset
 from baka_hf.evaluation import evaluate_documents
 from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum
@@ -484,7 +484,7 @@ def test_sharded_by_the_example_configuration(tmp_path: Path, policy: str) -> No
         assert_same(sharded[name].final, expected.final, rtol=1e-6, atol=1e-8)
     checkpoint = tmp_path / "whole" / "checkpoint-10"
     assert_same(weights_of(BakaForCausalLM.from_pretrained(checkpoint)), sharded["whole"].final)
-    code = {"configuration_baka.py", "cache_baka.py", "modeling_baka.py", "graphs_baka.py", "training_graphs_baka.py"}
+    code = {path.name for path in (Path(__file__).parents[1] / "src" / "baka_hf").glob("*_baka.py")}
     assert {path.name for path in checkpoint.glob("*.py")} == code
     auto_map = json.loads((checkpoint / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForCausalLM"] == "modeling_baka.BakaForCausalLM"
@@ -542,7 +542,7 @@ def test_checkpoints_of_other_lanes_or_without_a_state(tmp_path: Path, stream: b
 @pytest.mark.parametrize("number", [None, 5, torch.tensor(11.0)], ids=str)
 def test_losses_without_logits(monkeypatch: pytest.MonkeyPatch, piece: int, name: str, number: Any) -> None:
     """The plain loss and its gradients, computed for a few tokens at a time."""
-    monkeypatch.setattr(modeling_baka, "LOSS_PIECE", piece)
+    monkeypatch.setattr(loss_baka, "LOSS_PIECE", piece)
     found = []
     model = tiny_model(tiny_config()).train()
     tokens = random_tokens(model.config, 2, 11)
@@ -564,7 +564,7 @@ def test_losses_without_logits_of_other_heads(
     monkeypatch: pytest.MonkeyPatch, frozen: tuple[str, ...], hooked: bool
 ) -> None:
     """A head that is more than its weight is called as it is, and what is frozen gets no gradient."""
-    monkeypatch.setattr(modeling_baka, "LOSS_PIECE", 5)
+    monkeypatch.setattr(loss_baka, "LOSS_PIECE", 5)
     model = tiny_model(tiny_config(tie_word_embeddings=False)).train()
     tokens = random_tokens(model.config, 2, 11)
     for name, parameter in model.named_parameters():
@@ -596,8 +596,8 @@ def test_losses_without_logits_of_a_resized_head(monkeypatch: pytest.MonkeyPatch
 def test_losses_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """No gradient is computed where nobody will ask for one."""
     asked = []
-    plain = modeling_baka._cross_entropy
-    monkeypatch.setattr(modeling_baka, "_cross_entropy", lambda *args: (asked.append(args[3]), plain(*args))[1])
+    plain = loss_baka._cross_entropy
+    monkeypatch.setattr(loss_baka, "_cross_entropy", lambda *args: (asked.append(args[3]), plain(*args))[1])
     model = tiny_model(tiny_config()).train()
     tokens = random_tokens(model.config, 2, 11)
     model(tokens, labels=tokens, skip_logits=True)
@@ -623,7 +623,7 @@ def test_losses_without_logits_in_half_precision(
     monkeypatch: pytest.MonkeyPatch, autocast: bool, vocab_size: int
 ) -> None:
     """Loss and gradients are as near to those of float64 as rounding of their operands allows, over many pieces."""
-    monkeypatch.setattr(modeling_baka, "LOSS_PIECE", 8)
+    monkeypatch.setattr(loss_baka, "LOSS_PIECE", 8)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(203, 24, generator=generator).bfloat16()
     weight = torch.randn(vocab_size, 24, generator=generator).bfloat16()
@@ -634,7 +634,7 @@ def test_losses_without_logits_in_half_precision(
     dtype = torch.float32 if autocast else torch.bfloat16
     narrow = [tensor.to(dtype).requires_grad_() for tensor in (states, weight)]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = modeling_baka.LinearCrossEntropy.apply(*narrow, targets, True) / 7
+        loss = loss_baka.LinearCrossEntropy.apply(*narrow, targets, True) / 7
     loss.backward()
     assert_close(loss.double(), expected, rtol=2e-3, atol=0)
     for actual, reference in zip(narrow, wide, strict=True):

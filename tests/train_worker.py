@@ -18,7 +18,7 @@ from torch.multiprocessing import get_context, start_processes
 from torch.nn.attention import SDPBackend
 from transformers import TrainerCallback
 
-from baka_hf import BakaForCausalLM, modeling_baka, training_graphs_baka
+from baka_hf import BakaForCausalLM, attention_baka, loss_baka, training_graphs_baka
 from baka_hf.data import LaneDataset, StreamingLanes
 from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum
 
@@ -154,7 +154,7 @@ def train(folder: Path, resume: Path | None = None, **settings: Any) -> Record:
     training_graphs_baka.DEVICES = ("cpu",)  # with `cuda_graphs=True` alone
     training_graphs_baka._recorders.clear()
     with pytest.MonkeyPatch.context() as patch:
-        in_parts = recorded_calls(patch, modeling_baka, "_attend")
+        in_parts = recorded_calls(patch, attention_baka, "_attend")
         trained.train(resume_from_checkpoint=None if resume is None else str(resume))
     record.num_in_parts = len(in_parts)
     record.final = weights_of(trained.accelerator.unwrap_model(trained.model, keep_torch_compile=False))
@@ -179,8 +179,8 @@ def in_processes(
 def _work(rank: int, number: int, port: int, runs: dict[Path, dict[str, Any]], environment: Mapping[str, str]) -> None:
     os.environ |= environment
     if environment:
-        modeling_baka.LOSS_PIECE = 5  # several pieces, as the losses of real steps have
-        modeling_baka.IN_PARTS["cpu"] = SDPBackend.FLASH_ATTENTION  # compiled, as on a GPU
+        loss_baka.LOSS_PIECE = 5  # several pieces, as the losses of real steps have
+        attention_baka.IN_PARTS["cpu"] = SDPBackend.FLASH_ATTENTION  # compiled, as on a GPU
     if number > 1 or environment:
         os.environ |= dict(
             RANK=str(rank),

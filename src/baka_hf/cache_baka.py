@@ -12,11 +12,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import safe_open, safe_save_file
+
+from .functions_baka import choose_rows
+from .stream_baka import Placement
 
 CACHE_FILE = "baka_cache.safetensors"
 FORMAT_VERSION = 1
@@ -46,32 +49,6 @@ RECORDED_POSITIONS = 128
 # Multiplier of the polynomial hash of the tokens read, odd and so invertible modulo 2^64 (Knuth's for 64 bits).
 HASH_MULTIPLIER = 6364136223846793005
 HASH_INVERSE = pow(HASH_MULTIPLIER, -1, 2**64)
-
-
-class Parts(NamedTuple):
-    """What attention of a span in step needs to know to do without a mask, see `AttentionInParts`."""
-
-    ends: tuple[slice, ...]  # the positions of its read slots, and of its write slots, as far as they are in it
-    has_past: torch.Tensor | None  # [B, 1, 1, 1] bool, rows that see what was before the span; None: all
-    angles: tuple[torch.Tensor, torch.Tensor]  # what its queries are turned by instead of keys, see `Placement.turn`
-
-
-class Placement(NamedTuple):
-    """Where a span's keys and values stand among a block's slots, and which slots its queries may look at.
-
-    Rows in step share `start` and `stop`: the span takes slots start … stop-1 and sees slots first … stop-1.
-    Rows out of step have their own `slots` [B, 1, Q, 1], of which those where `valid` [B, 1, Q, 1] is True count, and
-    see all slots. `turn`, cos and sin, is what keys from before the span are still to be turned by. With `parts`
-    compiled attention does without a mask.
-    """
-
-    first: int = 0
-    start: int = 0
-    stop: int = 0
-    slots: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
-    turn: tuple[torch.Tensor, torch.Tensor] | None = None
-    parts: Parts | None = None
 
 
 class BakaCacheLayer(CacheLayerMixin):
@@ -695,11 +672,6 @@ def _hash_powers(length: int, device: torch.device) -> torch.Tensor:
 
 def _as_int64(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
-
-
-def choose_rows(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
-    """`yes` [B, …] in the rows where `rows` [B] is True and `no` [B, …] in the others."""
-    return torch.where(rows.to(yes.device).view(-1, *[1] * (yes.ndim - 1)), yes, no.to(yes))
 
 
 __all__ = ["BakaCache"]

@@ -31,7 +31,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.utils import is_datasets_available, logging
 
-from .modeling_baka import IGNORED
+from .loss_baka import IGNORED
 
 if is_datasets_available():
     import datasets  # type: ignore[import-untyped]

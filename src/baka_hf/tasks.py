@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .data import SECONDS_UNTIL_PROGRESS
-from .modeling_baka import IGNORED
+from .loss_baka import IGNORED
 
 NUM_KEYS = 26  # the letters
 # How many predictions a sample makes; L symbols or pairs are its source.

@@ -21,8 +21,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from .cache_baka import BakaCache
-from .graphs_baka import PlainWeights, _recording
-from .modeling_baka import Span, Stream, _Pass, _PassByBlocks, on_host, rotary_table_of, runs_compiled_parts
+from .compile_baka import on_host, runs_compiled_parts
+from .functions_baka import rotary_table_of
+from .graphs_baka import PlainWeights, recording
+from .reading_baka import Reading, ReadingByBlocks
+from .stream_baka import Span, Stream
 
 # Where calls are read this way. Without a graph it is right everywhere, but no faster.
 DEVICES = ("cuda",)
@@ -33,12 +36,12 @@ PATIENCE = 64  # calls before one of another kind may take the place of a record
 _recorders: "weakref.WeakKeyDictionary[nn.Module, Recorder]" = weakref.WeakKeyDictionary()
 
 
-def recorder_of(model: Any, pass_: _Pass) -> "Recorder | None":
+def recorder_of(model: Any, reading: Reading) -> "Recorder | None":
     """What records calls of `model`, a `BakaModel`; None if this one cannot be recorded."""
-    embeddings, cache, config = pass_.embeddings, pass_.cache, model.config
+    embeddings, cache, config = reading.embeddings, reading.cache, model.config
     if not (model.training and torch.is_grad_enabled()) or embeddings.device.type not in DEVICES:
         return None
-    if pass_.with_states or pass_.with_weights or not all(span.in_step for span in pass_.spans):
+    if reading.with_states or reading.with_weights or not all(span.in_step for span in reading.spans):
         return None
     if config._attn_implementation != "sdpa" or config.uses_random_pauses:
         return None
@@ -82,20 +85,20 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def find(self, pass_: _Pass) -> "TrainingGraph | None":
+    def find(self, reading: Reading) -> "TrainingGraph | None":
         """The graph that reads a call, which has its turn now; None the first time, and while another has it."""
         # Not the embedding, which is not in the graphs.
         trained = [each for each in self.weights.tensors if each.requires_grad and each is not self.embedding]
         if not trained:
             return None
-        kind = _kind_of(pass_), tuple(map(id, trained))
+        kind = _kind_of(reading), tuple(map(id, trained))
         with self.lock:
             graph = self._graph_of(kind, trained, next(self.calls))
             turn = self.turn and self.turn()
             if graph is None or not (turn is None or turn.is_over):
                 return None
-            pass_.turn = Turn()
-            self.turn = weakref.ref(pass_.turn)
+            reading.turn = Turn()
+            self.turn = weakref.ref(reading.turn)
         return graph
 
     def _graph_of(self, kind: Any, trained: list[torch.Tensor], call: int) -> "TrainingGraph | None":
@@ -119,30 +122,30 @@ class Recorder:
         return self.graphs[kind]
 
 
-def _kind_of(pass_: _Pass) -> Any:
+def _kind_of(reading: Reading) -> Any:
     """What a call must have in common with a recorded one."""
-    embeddings, cache, device = pass_.embeddings, pass_.cache, pass_.embeddings.device.type
+    embeddings, cache, device = reading.embeddings, reading.cache, reading.embeddings.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    flags = tuple(None if _comes_in(pass_, flag) else flag for flag in _flags_of(pass_))
-    spans = flags, tuple((span.start, span.count) for span in pass_.spans)
+    flags = tuple(None if _comes_in(reading, flag) else flag for flag in _flags_of(reading))
+    spans = flags, tuple((span.start, span.count) for span in reading.spans)
     state = None if cache is None else tuple((x.shape, x.dtype) for x in _tensors(cache)[:3])
     text = embeddings.shape, embeddings.dtype, embeddings.requires_grad
-    return spans, text, state, autocast, pass_.bptt_chunks
+    return spans, text, state, autocast, reading.bptt_chunks
 
 
-def _flags_of(pass_: _Pass) -> list[Any]:
+def _flags_of(reading: Reading) -> list[Any]:
     """`first` and `has_previous` of every span."""
-    return [flag for span in pass_.spans for flag in (span.first, span.has_previous)]
+    return [flag for span in reading.spans for flag in (span.first, span.has_previous)]
 
 
-def _comes_in(pass_: _Pass, flag: Any) -> bool:
+def _comes_in(reading: Reading, flag: Any) -> bool:
     """Whether a flag is input of a graph: if rows differ, and with a state in any case, lest there be more kinds."""
-    return pass_.cache is not None or isinstance(flag, torch.Tensor)
+    return reading.cache is not None or isinstance(flag, torch.Tensor)
 
 
-def _inputs_of(pass_: _Pass) -> torch.Tensor:
+def _inputs_of(reading: Reading) -> torch.Tensor:
     """[2 · spans, B] bool on the host: all flags, for each row."""
-    return torch.stack([torch.as_tensor(flag).expand(pass_.batch_size) for flag in _flags_of(pass_)])
+    return torch.stack([torch.as_tensor(flag).expand(reading.batch_size) for flag in _flags_of(reading)])
 
 
 def _tensors(cache: BakaCache) -> list[torch.Tensor]:
@@ -165,7 +168,7 @@ class TrainingGraph:
     leaf on the stream where it was first used, and whoever trains in parallel has used the parameters elsewhere.
     """
 
-    text: torch.Tensor  # embeddings [·, D], as `_Pass.embeddings`
+    text: torch.Tensor  # embeddings [·, D], as `Reading.embeddings`
     flags: torch.Tensor | None  # as `_inputs_of`, on the device; None if none comes in
     known_flags: torch.Tensor  # what they are, on the host
     state: BakaCache | None
@@ -187,48 +190,48 @@ class TrainingGraph:
         self.is_ready = False
 
     @runs_compiled_parts
-    def read(self, pass_: _Pass) -> None:
-        """Read all spans of `pass_`."""
+    def read(self, reading: Reading) -> None:
+        """Read all spans of `reading`."""
         if not self.is_ready:
-            with _recording:
-                self._prepare(pass_)
-                self._record(pass_.model)
+            with recording:
+                self._prepare(reading)
+                self._record(reading.model)
             self.is_ready = True
-        self._take_in(pass_)
-        states, *state = _Replay.apply(self, pass_.model, pass_.turn, pass_.embeddings, *self.parameters)
-        pass_.states, pass_.weights = [[states]], [[]]
+        self._take_in(reading)
+        states, *state = _Replay.apply(self, reading.model, reading.turn, reading.embeddings, *self.parameters)
+        reading.states, reading.weights = [[states]], [[]]
         if state:
-            pass_.last = Stream(state[0], state[1::2], state[2::2])
+            reading.last = Stream(state[0], state[1::2], state[2::2])
 
     @on_host
-    def _prepare(self, pass_: _Pass) -> None:
+    def _prepare(self, reading: Reading) -> None:
         """Make room for what goes in."""
-        embeddings, cache = pass_.embeddings, pass_.cache
+        embeddings, cache = reading.embeddings, reading.cache
         self.text = embeddings.detach().clone().requires_grad_(embeddings.requires_grad)
         self.inputs = [*([self.text] if self.text.requires_grad else []), *self.leaves]
-        flags = _flags_of(pass_)
-        self.flags, self.spans = None, list(pass_.spans)
-        if any(_comes_in(pass_, flag) for flag in flags):
-            self.known_flags = _inputs_of(pass_)
+        flags = _flags_of(reading)
+        self.flags, self.spans = None, list(reading.spans)
+        if any(_comes_in(reading, flag) for flag in flags):
+            self.known_flags = _inputs_of(reading)
             self.flags = self.known_flags.clone().to(embeddings.device)
-            flags = [own if _comes_in(pass_, flag) else flag for flag, own in zip(flags, self.flags, strict=True)]
+            flags = [own if _comes_in(reading, flag) else flag for flag, own in zip(flags, self.flags, strict=True)]
             self.spans = [
                 span._replace(first=first, has_previous=has_previous)
-                for span, first, has_previous in zip(pass_.spans, flags[::2], flags[1::2], strict=True)
+                for span, first, has_previous in zip(reading.spans, flags[::2], flags[1::2], strict=True)
             ]
         self.state = None if cache is None else cache.clone().to(embeddings.device)
-        self.table = rotary_table_of(pass_.config, embeddings.device, embeddings.dtype)  # what graphs read must stay
-        self.shape = pass_.batch_size, pass_.length
+        self.table = rotary_table_of(reading.config, embeddings.device, embeddings.dtype)  # what graphs read must stay
+        self.shape = reading.batch_size, reading.length
 
     @on_host
-    def _take_in(self, pass_: _Pass) -> None:
+    def _take_in(self, reading: Reading) -> None:
         if self.flags is not None:
-            flags = _inputs_of(pass_)
+            flags = _inputs_of(reading)
             if not torch.equal(flags, self.known_flags):
                 self.known_flags = flags
                 self.flags.copy_(flags.pin_memory() if self.flags.is_cuda else flags, non_blocking=True)
-        if self.state is not None and pass_.cache is not None:
-            torch._foreach_copy_(_tensors(self.state), _tensors(pass_.cache))
+        if self.state is not None and reading.cache is not None:
+            torch._foreach_copy_(_tensors(self.state), _tensors(reading.cache))
 
     @runs_compiled_parts
     def _record(self, model: Any) -> None:
@@ -258,11 +261,11 @@ class TrainingGraph:
         self._put(leaves=True)
         try:
             with torch.enable_grad():
-                pass_ = self._open(model)
-                with pass_.reading():
+                reading = self._open(model)
+                with reading.context():
                     for index in range(len(self.spans)):
-                        pass_.read(index)
-                    self._close(pass_, pass_.kept_at_the_end())
+                        reading.read(index)
+                    self._close(reading, reading.kept_at_the_end())
         finally:
             self._put(leaves=False)
 
@@ -273,19 +276,19 @@ class TrainingGraph:
             holder[name] = leaf if leaves else parameter
 
     @on_host
-    def _open(self, model: Any) -> _Pass:
+    def _open(self, model: Any) -> Reading:
         batch_size, length = self.shape
-        pass_ = _PassByBlocks(model, self.state, self.spans, batch_size, length, None, False, False)
-        pass_.is_recordable = True
-        pass_.take_embeddings(self.text)
-        return pass_
+        reading = ReadingByBlocks(model, self.state, self.spans, batch_size, length, None, False, False)
+        reading.is_recordable = True
+        reading.take_embeddings(self.text)
+        return reading
 
     @on_host
-    def _close(self, pass_: _Pass, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        pass_.anchor()
-        self.outputs = [torch.cat([states[-1] for states in pass_.states], dim=1)]
+    def _close(self, reading: Reading, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        reading.anchor()
+        self.outputs = [torch.cat([states[-1] for states in reading.states], dim=1)]
         if self.state is not None:
-            self.outputs += [pass_.last.memory, *(tensor for both in kept for tensor in both)]
+            self.outputs += [reading.last.memory, *(tensor for both in kept for tensor in both)]
 
     @on_host
     def _run_backward(self) -> None:

@@ -1,0 +1,29 @@
+"""What torch.compile needs to be told: what stays on the host, what is recomputed, how many programs there may be.
+
+Under torch.compile the blocks are compiled, a few programs for all blocks and chunks, see `ReadingByBlocks`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch.utils.checkpoint import checkpoint
+
+# What is decided on the host is marked as such; what runs both is itself left alone.
+on_host = torch.compiler.disable
+runs_compiled_parts = torch.compiler.disable(recursive=False)
+# One program for each kind of chunk, and again for other batch sizes. torch gives up compiling at 8 of them by default.
+# Under DDP it would cut every program in two, to send the gradients of one half early: blocks are small enough.
+allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimize_ddp=False)
+
+
+def recompute(function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)`; compiled training does not keep its result but computes it again in the backward pass.
+
+    For what is cheap next to the matrix products around it and as large as they are. Uncompiled, a call costs more.
+    """
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return checkpoint(function, *arguments, use_reentrant=False)
+    return function(*arguments)

@@ -1,0 +1,426 @@
+"""Reading on from a static state, `model.new_cache(batch_size, static=True)`, by CUDA graphs.
+
+A step of one token is some hundred kernels of a few microseconds each, and so is a chunk read at batch size 1: asked
+for one by one from Python they keep a GPU waiting. Here the tensors of a state stay where they are, so the kernels of a
+step are recorded once and then launched all together. There are few kinds of steps, since what a token needs depends on
+its position in the chunk alone: it may have a pause before it, begin or end a chunk, or none of these. Which one comes
+next is known on the host without waiting for the device. Rows out of step share a step too, of the kind that one of
+them needs most.
+
+The blocks are those of the model in another order of work: what multiplies the same input is one product, and what lies
+between products is compiled. All else (memory, layout, masks) is `reading_baka`'s own code, recorded.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cache_baka import HASH_MULTIPLIER, BakaCache
+from .compile_baka import allow_programs
+from .configuration_baka import BakaConfig
+from .functions_baka import apply_rotary, rotary_table_of
+from .graphs_baka import PlainWeights, recording
+from .reading_baka import Reading
+from .stream_baka import Layout, Placement, Span, Stream, compare_slots, fixed_pauses, lay_out
+
+# Where states are read this way. Without a graph it is right everywhere, but no faster.
+DEVICES = ("cuda",)
+
+PLAIN, PAUSE, EDGE = range(3)  # kinds of steps, by what the token at a position brings with it
+
+# From this batch size on keys and values are most of what a step reads, and only those written so far are worth it.
+LARGE_BATCH = 16
+NUM_WINDOWS = 4
+
+_idle: "weakref.WeakKeyDictionary[nn.Module, StaticReader]" = weakref.WeakKeyDictionary()
+
+
+def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
+    """The reader of `cache` by `model`, a `BakaModel`, with the state in its tensors; None if it cannot be read so."""
+    weight, config = model.norm.weight, model.config
+    if weight.device.type not in DEVICES or config._attn_implementation != "sdpa" or cache._is_recording:
+        return None
+    if torch.is_autocast_enabled(weight.device.type) or (model.training and config.uses_random_pauses):
+        return None
+    reader = cache._reader
+    if reader is None or not reader.fits(cache, model):
+        if cache.device != weight.device:
+            cache.to(weight.device)
+        if cache.layers[0].keys.dtype != weight.dtype:
+            return None  # the plain path brings it to the model's
+        # A state that is gone leaves its tensors and their graphs to the next of its shape.
+        reader = _idle.pop(model, None)
+        if reader is None or not reader.fits(cache, model):
+            weights = PlainWeights(model)
+            if not weights.are_plain:
+                cache.is_static = False
+                return None
+            reader = StaticReader(model, cache, weights)
+        cache._release()
+        reader.serve(cache)
+    reader.take_in(cache)
+    if reader.num_plans != model.num_plans:
+        reader.refresh()
+        reader.num_plans = model.num_plans
+    return reader
+
+
+def _leave(model: Any, reader: "StaticReader") -> None:
+    """What becomes of the reader of a state that is gone."""
+    reader.owner = None
+    if not reader.is_shared and model() is not None:
+        _idle[model()] = reader
+
+
+class StaticReader:
+    """Tensors of a state that stay where they are, and the graphs recorded over them.
+
+    `is_shared` says that an autograd graph may hold on to them: nobody may write into them any more.
+    """
+
+    def __init__(self, model: Any, cache: BakaCache, weights: PlainWeights):
+        config: BakaConfig = model.config
+        self.config, self.weights, self.model = config, weights, weakref.ref(model)
+        self.num_plans = model.num_plans  # of the model, when the copies of its weights were last made
+        self.chunk_size, self.stream_length = config.chunk_size, config.stream_length  # a config is slow to ask
+        self.device, self.batch_size = cache.layers[0].keys.device, cache.batch_size
+        self.is_shared = False
+        self.owner: Any = None  # a weak reference to the state whose tensors these are
+        self.end_of_owner: Any = None  # what happens when that is gone
+        self.graphs: dict[Any, Any] = {}
+        self.masks: dict[Any, Any] = {}
+        S = config.stream_length
+        with torch.inference_mode(False):
+            slots = cache.layers[0].keys
+            shape = (config.num_hidden_layers, *slots.shape)
+            self.keys, self.values = (slots.new_zeros(shape) for _ in range(2))
+            self.num_slots = slots.shape[2]
+            self.memory = torch.zeros_like(cache.memory)
+            self.num_tokens = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+            self.seeded = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
+            self.reads = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+            self.history = torch.zeros_like(self.num_tokens)
+            self.ids: dict[int, torch.Tensor] = {}
+            self.states: dict[int, torch.Tensor] = {}
+            for length in (1, config.chunk_size):
+                self.ids[length] = self.num_tokens.new_zeros(self.batch_size, length)
+                self.states[length] = slots.new_zeros(self.batch_size, length, config.hidden_size)
+            compiled: Callable = torch.compile(dynamic=False) if self.device.type == "cuda" else _as_it_is
+            self.blocks = [
+                FusedBlock(layer, self.keys[index], self.values[index], compiled)
+                for index, layer in enumerate(model.layers)
+            ]
+            self.locate, self.roll = compiled(locate), compiled(roll)
+            self.pauses = torch.tensor(fixed_pauses(config), dtype=torch.int64, device=self.device)[None]
+            self.angles = rotary_table_of(config, self.device, slots.dtype)
+        # What the host knows of the tensors above: what a token brings, and where the slots seen by it end.
+        self.known: list[Any] = [self.num_tokens.cpu(), self.seeded.cpu(), self.reads.cpu()]
+        self.kinds, self.widths, self.ends = _steps(config)
+        self.num_windows = NUM_WINDOWS if self.batch_size >= LARGE_BATCH else 1
+        self.window = -(-S // (8 * self.num_windows)) * 8
+        on_gpu = self.device.type == "cuda"
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
+
+    def serve(self, cache: BakaCache) -> None:
+        """Be the reader of `cache` from now on."""
+        cache._reader, self.owner = self, weakref.ref(cache)
+        self.end_of_owner = weakref.finalize(cache, _leave, self.model, self)
+        self.end_of_owner.atexit = False
+
+    def give_up(self) -> None:
+        """Be nobody's reader any more: an autograd graph may hold on to these tensors."""
+        self.is_shared = True
+        if self.end_of_owner is not None:
+            self.end_of_owner.detach()
+
+    def refresh(self) -> None:
+        """Copy the model's weights again, since not every optimizer leaves a trace of having changed them."""
+        for block in self.blocks:
+            block.refresh()
+
+    def fits(self, cache: BakaCache, model: Any) -> bool:
+        """Whether this is, or may become, the reader of `cache` by `model`."""
+        keys = cache.layers[0].keys
+        same = (keys.shape, keys.dtype, keys.device) == (self.keys.shape[1:], self.keys.dtype, self.keys.device)
+        is_free = self.owner is None or self.owner() is cache
+        is_usable = self.model() is model and is_free and not self.is_shared
+        return same and is_usable and self.weights.are_as_they_were()
+
+    def take_in(self, cache: BakaCache) -> None:
+        """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
+        for index, layer in enumerate(cache.layers):
+            if layer.keys is not self.blocks[index].keys:
+                layer.keys, layer.values = (
+                    own.copy_(theirs)
+                    for own, theirs in (
+                        (self.blocks[index].keys, layer.keys),
+                        (self.blocks[index].values, layer.values),
+                    )
+                )
+                layer.is_shared = False
+        if cache.memory is not self.memory:
+            cache.memory = self.memory.copy_(cache.memory)
+        if cache._history is not None and cache._history is not self.history:
+            cache._history = self.history.copy_(cache._history)
+
+    def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+        """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
+        positions = {count % self.chunk_size for count in cache._num_tokens[reads].tolist()}
+        kind = max(map(self.kinds.__getitem__, positions))
+        stop = self.num_slots
+        if kind != EDGE:
+            half, end = stop - self.stream_length, max(map(self.ends.__getitem__, positions))
+            stop = min(stop, half + -(-end // self.window) * self.window)
+        for index, (own, now) in enumerate(
+            ((self.num_tokens, cache._num_tokens), (self.seeded, cache._seeded), (self.reads, reads))
+        ):
+            if not torch.equal(self.known[index], now):
+                own.copy_(now)
+                self.known[index] = now
+        self.ids[1].copy_(input_ids)
+        self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
+        self._run(("token", kind, stop), lambda: self._token(model, cache, kind, stop))
+        self.known[0] = cache._num_tokens + reads
+        return self.states[1].clone()
+
+    def read_chunk(self, model: Any, cache: BakaCache, span: Span, text: torch.Tensor) -> torch.Tensor:
+        """Read `text` [B, n], a whole chunk in step: its normed states [B, n, D], to be used before the next chunk."""
+        self.ids[span.length].copy_(text)
+        self._run(("chunk", span.first, span.has_previous), lambda: self._chunk(model, cache, span))
+        return self.states[span.length]
+
+    def _run(self, key: Any, program: Callable[[], None]) -> None:
+        """Run a program: the first time as it is, which also compiles its parts, then as a graph."""
+        graph = self.graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return
+        # Programs are compiled for a mode: whoever comes back in inference mode must not need another while recording.
+        with recording, torch.inference_mode(False), torch.no_grad(), allow_programs():
+            if self.pool is not None and key in self.graphs:
+                graph = torch.cuda.CUDAGraph()
+                options: dict[str, Any] = dict(pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+                with torch.cuda.device(self.device), torch.cuda.graph(graph, **options):
+                    program()
+                graph.replay()
+            else:
+                program()
+            self.graphs[key] = graph
+
+    # What is recorded. Everything that differs from one replay to the next is in this object's tensors.
+
+    def _token(self, model: Any, cache: BakaCache, kind: int, stop: int) -> None:
+        rows = self.num_tokens, self.seeded, self.reads
+        span, layout, (angles, bias, placement) = self.locate(
+            self.config, self.angles, self.pauses, *rows, self.widths[kind], self.keys.dtype
+        )
+        view = angles, bias[..., :stop].contiguous(), placement._replace(stop=stop)
+        if kind != EDGE:
+            layout.begins = layout.completes = False
+        states = self._read(model, cache, span, layout, view)
+        self.states[1].copy_(states.masked_fill(~self.reads[:, None, None], 0))
+        self.num_tokens.copy_(span.num_tokens)
+        hashed = self.history * HASH_MULTIPLIER + self.ids[1][:, 0] + 1
+        self.history.copy_(torch.where(self.reads, hashed, self.history))
+
+    def _chunk(self, model: Any, cache: BakaCache, span: Span) -> None:
+        key = span.first, span.has_previous
+        layout = lay_out(span, self.config, fixed_pauses(self.config), True)
+        if key not in self.masks:
+            S, total = self.config.stream_length, self.keys.shape[3]
+            placement = Placement(0 if span.has_previous else total - S, total - S, total)
+            numbers, horizons = compare_slots(self.config, span, layout, placement, self.device)
+            cos, sin = self.angles
+            own = slice(S, 2 * S)
+            self.masks[key] = (cos[own], sin[own]), _bias(numbers, horizons, self.keys.dtype), placement
+        self.states[span.length].copy_(self._read(model, cache, span, layout, self.masks[key]))
+
+    def _read(self, model: Any, cache: BakaCache, span: Span, layout: Layout, view: Any) -> torch.Tensor:
+        reading = Reading(model, cache, [span], self.batch_size, span.length, None, False, False)
+        reading.blocks = self.blocks
+        nothing = [None] * len(self.blocks)
+        stream = Stream(self.memory, nothing, nothing)
+        _, after, states, _ = reading._read_stream(span.first, layout, view, self.ids[span.length], stream)
+        if layout.completes is not False:
+            self.memory.copy_(after.memory)
+            if self.config.use_xl_cache:
+                S = self.config.stream_length
+                cos, sin = self.angles
+                self.roll(self.keys, self.values, cos[S], -sin[S], layout.completes)
+        return states[-1]
+
+
+class FusedBlock:
+    """A `BakaDecoderLayer` that reads in place, for callers that take it for one."""
+
+    def __init__(self, layer: Any, keys: torch.Tensor, values: torch.Tensor, compiled: Callable):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.keys, self.values, self.norm = keys, values, layer.input_layernorm
+        self.joined = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+        self.sizes = [linear.weight.shape[0] for linear in self.joined]
+        self.projection = torch.cat([linear.weight.detach() for linear in self.joined])
+        self.outputs = attention.o_proj, mlp.down_proj
+        self.activation, self.scaling = mlp.act_fn, attention.scaling
+        self.is_grouped = attention.num_key_value_groups > 1
+        self.enter, self.leave = compiled(enter), compiled(leave)
+
+    def refresh(self) -> None:
+        with torch.no_grad(), torch.inference_mode(False):
+            torch.cat([linear.weight.detach() for linear in self.joined], out=self.projection)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        past_key: None,
+        past_value: None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor,
+        placement: Placement,
+        cache_layer: Any = None,
+    ) -> tuple[torch.Tensor, None, None, None]:
+        norm = self.norm
+        query, gated = self.enter(
+            hidden_states,
+            (norm.weight, norm.bias, norm.eps),
+            self.projection,
+            self.sizes,
+            self.activation,
+            position_embeddings,
+            placement.start,
+            placement.slots,
+            placement.valid,
+            self.keys,
+            self.values,
+        )
+        visible = slice(placement.first, placement.stop)
+        attended = nn.functional.scaled_dot_product_attention(
+            query,
+            self.keys[:, :, visible],
+            self.values[:, :, visible],
+            attn_mask=attention_mask,
+            scale=self.scaling,
+            enable_gqa=self.is_grouped,
+        )
+        o_proj, down_proj = self.outputs
+        return self.leave(hidden_states, attended, gated, o_proj.weight, down_proj.weight), None, None, None
+
+
+def enter(
+    hidden_states: torch.Tensor,
+    norm: tuple[torch.Tensor, torch.Tensor, float],
+    projection: torch.Tensor,
+    sizes: list[int],
+    activation: nn.Module,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    start: int,
+    slots: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a block does before attention: queries [B, H, Q, head_dim] and act(gate) ⊙ up [B, Q, ·].
+
+    New keys and values are left in their slots of `keys` and `values` [B, H_kv, slots, head_dim].
+    """
+    head_dim = keys.shape[3]
+    normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], *norm)
+    query, key, value, gate, up = nn.functional.linear(normed, projection).split(sizes, dim=-1)
+    query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
+    query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if slots is None or valid is None:
+        stop = start + key.shape[2]
+        keys[:, :, start:stop] = key
+        values[:, :, start:stop] = value
+    else:
+        # By index_put: compiled, a scatter would copy all slots to change a few.
+        rows, heads = (torch.arange(size, device=key.device) for size in key.shape[:2])
+        index = rows[:, None, None], heads[:, None], slots[:, :, :, 0]
+        keys.index_put_(index, torch.where(valid, key, keys[index]))
+        values.index_put_(index, torch.where(valid, value, values[index]))
+    return query, activation(gate) * up
+
+
+def leave(
+    hidden_states: torch.Tensor,
+    attended: torch.Tensor,
+    gated: torch.Tensor,
+    o_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+) -> torch.Tensor:
+    """What a block does after attention, [B, H, Q, head_dim]: its output [B, Q, D]."""
+    attended = nn.functional.linear(attended.transpose(1, 2).flatten(2), o_proj)
+    return hidden_states + attended + nn.functional.linear(gated, down_proj)
+
+
+def roll(keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, completes: Any) -> None:
+    """In the rows that `completes`, True or a tensor [B], says, the second half of all [L, B, H, 2S, head_dim] becomes
+    the first, keys turned by the angle of `cos` and `sin`."""
+    (past_keys, own_keys), (past_values, own_values) = keys.chunk(2, dim=3), values.chunk(2, dim=3)
+    new_keys, new_values = apply_rotary(own_keys, cos, sin), own_values
+    if completes is not True:
+        rows = completes[:, None, None, None]
+        new_keys, new_values = torch.where(rows, new_keys, past_keys), torch.where(rows, new_values, past_values)
+    past_keys.copy_(new_keys)
+    past_values.copy_(new_values)
+
+
+def locate(
+    config: BakaConfig,
+    table: tuple[torch.Tensor, torch.Tensor],
+    pauses: torch.Tensor,
+    num_tokens: torch.Tensor,
+    seeded: torch.Tensor,
+    reads: torch.Tensor,
+    width: int,
+    dtype: torch.dtype,
+) -> tuple[Span, Layout, Any]:
+    """Span, layout and view of a step of one token in the rows that `reads` [B] says, all on the device.
+
+    Args:
+        config: the model's configuration.
+        table: cos and sin [3S, 1, head_dim].
+        pauses: [1, P], the text positions of pauses.
+        num_tokens: [B] int64, tokens each row has read.
+        seeded: [B] bool, rows whose text began with another stream's memory.
+        reads: [B] bool, rows that have a token.
+        width: Q, positions that a row takes at most.
+        dtype: the model's.
+    """
+    n, S, half = config.chunk_size, config.stream_length, config.stream_length if config.use_xl_cache else 0
+    has_previous, count = num_tokens >= n, reads.to(torch.int64)
+    span = Span(0, num_tokens % n, count, 1, ~(has_previous | seeded), has_previous, num_tokens + count)
+    layout = lay_out(span, config, pauses, True, width)
+    placement = Placement(slots=(half + layout.slots)[:, None, :, None], valid=layout.valid[:, None, :, None])
+    numbers, horizons = compare_slots(config, span, layout, placement, num_tokens.device)
+    angles = tuple(part[S + layout.slots] for part in table)
+    return span, layout, (angles, _bias(numbers, horizons, dtype), placement)
+
+
+def _bias(numbers: torch.Tensor, horizons: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B or 1, 1, Q, K], what is added to a weight: nothing where a query sees the key."""
+    sees = numbers[:, None, None, :] <= horizons[:, None, :, None]
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, float("-inf"))
+
+
+def _steps(config: BakaConfig) -> tuple[list[int], list[int], list[int]]:
+    """For a token at each position of a chunk its kind, n of them; how many positions a step of each kind takes at
+    most; and where the slots of the token at each position end, n again."""
+    n, R, pauses = config.chunk_size, config.num_memory_tokens, set(fixed_pauses(config))
+    kinds, ends, widths = [], [], [1, 2, 1]
+    for position in range(n):
+        is_edge, has_pause = position in (0, n - 1), position in pauses
+        kinds.append(EDGE if is_edge else PAUSE if has_pause else PLAIN)
+        ends.append(R + position + 1 + sum(pause <= position for pause in pauses))
+        if is_edge:
+            width = 1 + has_pause + R * ((position == 0) + (position == n - 1))
+            widths[EDGE] = max(widths[EDGE], width)
+    return kinds, widths, ends
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function

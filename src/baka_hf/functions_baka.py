@@ -1,0 +1,157 @@
+"""Small functions of numbers: the elephant gate, RoPE, dtypes of products, picks of rows and positions.
+
+What depends on a model's state, or on how a text is cut into chunks, is never in here.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_baka import BakaConfig
+
+
+def _elephant(x: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + x^8), computed in float32 at least: x^8 overflows fp16 beyond 4."""
+    fourth = _within_range(x).square().square()
+    return (1 / (1 + fourth * fourth)).to(x.dtype)
+
+
+def _within_range(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 or float64, held where x^4 does not overflow. There x^8 has long done so and elephant is 0."""
+    limit = 1e70 if x.dtype == torch.float64 else 1e9
+    return x.to(at_least_float32(x.dtype)).clamp(-limit, limit)
+
+
+class _Elephant(torch.autograd.Function):
+    """elephant with its derivative -8 x^7 g^2, g = elephant(x), written out: it keeps nothing but x for it.
+
+    It is multiplied in an order in which zero, as g soon is, meets no infinity and g^2 does not vanish early.
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(at_least_float32(x.dtype))
+        power = wide * wide
+        return power.square_().square_().add_(1).reciprocal_().to(x.dtype)  # an infinite power gives 0, as it should
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        wide = _within_range(x)
+        square = wide * wide
+        fourth = square * square
+        gate = (fourth * fourth).add_(1).reciprocal_()
+        derivative = (fourth * gate).mul_(-8).mul_(square).mul_(wide).mul_(gate)
+        return (derivative * grad_output).to(x.dtype)  # not in place: a batch of gradients (vmap) may come in
+
+
+class ElephantActivation(nn.Module):
+    """elephant(x) = 1 / (1 + |x / a|^d) with a = 1, d = 8 (arXiv 2310.01365): a bump that opens around zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Compilers derive and fuse the plain formula; that of PyTorch 2.11 loses the gradient of the function above.
+        return _elephant(x) if torch.compiler.is_compiling() else _Elephant.apply(x)
+
+
+def get_activation(name: str) -> nn.Module:
+    return ElephantActivation() if name == "elephant" else ACT2FN[name]
+
+
+@torch.compiler.assume_constant_result
+def rotary_table(
+    theta: float, head_dim: int, num_slots: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [num_slots, 1, head_dim] of RoPE's angles (arXiv 2104.09864) in Llama's rotate-half layout.
+
+    sin has the other sign in its first half, see `apply_rotary`. The angles are computed in float64: no buffer that a
+    cast of the model to half precision could spoil.
+    """
+    return _rotary_table(theta, head_dim, num_slots, device, dtype)
+
+
+@lru_cache(maxsize=32)
+def _rotary_table(
+    theta: float, head_dim: int, num_slots: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.inference_mode(False):
+        inverse_frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.arange(num_slots, dtype=torch.float64)[:, None, None] * inverse_frequencies
+        cos, sin = angles.cos(), angles.sin()
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn queries or keys [B, T, H, head_dim] by T angles of `rotary_table`; by a single one, in any layout.
+
+    A pair (a, b) lies half a head apart and becomes (a cos - b sin, b cos + a sin): the halves change places, which
+    compilers read past more easily than halves put together anew, and sin brings the sign.
+    """
+    return x * cos.to(x) + x.roll(x.shape[-1] // 2, dims=-1) * sin.to(x)
+
+
+def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [3S, 1, head_dim] of a model's slots, for the queries and keys of states of `dtype`.
+
+    The last S are for queries that see keys of the previous stream as that stream had them, S slots too late.
+    """
+    return rotary_table(*_rotary_key(config), device, dtype_of_products(dtype, device))
+
+
+def _rotary_key(config: BakaConfig) -> tuple[float, int, int]:
+    return float(config.rope_parameters["rope_theta"]), config.head_dim, 3 * config.stream_length
+
+
+# Spans: which piece of its chunk each row reads in one pass
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What matrix products make of `dtype`: autocast's if that is on."""
+    # Weights that are offloaded are on "meta", which autocast does not know.
+    if dtype == torch.float64 or device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return dtype
+    return torch.get_autocast_dtype(device.type)
+
+
+def pad_slots(tensor: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """Add `left` and `right` empty slots to keys or values [B, H, slots, head_dim]."""
+    return nn.functional.pad(tensor, (0, 0, left, right)) if left or right else tensor
+
+
+def gather_positions(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [B, T, D] at `index` [B, K]: [B, K, D]."""
+    return x.gather(1, index.to(x.device)[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def choose_rows(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    """`yes` [B, …] in the rows where `rows` [B] is True and `no` [B, …] in the others."""
+    return torch.where(rows.to(yes.device).view(-1, *[1] * (yes.ndim - 1)), yes, no.to(yes))
+
+
+def any_rows(rows: Any) -> bool:
+    """Whether any row may be meant: nobody waits for an accelerator to say that none is."""
+    return rows if isinstance(rows, bool) else rows.device.type != "cpu" or bool(rows.any())
+
+
+def and_rows(left: Any, right: Any) -> Any:
+    if isinstance(left, bool):
+        return right if left else False
+    return left & right
+
+
+def where_rows(rows: Any, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    """`yes` in the rows that `rows`, a bool or a tensor [B], says and `no` in the others."""
+    if isinstance(rows, bool):
+        return yes if rows else no
+    return choose_rows(rows, yes, no)

@@ -1,0 +1,329 @@
+"""Where tokens stand: spans of a call, slots of a chunk's stream, which slots a query sees. Arithmetic, no weights.
+
+A text is read in chunks of n tokens. One chunk is a stream of S = R + n + P + R positions, called slots:
+
+    slot     0 … R-1         R … S-R-1                  S-R … S-1
+             read memory     text with its P pauses     write memory
+
+Attention sees the slots of the previous chunk, 0 … S-1, and the own ones, S … 2S-1. A call is cut into spans, pieces
+of one chunk that are read in one pass. Nothing in here waits for a device.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .configuration_baka import BakaConfig
+from .functions_baka import gather_positions, pad_slots, where_rows
+
+
+class Parts(NamedTuple):
+    """What attention of a span in step needs to know to do without a mask, see `AttentionInParts`."""
+
+    ends: tuple[slice, ...]  # the positions of its read slots, and of its write slots, as far as they are in it
+    has_past: torch.Tensor | None  # [B, 1, 1, 1] bool, rows that see what was before the span; None: all
+    angles: tuple[torch.Tensor, torch.Tensor]  # what its queries are turned by instead of keys, see `Placement.turn`
+
+
+class Placement(NamedTuple):
+    """Where a span's keys and values stand among a block's slots, and which slots its queries may look at.
+
+    Rows in step share `start` and `stop`: the span takes slots start … stop-1 and sees slots first … stop-1.
+    Rows out of step have their own `slots` [B, 1, Q, 1], of which those where `valid` [B, 1, Q, 1] is True count, and
+    see all slots. `turn`, cos and sin, is what keys from before the span are still to be turned by. With `parts`
+    compiled attention does without a mask.
+    """
+
+    first: int = 0
+    start: int = 0
+    stop: int = 0
+    slots: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    turn: tuple[torch.Tensor, torch.Tensor] | None = None
+    parts: Parts | None = None
+
+
+def fixed_pauses(config: BakaConfig) -> list[int]:
+    """The text positions before which the pauses of a chunk stand, unless they are drawn."""
+    count = config.num_pause_tokens
+    return [index * (config.chunk_size // count) for index in range(count)]
+
+
+class Span(NamedTuple):
+    """For every row, a piece of one chunk, read in one pass.
+
+    What all rows agree on is a number, the rest are CPU tensors [B]. Rows that agree on `start` are in step: they take
+    the same slots, and a row that has fewer tokens than others reads on into what is not its text. Nothing sees that.
+    """
+
+    column: Any  # its first token among the call's tokens
+    start: Any  # that token's position in the chunk
+    count: Any  # how many tokens; 0 for a row that has none left
+    length: int  # the most tokens of any row
+    first: Any  # the chunk has no memory to read but the learned one
+    has_previous: Any  # there is a previous chunk whose keys and values can be seen
+    num_tokens: Any  # tokens the row has read after it
+
+    @property
+    def in_step(self) -> bool:
+        return isinstance(self.start, int)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether all rows read the same columns."""
+        return isinstance(self.column, int) and isinstance(self.count, int)
+
+
+def plan_aligned(length: int, chunk_size: int) -> list[Span]:
+    """Spans of a call in which every row begins its text and reads `length` tokens: whole chunks and a rest."""
+    spans = []
+    for column in range(0, length, chunk_size):
+        count = min(chunk_size, length - column)
+        spans.append(Span(column, 0, count, count, column == 0, column > 0, column + count))
+    return spans
+
+
+def plan_spans(
+    lengths: torch.Tensor,
+    num_tokens: torch.Tensor,
+    seeded: torch.Tensor,
+    restarts: torch.Tensor | None,
+    chunk_size: int,
+    keeps: bool,
+) -> tuple[list[Span], torch.Tensor]:
+    """Spans of a call in which rows may be anywhere in their chunks; all tensors on the CPU.
+
+    Args:
+        lengths: [B] int64, tokens each row reads in this call.
+        num_tokens: [B] int64, tokens it has read before.
+        seeded: [B] bool, rows whose text began with another stream's memory.
+        restarts: [B, L] bool, tokens with which a new text begins, or None.
+        chunk_size: n.
+        keeps: whether the state outlasts the call, so that a row which has no more tokens must be left as it is.
+
+    Returns:
+        The spans, and `seeded` as it stands after them.
+    """
+    column = torch.zeros_like(lengths)
+    if restarts is not None:
+        length = restarts.shape[1]
+        following = torch.where(restarts, torch.arange(length), length).flip(1).cummin(1).values.flip(1)
+        following = nn.functional.pad(following, (0, 2), value=length)  # [b, c]: the first restart at or after c
+    spans = []
+    while bool((column < lengths).any()):
+        stop = lengths
+        if restarts is not None:
+            anew = (following.gather(1, column[:, None])[:, 0] == column) & (column < lengths)
+            num_tokens, seeded = num_tokens.masked_fill(anew, 0), seeded & ~anew
+            stop = torch.minimum(lengths, following.gather(1, column[:, None] + 1)[:, 0])
+        start = num_tokens % chunk_size
+        count = torch.minimum(chunk_size - start, stop - column)
+        has_previous = num_tokens >= chunk_size
+        num_tokens = num_tokens + count
+        where = start if keeps else start[count > 0]
+        in_step = bool((where == where[0]).all())
+        spans.append(
+            Span(
+                _agreed(column) if in_step else column,
+                int(where[0]) if in_step else start,
+                _agreed(count) if in_step else count,
+                int(count.max()),
+                _agreed(~(has_previous | seeded)),
+                _agreed(has_previous),
+                num_tokens,
+            )
+        )
+        column = column + count
+    return spans, seeded
+
+
+def _agreed(rows: torch.Tensor) -> Any:
+    """A tensor [B] as one number or bool, if its entries are all the same."""
+    return rows[0].item() if bool((rows == rows[0]).all()) else rows
+
+
+@dataclass
+class Layout:
+    """Where a span's tokens stand in the stream, and what the blocks need to know of it.
+
+    In step, the span takes slots lo … hi-1 and `pieces` names them in order. Out of step, each row takes its own
+    slots lo … hi-1, at the beginning of Q positions, and indices say which vector stands where.
+    """
+
+    begins: Any  # the chunk's read memory is in it
+    completes: Any  # the chunk's write memory is in it
+    followed: bool  # another span, or another call, reads what this one leaves behind
+    lo: Any
+    hi: Any
+    pieces: list[tuple[str, int]] = field(default_factory=list)
+    slots: Any = None  # [B, Q] slot of each position
+    valid: Any = None  # [B, Q] positions that count
+    sources: Any = None  # [B, Q] where each vector comes from: read | pause | text | write
+    text: Any = None  # [B, T] position of each text token
+    write: Any = None  # [B, R] position of each write slot
+
+    @property
+    def in_step(self) -> bool:
+        return isinstance(self.lo, int)
+
+
+def lay_out(span: Span, config: BakaConfig, pauses: Any, followed: bool, width: int | None = None) -> Layout:
+    """The layout of a span.
+
+    Args:
+        span: the span.
+        config: the model's configuration.
+        pauses: the text positions before which the pauses stand, ascending: P numbers (in step) or [B, P].
+        followed: whether another span, or another call, reads what this one leaves behind.
+        width: Q out of step, if it is known; else it is looked up.
+    """
+    n, R, S = config.chunk_size, config.num_memory_tokens, config.stream_length
+    if span.in_step:
+        end = span.start + span.length
+        begins, completes = span.start == 0, followed and end == n
+        lo = 0 if begins else R + span.start + sum(p < span.start for p in pauses)
+        hi = S if completes else R + end + sum(p < end for p in pauses)
+        pieces: list[tuple[str, int]] = [("read", R)] if begins and R else []
+        position = span.start
+        for pause in pauses:
+            if span.start <= pause < end:
+                if pause > position:
+                    pieces.append(("text", pause - position))
+                pieces.append(("pause", 1))
+                position = pause
+        pieces.append(("text", end - position))
+        if completes and R:
+            pieces.append(("write", R))
+        if completes and isinstance(span.count, torch.Tensor):
+            completes = span.start + span.count == n
+        return Layout(begins, completes, followed, lo, hi, pieces)
+
+    end = span.start + span.count
+    reads = span.count > 0
+    begins, completes = (span.start == 0) & reads, (end == n) & reads & followed
+    before = lambda position: (pauses < position[:, None]).sum(1)  # noqa: E731
+    lo = torch.where(begins, 0, R + span.start + before(span.start))
+    hi = torch.where(completes, S, torch.where(reads, R + end + before(end), lo))
+    device = lo.device
+    slots = lo[:, None] + torch.arange(int((hi - lo).max()) if width is None else width, device=device)
+    valid = slots < hi[:, None]
+    slots = slots % S
+
+    pause_slots = R + pauses + torch.arange(pauses.shape[1], device=device)
+    pauses_before = (pause_slots[:, None, :] < slots[:, :, None]).sum(2)
+    is_pause = (pause_slots[:, None, :] == slots[:, :, None]).any(2)
+    # The vectors of a span stand side by side as read [R] | pause [1] | text [T] | write [R].
+    longest = span.length
+    token = (slots - R - pauses_before - span.start[:, None]).clamp(0, longest - 1)
+    sources = torch.where(is_pause, R, R + 1 + token)
+    sources = torch.where(slots < R, slots, sources)
+    sources = torch.where(slots >= S - R, R + 1 + longest + slots - (S - R), sources)
+
+    positions = span.start[:, None] + torch.arange(longest, device=device)
+    text = R + positions + (pauses[:, None, :] <= positions[:, :, None]).sum(2) - lo[:, None]
+    text = text.clamp(0, slots.shape[1] - 1)
+    write = (S - R - lo[:, None] + torch.arange(R, device=device)).clamp(0, slots.shape[1] - 1)
+    return Layout(begins, completes, followed, lo, hi, [], slots, valid, sources, text, write)
+
+
+def compare_slots(
+    config: BakaConfig, span: Span, layout: Layout, placement: Placement, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """allowed(q, k) as one comparison: each key has a number, each query a horizon, and sees keys up to it.
+
+    Keys are numbered by their slots, 0 … S-1 in the previous stream and S … 2S-1 in the own one. The horizon of a text
+    query is its own slot, of a read query the last read slot, of a write query the last slot of all. Keys of a previous
+    stream that a row does not have are numbered beyond every horizon.
+
+    Returns:
+        The numbers of the keys [B or 1, K] and the horizons of the queries [B or 1, Q].
+    """
+    S, R = config.stream_length, config.num_memory_tokens
+    half = S if config.use_xl_cache else 0
+    if layout.in_step:
+        slots = torch.arange(layout.lo, layout.hi, device=device)[None]
+        numbers = torch.arange(placement.first, placement.stop, device=device)[None]
+    else:
+        slots = layout.slots.to(device)
+        numbers = torch.arange(half + S, device=device)[None]
+    numbers = numbers + S - half
+    horizons = torch.where(slots < R, S + R - 1, torch.where(slots >= S - R, 2 * S - 1, S + slots))
+    if isinstance(span.has_previous, torch.Tensor):
+        has_previous = span.has_previous.to(device)[:, None]
+        numbers = numbers.masked_fill((numbers < S) & ~has_previous, 2 * S)
+    elif not span.has_previous:
+        numbers = numbers.masked_fill(numbers < S, 2 * S)
+    return numbers, horizons
+
+
+def is_whole(layout: Layout, config: BakaConfig) -> bool:
+    """Whether a span is a whole chunk, or what is one if nothing is written after it."""
+    width = layout.hi - layout.lo if layout.in_step else layout.slots.shape[1]
+    return width >= config.stream_length - config.num_memory_tokens
+
+
+class Stream(NamedTuple):
+    """What a chunk finds when it begins or goes on, as tensors with gradients that nothing writes into.
+
+    Keys and values of each block stand for slots begin … begin + their length - 1 of the two halves. Where a chunk has
+    just ended its keys are still as its own attention had them, S slots too late: whoever reads them turns them back.
+    """
+
+    memory: Any
+    keys: list[Any]
+    values: list[Any]
+    begin: int = 0
+    turns: bool = False
+
+    def kept(self, layer: int, first: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values of slots first … stop-1 of a block."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None or stop <= first:
+            return None, None
+        if first < self.begin or stop > self.begin + keys.shape[2]:
+            left, right = self.begin - first, stop - self.begin - keys.shape[2]
+            return pad_slots(keys, left, right), pad_slots(values, left, right)
+        part = slice(first - self.begin, stop - self.begin)
+        return keys[:, :, part], values[:, :, part]
+
+    def detach(self, rows: Any = True) -> "Stream":
+        """A copy without gradients in the rows that `rows`, a bool or a tensor [B], says."""
+
+        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else where_rows(rows, tensor.detach(), tensor)
+
+        return Stream(
+            cut(self.memory), [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin, self.turns
+        )
+
+
+def columns_of(spans: list[Span], batch_size: int, length: int) -> torch.Tensor | None:
+    """[B, L] index: where the token of each column stands among the outputs of all spans; None if in its place."""
+    if all(span.is_aligned for span in spans):
+        return None
+    columns = torch.zeros(batch_size, length + 1, dtype=torch.int64)  # one more, for what is not a token
+    offset = 0
+    for span in spans:
+        count = torch.as_tensor(span.count).expand(batch_size)
+        steps = torch.arange(span.length)
+        target = torch.as_tensor(span.column).expand(batch_size)[:, None] + steps
+        target = torch.where(steps < count[:, None], target, length)
+        columns.scatter_(1, target, (offset + steps).expand(batch_size, -1))
+        offset += len(steps)
+    return columns[:, :length]
+
+
+def in_columns(
+    parts: tuple[torch.Tensor, ...], columns: torch.Tensor | None, real: torch.Tensor | None
+) -> torch.Tensor:
+    """Put the outputs [B, T, ·] of all spans into the columns of the call; zeros where there is no real token."""
+    joined = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    if columns is not None:
+        joined = gather_positions(joined, columns)
+    if real is None:
+        return joined
+    real = real.to(joined.device)
+    rank = (real.cumsum(1) - 1).clamp(0, joined.shape[1] - 1)
+    return gather_positions(joined, rank).masked_fill(~real[:, :, None], 0)
