@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from baka_hf import BakaConfig, BakaForCausalLM
-from baka_hf.reading_baka import CACHE_NAME
+from baka_hf.calls_baka import CACHE_NAME
 
 WAYS = ["compiled", "graphs", "autocast", "eager"]
 FIELDS = dict(vocab_size=1000, hidden_size=384, intermediate_size=768, num_hidden_layers=2, num_attention_heads=6)

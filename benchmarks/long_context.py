@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from side_by_side import Comparison, arguments, new_baka, new_llama, random_tokens, seconds, settle, state_of
 from transformers import PreTrainedModel
 
-from baka_hf.reading_baka import CACHE_NAME
+from baka_hf.calls_baka import CACHE_NAME
 
 READS = {
     "cuda": ["1x8192", "1x32768", "1x131072", "1x1048576", "8x131072"],

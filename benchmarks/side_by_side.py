@@ -20,7 +20,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from baka_hf import BakaConfig, BakaForCausalLM
-from baka_hf.reading_baka import CACHE_NAME
+from baka_hf.calls_baka import CACHE_NAME
 
 # 190 million parameters, of which 77 are embedding and head; 9 million; and something that runs in a moment.
 SIZES: dict[str, dict[str, int]] = {

@@ -91,7 +91,7 @@ def test_parts_are_the_whole(
         return torch.randn(batch_size, heads, num, 4, dtype=torch.float64, generator=generator).requires_grad_()
 
     query, key, value, grad_output = (draw(length) for _ in range(4))
-    past = [draw(length), draw(num_past), draw(num_past)] if num_past else [None, None, None]
+    past = [draw(num_past), draw(num_past)] if num_past else [None, None]
     has_past = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5 if rows_differ else None
 
     positions = torch.arange(length)
@@ -101,10 +101,10 @@ def test_parts_are_the_whole(
     scores = (0.7 * query @ key.mT).where(positions <= horizons[:, None], float("-inf"))
     values = value
     if num_past:
-        past_scores = 0.7 * past[0] @ past[1].mT
+        past_scores = 0.7 * query @ past[0].mT
         if has_past is not None:
             past_scores = past_scores.where(has_past, float("-inf"))
-        scores, values = torch.cat([past_scores, scores], dim=-1), torch.cat([past[2], value], dim=2)
+        scores, values = torch.cat([past_scores, scores], dim=-1), torch.cat([past[1], value], dim=2)
     expected = scores.softmax(-1) @ values
 
     ends = (slice(0, memory), slice(length - memory, length))[: 1 + is_whole] if memory else ()

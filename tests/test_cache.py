@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import Cache
 
-from baka_hf import BakaCache, BakaForCausalLM, cache_baka, reading_baka
+from baka_hf import BakaCache, BakaForCausalLM, cache_baka, calls_baka
 
 FILE = "baka_cache.safetensors"
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -1034,7 +1034,7 @@ def test_a_state_goes_by_both_names(name: str) -> None:
     tokens = random_tokens(model.config, 2, 14)
     expected, state = model(tokens).logits, model.new_cache(2)
     read = model(tokens[:, :6], **{name: state})
-    assert getattr(read, reading_baka.CACHE_NAME) is state and read["past_key_values"] is state
+    assert getattr(read, calls_baka.CACHE_NAME) is state and read["past_key_values"] is state
     assert_close(model.model(tokens[:, 6:12], **{name: state}).last_hidden_state, model.model(tokens)[0][:, 6:12])
     mask = torch.ones(2, 14, dtype=torch.int64)
     found = model.generate(tokens[:, 12:], attention_mask=mask, max_new_tokens=3, do_sample=False, **{name: state})

@@ -24,8 +24,8 @@ from transformers import (
     pipeline,
 )
 
+from baka_hf.calls_baka import CACHE_NAME
 from baka_hf.data import StreamingLanes
-from baka_hf.reading_baka import CACHE_NAME
 from baka_hf.tasks import BabiInBooksDataset
 
 # ---- loggers ----

@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_baka import BakaCacheLayer
 from .compile_baka import on_host
 from .configuration_baka import BakaConfig
-from .functions_baka import apply_rotary, at_least_float32, pad_slots
-from .stream_baka import Parts, Placement
+from .functions_baka import apply_rotary, at_least_float32
+from .stream_baka import Parts, Placement, View
 
 # Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device.
 IN_PARTS: dict[str, SDPBackend] = {"cuda": SDPBackend.CUDNN_ATTENTION}
@@ -91,7 +91,6 @@ class AttentionInParts(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        past_query: torch.Tensor | None,
         past_key: torch.Tensor | None,
         past_value: torch.Tensor | None,
         has_past: torch.Tensor | None,
@@ -103,16 +102,15 @@ class AttentionInParts(torch.autograd.Function):
         Args:
             ctx: PyTorch's.
             query, key, value: of the span, [B, Q, H, head_dim].
-            past_query: queries as they stand to what was before the span, or None if nothing was.
-            past_key, past_value: that, [B, K, H, head_dim].
+            past_key, past_value: what was before the span, [B, K, H, head_dim]; None if nothing was.
             has_past: [B, 1, 1, 1] bool, rows that see it; None: all.
             ends: the read slots and the write slots, as far as they are in the span.
             scale: what scores are multiplied by.
         """
         output, own_logs = _attend(query, key, value, True, scale)
         logs, weights = own_logs, None
-        if past_query is not None and past_key is not None and past_value is not None:
-            past, past_logs = _attend(past_query, past_key, past_value, False, scale)
+        if past_key is not None and past_value is not None:
+            past, past_logs = _attend(query, past_key, past_value, False, scale)
             if has_past is not None:
                 past_logs = torch.where(has_past, past_logs, float("-inf"))
             logs = torch.logaddexp(own_logs, past_logs)
@@ -129,21 +127,22 @@ class AttentionInParts(torch.autograd.Function):
             weights = (scores - _ends(ends, logs.transpose(1, 2))[0]).exp().to(query.dtype)
             output = output + _at_ends(weights @ values, ends, output)
         output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, past_query, past_key, past_value, has_past, output, logs, weights)
+        ctx.save_for_backward(query, key, value, past_key, past_value, has_past, output, logs, weights)
         ctx.ends, ctx.scale = ends, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, past_query, past_key, past_value, has_past, output, logs, weights = ctx.saved_tensors
+        query, key, value, past_key, past_value, has_past, output, logs, weights = ctx.saved_tensors
         ends, scale = ctx.ends, ctx.scale
-        grads = _attend_backward(grad_output, query, key, value, output, logs, True, scale)
-        past_grads: tuple[Any, ...] = None, None, None
+        grads = list(_attend_backward(grad_output, query, key, value, output, logs, True, scale))
+        past_grads: tuple[Any, ...] = None, None
         if past_key is not None:
             past_logs = logs if has_past is None else torch.where(has_past, logs, torch.finfo(logs.dtype).max / 2)
-            past_grads = _attend_backward(
-                grad_output, past_query, past_key, past_value, output, past_logs, False, scale
+            more, *past_grads = _attend_backward(
+                grad_output, query, past_key, past_value, output, past_logs, False, scale
             )
+            grads[0] = grads[0] + more
         if ends:
             vectors = _ends(ends, key, query, grad_output, value)
             grad_outputs, values = vectors[2:]
@@ -249,8 +248,6 @@ def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, nu
 
     In step `past` ends where the span starts. Out of step it has all `num_slots` slots.
     """
-    if past is not None and placement.turn is not None:
-        past = apply_rotary(past, *placement.turn)
     if placement.slots is None or placement.valid is None:
         return new if past is None else torch.cat([past.to(new), new], dim=2)
     past = new.new_zeros(*new.shape[:2], num_slots, new.shape[3]) if past is None else past.to(new)
@@ -258,21 +255,66 @@ def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, nu
     return past.scatter(2, index, torch.where(placement.valid, new, past.gather(2, index)))
 
 
-def as_previous(
-    keys: torch.Tensor, values: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [B, H, S, head_dim] of a stream that has ended as those of a previous one, in 2S slots."""
-    keys = apply_rotary(keys, *turn)
-    return pad_slots(keys, 0, keys.shape[2]), pad_slots(values, 0, values.shape[2])
+def attend(
+    module: "BakaAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_key: torch.Tensor | None,
+    past_value: torch.Tensor | None,
+    view: View,
+    slots: BakaCacheLayer | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The one way to a kernel: attention of a span, [B, Q, H, head_dim], and its weights [B, H, Q, K] (eager only).
+
+    Args:
+        module: the attention whose heads these are.
+        query, key, value: of the span, [B, Q, H or H_kv, head_dim], in their places in the stream.
+        past_key, past_value: what is kept from before, [B, H_kv, K, head_dim]; None if nothing is.
+        view: what the span sees.
+        slots: where keys and values are written in place, instead of `past_key` and `past_value`.
+    """
+    if view.parts is not None and torch.compiler.is_compiling():
+        return _attend_in_parts(module, query, key, value, past_key, past_value, view.parts), None
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if slots is not None:
+        keys, values = slots.update(key, value, view.placement)
+    else:
+        num_slots = module.config.stream_length * (1 + module.config.use_xl_cache)
+        keys = place(past_key, key, view.placement, num_slots)
+        values = place(past_value, value, view.placement, num_slots)
+    attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        module.config._attn_implementation, eager_attention_forward
+    )
+    return attention(module, query, keys, values, view.mask, dropout=0.0, scaling=module.scaling)
+
+
+def _attend_in_parts(
+    module: "BakaAttention",
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    past_key: torch.Tensor | None,
+    past_value: torch.Tensor | None,
+    parts: Parts,
+) -> torch.Tensor:
+    """`AttentionInParts` of keys and values as `attend` takes them."""
+
+    def all_heads(x: torch.Tensor) -> torch.Tensor:
+        return repeat_kv(x.to(query).transpose(1, 2), module.num_key_value_groups).transpose(1, 2)
+
+    past: tuple[Any, ...] = None, None
+    if past_key is not None and past_value is not None:
+        past = all_heads(past_key.transpose(1, 2)), all_heads(past_value.transpose(1, 2))
+    return attend_in_parts(query, all_heads(key), all_heads(value), *past, parts.has_past, parts.ends, module.scaling)
 
 
 class BakaAttention(nn.Module):
     """Multi-head attention over the previous stream and the own one."""
 
-    def __init__(self, config: BakaConfig, layer_idx: int):
+    def __init__(self, config: BakaConfig):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -287,63 +329,27 @@ class BakaAttention(nn.Module):
         hidden_states: torch.Tensor,
         past_key: torch.Tensor | None,
         past_value: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        placement: Placement,
-        cache_layer: BakaCacheLayer | None = None,
+        view: View,
+        slots: BakaCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Returns the output [B, Q, D], the new keys and values [B, Q, H_kv, head_dim], the weights (eager only)."""
-        input_shape = hidden_states.shape[:-1]
-        hidden_shape = (*input_shape, -1, self.head_dim)
-        # All is [B, Q, H, head_dim], as it lies in memory, until it is attended: a compiler copies what lies otherwise,
-        # gradients above all.
-        unturned_query = self.q_proj(hidden_states).view(hidden_shape)
-        query_states = apply_rotary(unturned_query, *position_embeddings)
-        new_key = apply_rotary(self.k_proj(hidden_states).view(hidden_shape), *position_embeddings)
-        new_value = self.v_proj(hidden_states).view(hidden_shape)
+        """Returns the output [B, Q, D], the keys and values to keep [B, Q, H_kv, head_dim], the weights (eager only).
 
-        if placement.parts is not None and torch.compiler.is_compiling():
-            past_query = query_states
-            if placement.turn is not None:  # rather than keys from before the span, queries are turned, the other way
-                past_query = apply_rotary(unturned_query, *placement.parts.angles)
-            output = self._attend_in_parts(
-                query_states, new_key, new_value, past_query, past_key, past_value, placement.parts
-            )
-            return self.o_proj(output.reshape(*input_shape, -1)), new_key, new_value, None
+        Arguments as `attend` takes them.
+        """
+        products = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        query, key, value, kept_key = self.arrange(*products, view)
+        attended, weights = attend(self, query, key, value, past_key, past_value, view, slots)
+        return self.o_proj(attended.flatten(2)), kept_key, value, weights
 
-        query_states, keys, values = (x.transpose(1, 2) for x in (query_states, new_key, new_value))
-        if cache_layer is not None:
-            key_states, value_states = cache_layer.update(keys, values, placement)
-        else:
-            num_slots = self.config.stream_length * (1 + self.config.use_xl_cache)
-            key_states = place(past_key, keys, placement, num_slots)
-            value_states = place(past_value, values, placement._replace(turn=None), num_slots)
+    def arrange(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: View
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [B, Q, ·] by heads and in their places, [B, Q, ·, head_dim]; and keys to keep.
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention(
-            self, query_states, key_states, value_states, attention_mask, dropout=0.0, scaling=self.scaling
-        )
-        return self.o_proj(output.reshape(*input_shape, -1)), new_key, new_value, weights
-
-    def _attend_in_parts(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        past_query: torch.Tensor,
-        past_key: torch.Tensor | None,
-        past_value: torch.Tensor | None,
-        parts: Parts,
-    ) -> torch.Tensor:
-        """[B, Q, H, head_dim]; arguments as in `AttentionInParts.forward`, but of keys and values each head once, and
-        those from before the span [B, H_kv, K, head_dim]."""
-
-        def all_heads(x: torch.Tensor) -> torch.Tensor:
-            return repeat_kv(x.to(query).transpose(1, 2), self.num_key_value_groups).transpose(1, 2)
-
-        past: tuple[Any, ...] = None, None, None
-        if past_key is not None and past_value is not None:
-            past = past_query, all_heads(past_key.transpose(1, 2)), all_heads(past_value.transpose(1, 2))
-        return attend_in_parts(query, all_heads(key), all_heads(value), *past, parts.has_past, parts.ends, self.scaling)
+        They stay so, as they lie in memory, until they are attended: a compiler copies what lies otherwise, gradients
+        above all.
+        """
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
+        turned = apply_rotary(key, *view.angles)
+        kept = turned if view.previous_angles is None else apply_rotary(key, *view.previous_angles)
+        return apply_rotary(query, *view.angles), turned, value, kept

@@ -168,6 +168,14 @@ class BakaCache(Cache):
     # What there is to know
 
     @property
+    def carried(self) -> dict[str, torch.Tensor]:
+        return {"memory": self.memory}
+
+    @carried.setter
+    def carried(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.memory = tensors["memory"]
+
+    @property
     def batch_size(self) -> int:
         return self._num_tokens.shape[0]
 

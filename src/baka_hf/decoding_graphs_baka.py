@@ -21,10 +21,10 @@ from torch import nn
 from .cache_baka import HASH_MULTIPLIER, BakaCache
 from .compile_baka import allow_programs
 from .configuration_baka import BakaConfig
-from .functions_baka import apply_rotary, rotary_table_of
+from .functions_baka import rotary_table_of
 from .graphs_baka import PlainWeights, recording
-from .reading_baka import Reading
-from .stream_baka import Layout, Placement, Span, Stream, compare_slots, fixed_pauses, lay_out
+from .reading_baka import ChunkPass, backwards, rolled_over
+from .stream_baka import Layout, Placement, Span, Stream, View, compare_slots, fixed_pauses, lay_out
 
 # Where states are read this way. Without a graph it is right everywhere, but no faster.
 DEVICES = ("cuda",)
@@ -91,14 +91,14 @@ class StaticReader:
         self.owner: Any = None  # a weak reference to the state whose tensors these are
         self.end_of_owner: Any = None  # what happens when that is gone
         self.graphs: dict[Any, Any] = {}
-        self.masks: dict[Any, Any] = {}
+        self.views: dict[Any, View] = {}
         S = config.stream_length
         with torch.inference_mode(False):
             slots = cache.layers[0].keys
             shape = (config.num_hidden_layers, *slots.shape)
             self.keys, self.values = (slots.new_zeros(shape) for _ in range(2))
             self.num_slots = slots.shape[2]
-            self.memory = torch.zeros_like(cache.memory)
+            self.memory = {name: torch.zeros_like(x) for name, x in cache.carried.items()}
             self.num_tokens = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self.seeded = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
             self.reads = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
@@ -109,11 +109,12 @@ class StaticReader:
                 self.ids[length] = self.num_tokens.new_zeros(self.batch_size, length)
                 self.states[length] = slots.new_zeros(self.batch_size, length, config.hidden_size)
             compiled: Callable = torch.compile(dynamic=False) if self.device.type == "cuda" else _as_it_is
+            self.slots = list(zip(self.keys, self.values, strict=True))  # of each block
+            programs = compiled(enter), compiled(leave)
             self.blocks = [
-                FusedBlock(layer, self.keys[index], self.values[index], compiled)
-                for index, layer in enumerate(model.layers)
+                DecodingBlock(layer, *slots, *programs) for layer, slots in zip(model.layers, self.slots, strict=True)
             ]
-            self.locate, self.roll = compiled(locate), compiled(roll)
+            self.locate, self.roll = compiled(locate), compiled(roll_over)
             self.pauses = torch.tensor(fixed_pauses(config), dtype=torch.int64, device=self.device)[None]
             self.angles = rotary_table_of(config, self.device, slots.dtype)
         # What the host knows of the tensors above: what a token brings, and where the slots seen by it end.
@@ -152,18 +153,13 @@ class StaticReader:
 
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
-        for index, layer in enumerate(cache.layers):
-            if layer.keys is not self.blocks[index].keys:
-                layer.keys, layer.values = (
-                    own.copy_(theirs)
-                    for own, theirs in (
-                        (self.blocks[index].keys, layer.keys),
-                        (self.blocks[index].values, layer.values),
-                    )
-                )
+        for layer, slots in zip(cache.layers, self.slots, strict=True):
+            if layer.keys is not slots[0]:
+                layer.keys, layer.values = slots[0].copy_(layer.keys), slots[1].copy_(layer.values)
                 layer.is_shared = False
-        if cache.memory is not self.memory:
-            cache.memory = self.memory.copy_(cache.memory)
+        carried = cache.carried
+        if any(carried[name] is not own for name, own in self.memory.items()):
+            cache.carried = {name: own.copy_(carried[name]) for name, own in self.memory.items()}
         if cache._history is not None and cache._history is not self.history:
             cache._history = self.history.copy_(cache._history)
 
@@ -215,10 +211,10 @@ class StaticReader:
 
     def _token(self, model: Any, cache: BakaCache, kind: int, stop: int) -> None:
         rows = self.num_tokens, self.seeded, self.reads
-        span, layout, (angles, bias, placement) = self.locate(
+        span, layout, view = self.locate(
             self.config, self.angles, self.pauses, *rows, self.widths[kind], self.keys.dtype
         )
-        view = angles, bias[..., :stop].contiguous(), placement._replace(stop=stop)
+        view = view._replace(mask=view.mask[..., :stop].contiguous(), placement=view.placement._replace(stop=stop))
         if kind != EDGE:
             layout.begins = layout.completes = False
         states = self._read(model, cache, span, layout, view)
@@ -230,95 +226,67 @@ class StaticReader:
     def _chunk(self, model: Any, cache: BakaCache, span: Span) -> None:
         key = span.first, span.has_previous
         layout = lay_out(span, self.config, fixed_pauses(self.config), True)
-        if key not in self.masks:
+        if key not in self.views:
             S, total = self.config.stream_length, self.keys.shape[3]
             placement = Placement(0 if span.has_previous else total - S, total - S, total)
             numbers, horizons = compare_slots(self.config, span, layout, placement, self.device)
             cos, sin = self.angles
             own = slice(S, 2 * S)
-            self.masks[key] = (cos[own], sin[own]), _bias(numbers, horizons, self.keys.dtype), placement
-        self.states[span.length].copy_(self._read(model, cache, span, layout, self.masks[key]))
+            self.views[key] = View((cos[own], sin[own]), _bias(numbers, horizons, self.keys.dtype), placement)
+        self.states[span.length].copy_(self._read(model, cache, span, layout, self.views[key]))
 
-    def _read(self, model: Any, cache: BakaCache, span: Span, layout: Layout, view: Any) -> torch.Tensor:
-        reading = Reading(model, cache, [span], self.batch_size, span.length, None, False, False)
-        reading.blocks = self.blocks
+    def _read(self, model: Any, cache: BakaCache, span: Span, layout: Layout, view: View) -> torch.Tensor:
+        chunk_pass = ChunkPass(model, self.batch_size, self.blocks, in_place=True)
         nothing = [None] * len(self.blocks)
-        stream = Stream(self.memory, nothing, nothing)
-        _, after, states, _ = reading._read_stream(span.first, layout, view, self.ids[span.length], stream)
+        passed = chunk_pass.run(span.first, layout, view, self.ids[span.length], Stream(self.memory, nothing, nothing))
         if layout.completes is not False:
-            self.memory.copy_(after.memory)
+            assert passed.after.memory is not None
+            for name, own in self.memory.items():
+                own.copy_(passed.after.memory[name])
             if self.config.use_xl_cache:
-                S = self.config.stream_length
-                cos, sin = self.angles
-                self.roll(self.keys, self.values, cos[S], -sin[S], layout.completes)
-        return states[-1]
+                self.roll(self.keys, self.values, *backwards(self.config, self.keys), layout.completes)
+        return passed.states[-1]
 
 
-class FusedBlock:
-    """A `BakaDecoderLayer` that reads in place, for callers that take it for one."""
+class DecodingBlock:
+    """A `BakaDecoderLayer` in another order of work, for callers that take it for one: what multiplies the normed input
+    is one product, and keys and values are written in place."""
 
-    def __init__(self, layer: Any, keys: torch.Tensor, values: torch.Tensor, compiled: Callable):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.keys, self.values, self.norm = keys, values, layer.input_layernorm
-        self.joined = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
-        self.sizes = [linear.weight.shape[0] for linear in self.joined]
-        self.projection = torch.cat([linear.weight.detach() for linear in self.joined])
-        self.outputs = attention.o_proj, mlp.down_proj
-        self.activation, self.scaling = mlp.act_fn, attention.scaling
-        self.is_grouped = attention.num_key_value_groups > 1
-        self.enter, self.leave = compiled(enter), compiled(leave)
+    def __init__(self, layer: Any, keys: torch.Tensor, values: torch.Tensor, enter: Callable, leave: Callable):
+        self.layer, self.keys, self.values = layer, keys, values
+        self.sizes = [linear.weight.shape[0] for linear in layer.input_projections]
+        self.projection = torch.cat([linear.weight.detach() for linear in layer.input_projections])
+        self.enter, self.leave = enter, leave
 
     def refresh(self) -> None:
         with torch.no_grad(), torch.inference_mode(False):
-            torch.cat([linear.weight.detach() for linear in self.joined], out=self.projection)
+            torch.cat([linear.weight.detach() for linear in self.layer.input_projections], out=self.projection)
 
     def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        past_key: None,
-        past_value: None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor,
-        placement: Placement,
-        cache_layer: Any = None,
+        self, hidden_states: torch.Tensor, past_key: None, past_value: None, view: View, slots: None
     ) -> tuple[torch.Tensor, None, None, None]:
-        norm = self.norm
         query, gated = self.enter(
-            hidden_states,
-            (norm.weight, norm.bias, norm.eps),
-            self.projection,
-            self.sizes,
-            self.activation,
-            position_embeddings,
-            placement.start,
-            placement.slots,
-            placement.valid,
-            self.keys,
-            self.values,
+            self.layer, hidden_states, self.projection, self.sizes, view._replace(mask=None), self.keys, self.values
         )
-        visible = slice(placement.first, placement.stop)
+        attention = self.layer.self_attn
+        visible = slice(view.placement.first, view.placement.stop)
         attended = nn.functional.scaled_dot_product_attention(
             query,
             self.keys[:, :, visible],
             self.values[:, :, visible],
-            attn_mask=attention_mask,
-            scale=self.scaling,
-            enable_gqa=self.is_grouped,
+            attn_mask=view.mask,
+            scale=attention.scaling,
+            enable_gqa=attention.num_key_value_groups > 1,
         )
-        o_proj, down_proj = self.outputs
-        return self.leave(hidden_states, attended, gated, o_proj.weight, down_proj.weight), None, None, None
+        return self.leave(self.layer, hidden_states, attended, gated), None, None, None
 
 
 def enter(
+    layer: Any,
     hidden_states: torch.Tensor,
-    norm: tuple[torch.Tensor, torch.Tensor, float],
     projection: torch.Tensor,
     sizes: list[int],
-    activation: nn.Module,
-    angles: tuple[torch.Tensor, torch.Tensor],
-    start: int,
-    slots: torch.Tensor | None,
-    valid: torch.Tensor | None,
+    view: View,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -326,12 +294,9 @@ def enter(
 
     New keys and values are left in their slots of `keys` and `values` [B, H_kv, slots, head_dim].
     """
-    head_dim = keys.shape[3]
-    normed = nn.functional.layer_norm(hidden_states, hidden_states.shape[-1:], *norm)
-    query, key, value, gate, up = nn.functional.linear(normed, projection).split(sizes, dim=-1)
-    query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
-    query, key = apply_rotary(query, *angles), apply_rotary(key, *angles)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    products = nn.functional.linear(layer.input_layernorm(hidden_states), projection).split(sizes, dim=-1)
+    query, key, value = (x.transpose(1, 2) for x in layer.self_attn.arrange(*products[:3], view)[:3])
+    _, start, _, slots, valid = view.placement
     if slots is None or valid is None:
         stop = start + key.shape[2]
         keys[:, :, start:stop] = key
@@ -342,31 +307,22 @@ def enter(
         index = rows[:, None, None], heads[:, None], slots[:, :, :, 0]
         keys.index_put_(index, torch.where(valid, key, keys[index]))
         values.index_put_(index, torch.where(valid, value, values[index]))
-    return query, activation(gate) * up
+    return query, layer.mlp.activate(*products[3:])
 
 
-def leave(
-    hidden_states: torch.Tensor,
-    attended: torch.Tensor,
-    gated: torch.Tensor,
-    o_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-) -> torch.Tensor:
+def leave(layer: Any, hidden_states: torch.Tensor, attended: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
     """What a block does after attention, [B, H, Q, head_dim]: its output [B, Q, D]."""
-    attended = nn.functional.linear(attended.transpose(1, 2).flatten(2), o_proj)
-    return hidden_states + attended + nn.functional.linear(gated, down_proj)
+    attended = layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+    return layer.combine(hidden_states, attended, layer.mlp.down_proj(gated))
 
 
-def roll(keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, completes: Any) -> None:
+def roll_over(keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, completes: Any) -> None:
     """In the rows that `completes`, True or a tensor [B], says, the second half of all [L, B, H, 2S, head_dim] becomes
-    the first, keys turned by the angle of `cos` and `sin`."""
-    (past_keys, own_keys), (past_values, own_values) = keys.chunk(2, dim=3), values.chunk(2, dim=3)
-    new_keys, new_values = apply_rotary(own_keys, cos, sin), own_values
-    if completes is not True:
-        rows = completes[:, None, None, None]
-        new_keys, new_values = torch.where(rows, new_keys, past_keys), torch.where(rows, new_values, past_values)
-    past_keys.copy_(new_keys)
-    past_values.copy_(new_values)
+    the first, see `rolled_over`."""
+    rows = completes if completes is True else completes[:, None, None, None]
+    for own, rolled in zip((keys, values), rolled_over(keys, values, cos, sin), strict=True):
+        past = own.chunk(2, dim=3)[0]
+        past.copy_(rolled if rows is True else torch.where(rows, rolled, past))
 
 
 def locate(
@@ -378,12 +334,12 @@ def locate(
     reads: torch.Tensor,
     width: int,
     dtype: torch.dtype,
-) -> tuple[Span, Layout, Any]:
+) -> tuple[Span, Layout, View]:
     """Span, layout and view of a step of one token in the rows that `reads` [B] says, all on the device.
 
     Args:
         config: the model's configuration.
-        table: cos and sin [3S, 1, head_dim].
+        table: cos and sin [2S, 1, head_dim].
         pauses: [1, P], the text positions of pauses.
         num_tokens: [B] int64, tokens each row has read.
         seeded: [B] bool, rows whose text began with another stream's memory.
@@ -397,8 +353,9 @@ def locate(
     layout = lay_out(span, config, pauses, True, width)
     placement = Placement(slots=(half + layout.slots)[:, None, :, None], valid=layout.valid[:, None, :, None])
     numbers, horizons = compare_slots(config, span, layout, placement, num_tokens.device)
-    angles = tuple(part[S + layout.slots] for part in table)
-    return span, layout, (angles, _bias(numbers, horizons, dtype), placement)
+    cos, sin = table
+    angles = cos[S + layout.slots], sin[S + layout.slots]
+    return span, layout, View(angles, _bias(numbers, horizons, dtype), placement)
 
 
 def _bias(numbers: torch.Tensor, horizons: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -98,15 +98,12 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [3S, 1, head_dim] of a model's slots, for the queries and keys of states of `dtype`.
-
-    The last S are for queries that see keys of the previous stream as that stream had them, S slots too late.
-    """
+    """cos and sin [2S, 1, head_dim] of a model's slots, for the queries and keys of states of `dtype`."""
     return rotary_table(*_rotary_key(config), device, dtype_of_products(dtype, device))
 
 
 def _rotary_key(config: BakaConfig) -> tuple[float, int, int]:
-    return float(config.rope_parameters["rope_theta"]), config.head_dim, 3 * config.stream_length
+    return float(config.rope_parameters["rope_theta"]), config.head_dim, 2 * config.stream_length
 
 
 # Spans: which piece of its chunk each row reads in one pass

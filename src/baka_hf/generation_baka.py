@@ -7,8 +7,8 @@ from torch import nn
 from transformers.generation import GenerationMixin
 
 from .cache_baka import BakaCache, hash_tokens
+from .calls_baka import CACHE_NAME
 from .inputs_baka import check_cache, either_name
-from .reading_baka import CACHE_NAME
 
 
 class BakaGenerationMixin(GenerationMixin):

@@ -1,4 +1,4 @@
-"""The block and what a memory passes through on its way into the next chunk."""
+"""The block of the decoder. Norms, residuals and what multiplies what are decided here and nowhere else."""
 
 import torch
 from torch import nn
@@ -8,8 +8,8 @@ from .attention_baka import BakaAttention
 from .cache_baka import BakaCacheLayer
 from .compile_baka import recompute
 from .configuration_baka import BakaConfig
-from .functions_baka import ElephantActivation, get_activation, rotary_table_of
-from .stream_baka import Placement
+from .functions_baka import get_activation
+from .stream_baka import View
 
 
 class BakaMLP(nn.Module):
@@ -23,19 +23,19 @@ class BakaMLP(nn.Module):
         self.act_fn = get_activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(recompute(self._activate, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+        return self.down_proj(recompute(self.activate, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
-    def _activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.act_fn(gate) * up
 
 
 class BakaDecoderLayer(GradientCheckpointingLayer):
     """y = x + attention(LN x) + mlp(LN x): one LayerNorm for both branches."""
 
-    def __init__(self, config: BakaConfig, layer_idx: int):
+    def __init__(self, config: BakaConfig):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = BakaAttention(config, layer_idx)
+        self.self_attn = BakaAttention(config)
         self.mlp = BakaMLP(config)
 
     def forward(
@@ -43,72 +43,25 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         past_key: torch.Tensor | None,
         past_value: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        placement: Placement,
-        cache_layer: BakaCacheLayer | None = None,
+        view: View,
+        slots: BakaCacheLayer | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Returns the output [B, Q, D], the keys and values to keep [B, Q, H_kv, head_dim], the weights (eager only).
+
+        Arguments as `attention_baka.attend` takes them. By position: checkpointing keeps positional arguments for each
+        call of a layer.
+        """
         normed = self.input_layernorm(hidden_states)
-        attended, key, value, weights = self.self_attn(
-            normed, past_key, past_value, position_embeddings, attention_mask, placement, cache_layer
-        )
-        return hidden_states + attended + self.mlp(normed), key, value, weights
+        attended, key, value, weights = self.self_attn(normed, past_key, past_value, view, slots)
+        return self.combine(hidden_states, attended, self.mlp(normed)), key, value, weights
 
-
-class BakaGatedSolidifier(nn.Module):
-    """x + W x ⊙ gate(W_g x) on each memory vector: "glu" with a sigmoid, "gelephant" with elephant."""
-
-    def __init__(self, config: BakaConfig):
-        super().__init__()
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.gate = ElephantActivation() if config.memory_solidifier == "gelephant" else nn.Sigmoid()
-
-    def forward(self, memory: torch.Tensor) -> torch.Tensor:
-        return memory + self.proj(memory) * self.gate(self.gate_proj(memory))
+    # Decoding has another order of work (`decoding_graphs_baka`), of these pieces:
 
     @property
-    def output_weights(self) -> list[torch.Tensor]:
-        return [self.proj.weight]
+    def input_projections(self) -> list[nn.Linear]:
+        """What multiplies the normed input: queries, keys, values, gate, up."""
+        attention, mlp = self.self_attn, self.mlp
+        return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
 
-
-class BakaMLPSolidifier(nn.Module):
-    """x + MLP(LN x) on each memory vector."""
-
-    def __init__(self, config: BakaConfig):
-        super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = BakaMLP(config)
-
-    def forward(self, memory: torch.Tensor) -> torch.Tensor:
-        return memory + self.mlp(self.norm(memory))
-
-    @property
-    def output_weights(self) -> list[torch.Tensor]:
-        return [self.mlp.down_proj.weight]
-
-
-class BakaLayerSolidifier(BakaDecoderLayer):
-    """A block over the R memory vectors, all attending to all, in RoPE slots 0 … R-1."""
-
-    def __init__(self, config: BakaConfig):
-        super().__init__(config, layer_idx=config.num_hidden_layers)
-        self.config = config
-
-    def forward(self, memory: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        cos, sin = rotary_table_of(self.config, memory.device, memory.dtype)
-        length = memory.shape[1]
-        hidden_states, *_ = super().forward(memory, None, None, (cos[:length], sin[:length]), None, Placement())
-        return hidden_states
-
-    @property
-    def output_weights(self) -> list[torch.Tensor]:
-        return [self.self_attn.o_proj.weight, self.mlp.down_proj.weight]
-
-
-SOLIDIFIERS: dict[str, type[nn.Module]] = {
-    "glu": BakaGatedSolidifier,
-    "gelephant": BakaGatedSolidifier,
-    "mlp": BakaMLPSolidifier,
-    "layer": BakaLayerSolidifier,
-}
+    def combine(self, hidden_states: torch.Tensor, attended: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
+        return hidden_states + attended + transformed

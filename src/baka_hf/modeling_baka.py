@@ -24,16 +24,17 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .cache_baka import BakaCache
+from .calls_baka import CACHE_NAME, Call, Results, close, plan
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
-from .functions_baka import gather_positions
 from .generation_baka import BakaGenerationMixin
-from .inputs_baka import can_look_at, check_cache, check_mask, check_text, either_name, find_restarts
-from .layers_baka import SOLIDIFIERS, BakaDecoderLayer
+from .inputs_baka import can_look_at, check_cache, check_mask, check_text, either_name
+from .layers_baka import BakaDecoderLayer
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .reading_baka import CACHE_NAME, Reading, ReadingByBlocks
-from .stream_baka import fixed_pauses, plan_aligned, plan_spans
+from .memory_baka import MEMORY_UPDATES, SOLIDIFIERS
+from .reading_baka import Reading
+from .stream_baka import Memory, fixed_pauses
 from .training_graphs_baka import forget, recorder_of
 
 logger = logging.get_logger(__name__)
@@ -139,6 +140,7 @@ class BakaModel(BakaPreTrainedModel):
             self.pause_token = nn.Embedding(1, config.hidden_size)
         if config.num_memory_tokens:
             self.memory_tokens = nn.Embedding(config.num_memory_tokens, config.hidden_size)
+            self.memory_update = MEMORY_UPDATES["replace"]()
             if config.memory_norm:
                 self.memory_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             if config.separate_solidifiers:
@@ -146,7 +148,7 @@ class BakaModel(BakaPreTrainedModel):
                 self.write_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
             elif config.memory_solidifier != "none":
                 self.solidifier = SOLIDIFIERS[config.memory_solidifier](config)
-        self.layers = nn.ModuleList([BakaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([BakaDecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.checkpoints_chunks = False
@@ -203,116 +205,37 @@ class BakaModel(BakaPreTrainedModel):
                     f"expected `position_ids` that restart at 0 where a packed text begins, got `{name}` alone (PEFT's "
                     "prompt learning drops `position_ids`: give it samples that are not packed)."
                 )
+        outputs = output_hidden_states, output_attentions
         if inputs_embeds is None:
-            states = self._read_token(
-                input_ids, attention_mask, cache, output_hidden_states, output_attentions, **kwargs
-            )
+            states = self.read_token(input_ids, attention_mask, cache, *outputs, **kwargs)
             if states is not None:
                 return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
-        reading = self._plan(
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            output_attentions,
-            kwargs.get("within_beam_search", False),
-            kwargs.get("num_last_states"),
-        )
-        if reading.graph is None:
-            with reading.context():
-                for index in range(len(reading.spans)):
-                    reading.read(index)
-        else:
-            reading.graph.read(reading)
-        return reading.close(reading.kept_at_the_end())
-
-    @on_host
-    def _plan(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: BakaCache | None,
-        inputs_embeds: torch.Tensor | None,
-        use_cache: bool | None,
-        output_hidden_states: bool | None,
-        output_attentions: bool | None,
-        within_beam_search: bool,
-        num_last_states: int | None,
-    ) -> "Reading":
-        """Check a call, and cut it into spans."""
-        config = self.config
         self.num_plans += 1
-        with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        with_weights = config.output_attentions if output_attentions is None else output_attentions
-        if with_weights and config._attn_implementation != "eager":
-            logger.warning_once(
-                f"`output_attentions` needs attn_implementation='eager', {config._attn_implementation!r} gives none."
-            )
-            with_weights = False
-        batch_size, length = check_text(config, input_ids, inputs_embeds)
-        check_cache(self, cache, batch_size, within_beam_search)
-        fed = 0 if cache is None else cache.get_seq_length()
-        real = check_mask(attention_mask, batch_size, length, fed)
-        restarts = find_restarts(position_ids, batch_size, length, real)
-        if use_cache is None:
-            use_cache = config.use_cache and not self.training
-        if use_cache and cache is None:
-            cache = self.new_cache(batch_size)
-        if cache is not None:
-            cache._is_beam_search = within_beam_search
-
-        # Without a state every row begins here and nothing needs to be known on the host. With one, count.
-        lengths: torch.Tensor | None = None
-        whole_columns = torch.ones(length, dtype=torch.bool)
-        if cache is not None or restarts is not None:
-            lengths = torch.full((batch_size,), length)
-            if real is not None:
-                on_host = real.cpu()
-                lengths, whole_columns = on_host.sum(1), on_host.all(0)
-                real = None if bool(whole_columns.all()) else real
-        ids = input_ids
-        if real is not None:
-            # Tokens that are not in the stream go behind those that are, where nothing sees them.
-            order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
-            ids = None if ids is None else ids.gather(1, order)
-            inputs_embeds = None if inputs_embeds is None else gather_positions(inputs_embeds, order)
-            restarts = None if restarts is None else restarts.gather(1, order)
-        seeded = None
-        if lengths is None:
-            spans = plan_aligned(length, config.chunk_size)
-        else:
-            num_tokens = torch.zeros_like(lengths) if cache is None else cache._num_tokens
-            seeded = torch.zeros(batch_size, dtype=torch.bool) if cache is None else cache._seeded
-            restarts = None if restarts is None else restarts.cpu()
-            keeps = cache is not None
-            spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
-
         recomputes = self.checkpoints_chunks and self.training and torch.is_grad_enabled()
-        kind = Reading if recomputes else ReadingByBlocks
-        reading = kind(self, cache, spans, batch_size, length, real, with_states, with_weights, recomputes)
-        reading.text = ids if inputs_embeds is None else inputs_embeds
-        if reading.in_place and inputs_embeds is None and not with_states and not with_weights:
-            reading.reader = self._static_reader(cache)
-        if num_last_states is not None and not with_states and real is None and all(span.is_aligned for span in spans):
-            reading.num_last_states = num_last_states
-        if inputs_embeds is None and torch.is_grad_enabled() and not recomputes:
-            reading.embed(self.embed_tokens)
-        if self.records_training and reading.pieces is not None:
-            recorder = recorder_of(self, reading)
-            if recorder is not None:
-                reading.is_recordable, reading.graph = True, recorder.find(reading)
-        if cache is not None and seeded is not None:
-            # What the state will know of itself after the call.
-            num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
-            reading.following = input_ids, seeded, num_aligned, restarts is not None
-        return reading
+        embeds = torch.is_grad_enabled() and not recomputes
+        text = input_ids, attention_mask, position_ids, cache, inputs_embeds
+        call = plan(self, *text, use_cache, *outputs, embeds=embeds, **kwargs)
+        return close(self, call, self._read(call, recomputes))
+
+    @runs_compiled_parts
+    def _read(self, call: Call, recomputes: bool) -> Results:
+        """Read a call in one of three ways: recorded, as training calls are; by graphs of whole chunks, as static
+        states are; or span by span."""
+        recorder = recorder_of(self, call) if self.records_training else None
+        turn = None if recorder is None else recorder.find(self, call)
+        if turn is not None:
+            return turn.graph.read(self, call, turn)
+        reader = None
+        if not (call.text.is_floating_point() or call.with_states or call.with_weights):
+            reader = self._static_reader(call.cache)
+        # What autocast keeps while recording would be found, and be stale, when all else is read. Programs are compiled
+        # for the one or the other, so the first call of a kind does without as well.
+        reading = Reading(self, call, reader, recomputes, keeps_casts=recorder is None)
+        reading.read()
+        return reading.results()
 
     @on_host
-    def _read_token(
+    def read_token(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
@@ -346,6 +269,7 @@ class BakaModel(BakaPreTrainedModel):
         cache._advance(1, cache._num_tokens + reads, cache._seeded, cache._pauses, num_aligned, False)
         return states
 
+    @on_host
     def _static_reader(self, cache: BakaCache | None) -> Any:
         """What reads a static state by graphs, see `decoding_graphs_baka`; None where that is not possible."""
         if cache is None or not getattr(cache, "is_static", False) or torch.is_grad_enabled():
@@ -369,7 +293,18 @@ class BakaModel(BakaPreTrainedModel):
         solidifier = getattr(self, f"{to}_solidifier") if self.config.separate_solidifiers else self.solidifier
         return solidifier(memory).to(memory.device)  # a device map may have put it elsewhere
 
-    def _anchor(self, like: torch.Tensor) -> torch.Tensor:
+    def update_memory(self, memory: Memory, written: torch.Tensor) -> Memory:
+        """What the next chunk finds, of the memory that a chunk has read and what it has written, [B, R, D]."""
+        if self.config.memory_norm:
+            written = self.memory_norm(written)
+        return self.memory_update(memory, written)
+
+    def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
+        """The memory of rows that have read nothing, in the dtype and on the device of `like`: zeros."""
+        shapes = self.memory_update.state_shapes(self.config)
+        return {name: like.new_zeros(batch_size, *shape) for name, shape in shapes.items()}
+
+    def anchor(self, like: torch.Tensor) -> torch.Tensor:
         """Zero, but it depends on every recurrent parameter, so that each gets a gradient even in a text of one chunk.
 
         Distributed training waits for the gradient of every parameter.
@@ -381,8 +316,8 @@ class BakaModel(BakaPreTrainedModel):
             learned = self.learned_memory(like)[None]
             for to in ("read", "write"):
                 total = total + self.solidify(learned, to).sum().to(like)
-            if self.config.memory_norm:
-                total = total + self.memory_norm(learned).sum().to(like)
+            updated = self.update_memory(self.empty_memory(like, 1) | {"memory": learned}, learned)
+            total = total + updated["memory"].sum().to(like)
         return 0 * total
 
 
@@ -444,7 +379,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
         outputs = None
         hidden_states = None
         if cache is not None and inputs_embeds is None:
-            hidden_states = self.model._read_token(input_ids, attention_mask, cache, **kwargs)
+            hidden_states = self.model.read_token(input_ids, attention_mask, cache, **kwargs)
         if hidden_states is None:
             outputs = self.model(
                 input_ids=input_ids,

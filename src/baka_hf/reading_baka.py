@@ -1,15 +1,20 @@
-"""One call of a model: its spans read one after another, and what they leave behind."""
+"""One call of a model: its spans read one after another, and what they leave behind.
+
+`ChunkPass` says what a pass of the blocks over one span is. `Reading` runs it span by span: as it is, compiled block by
+block, recomputed in the backward pass, or by the graphs of a static state. Kernels are never in here, nor is what a
+block computes.
+"""
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_baka import any_length, as_previous, can_attend_in_parts, place
-from .cache_baka import BakaCache
+from .attention_baka import any_length, can_attend_in_parts, place
+from .cache_baka import BakaCache, BakaCacheLayer
+from .calls_baka import Call, Results
 from .compile_baka import allow_programs, on_host, runs_compiled_parts
 from .functions_baka import (
     and_rows,
@@ -22,70 +27,289 @@ from .functions_baka import (
     where_rows,
 )
 from .stream_baka import (
+    Angles,
     Layout,
+    Memory,
     Parts,
     Placement,
     Span,
     Stream,
-    columns_of,
+    View,
     compare_slots,
     fixed_pauses,
-    in_columns,
     is_whole,
     lay_out,
 )
 
-# What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
-CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+class Passed(NamedTuple):
+    """What a pass over one span gives."""
+
+    memory: Memory | None  # that its chunk has read
+    after: Stream  # the state after it
+    states: list[torch.Tensor]  # its text's, [B, T, D] each; the last one normed
+    weights: list[torch.Tensor]  # its text's, [B, T, H · 2S] each
 
 
-class Reading:
-    """One call of `BakaModel`: reads its spans one after another and collects what they give."""
-
-    text: Any  # the call's ids [B, L], or its embeddings [B, L, D]
-    embeddings: Any = None  # of all spans, one after another [·, D], if all rows read the same columns
-    pieces: Any = None  # each span's part of them [B, T, D]
-    following: Any = None  # what `close` tells the cache
-    reader: Any = None  # reads whole chunks by graphs, from a static state
-    is_recordable: bool = False  # as a graph, to train on it
-    graph: Any = None  # reads all of the call at once
-    turn: Any = None  # of that graph, which no other call can have until the backward pass
-    num_last_states: int | None = None  # how many columns' states are asked for, from the last one back; None: all
+class ChunkPass:
+    """A pass of a model's blocks over one span: what goes in, the blocks, and what they leave to the next."""
 
     def __init__(
         self,
         model: Any,  # a BakaModel
-        cache: BakaCache | None,
-        spans: list[Span],
         batch_size: int,
-        length: int,
-        real: torch.Tensor | None,
-        with_states: bool,
-        with_weights: bool,
-        recomputes: bool = False,
+        blocks: Any = None,
+        slots: list[BakaCacheLayer] | None = None,
+        in_place: bool = False,
+        with_states: bool = False,
+        with_weights: bool = False,
     ):
+        """
+        Args:
+            model: a `BakaModel`.
+            batch_size: B.
+            blocks: callables like its layers, by default these.
+            slots: what each block writes keys and values into, where that is done in place.
+            in_place: whether it is, there or by the blocks themselves: then the state after a span has no keys and
+                values of its own.
+            with_states, with_weights: give hidden states of all blocks, and attention's weights.
+        """
+        self.model, self.config, self.batch_size = model, model.config, batch_size
+        self.blocks = model.layers if blocks is None else blocks
+        self.slots: list[Any] = slots or [None] * len(self.blocks)
+        self.in_place, self.with_states, self.with_weights = in_place, with_states, with_weights
+        self.half = self.config.stream_length if self.config.use_xl_cache else 0  # slots of the previous stream
+
+    def run(self, first: Any, layout: Layout, view: View, text: torch.Tensor, stream: Stream) -> Passed:
+        """Read one span.
+
+        Args:
+            first: rows whose chunk has no memory to read but the learned one.
+            layout, view: of the span.
+            text: ids [B, T] or embeddings [B, T, D].
+            stream: the state before it.
+        """
+        memory, hidden_states, pasts = self.enter(first, layout, view, text, stream)
+        states, news, weights = [hidden_states], [], []
+        for layer, past, slots in zip(self.blocks, pasts, self.slots, strict=True):
+            hidden_states, key, value, weight = layer(hidden_states, *past, view, slots)
+            states = [*states, hidden_states] if self.with_states else [hidden_states]
+            is_kept = layout.followed and not self.in_place
+            news.append((key.transpose(1, 2), value.transpose(1, 2)) if is_kept else None)
+            weights.append(weight if self.with_weights else None)
+        return self.leave(layout, view.placement, memory, pasts, news, states, weights)
+
+    def enter(
+        self, first: Any, layout: Layout, view: View, text: torch.Tensor, stream: Stream
+    ) -> tuple[Memory | None, torch.Tensor, list[tuple[Any, Any]]]:
+        """What is ready before the blocks run: the memory that the chunk reads, what the first block reads [B, Q, D],
+        and the keys and values of each block from before."""
+        model, R, placement = self.model, self.config.num_memory_tokens, view.placement
+        text = model.embed_tokens(text) if text.ndim == 2 else text
+        memory, read, write = stream.memory, None, None
+        if R and (any_rows(layout.begins) or any_rows(layout.completes)):
+            learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
+            if memory is None:
+                memory = model.empty_memory(text, self.batch_size)
+            begins_text = and_rows(layout.begins, first)
+            memory = {name: where_rows(begins_text, torch.zeros_like(x), x) for name, x in memory.items()}
+            memory["memory"] = where_rows(begins_text, learned, memory["memory"].to(text))
+            read = write = learned
+            if any_rows(layout.begins) and first is not True:
+                read = where_rows(first, learned, model.solidify(memory["memory"], "read"))
+            if any_rows(layout.completes) and first is not True and self.config.memory_write == "carry":
+                write = where_rows(first, learned, model.solidify(memory["memory"], "write"))
+        stop = placement.start if placement.slots is None else self.half + self.config.stream_length
+        pasts: list[tuple[Any, Any]] = [(None, None)] * len(self.blocks)
+        if not self.in_place:
+            pasts = [stream.kept(index, placement.first, stop) for index in range(len(self.blocks))]
+        return memory, self._assemble(layout, text, read, write), pasts
+
+    def leave(
+        self,
+        layout: Layout,
+        placement: Placement,
+        memory: Memory | None,
+        pasts: list[tuple[Any, Any]],
+        news: list[Any],
+        states: list[torch.Tensor],
+        weights: list[Any],
+    ) -> Passed:
+        """What a span gives, of what the blocks gave."""
+        read, R = memory, self.config.num_memory_tokens
+        kept = [
+            self._keep(layout, placement, past, *new) if new else (None, None)
+            for past, new in zip(pasts, news, strict=True)
+        ]
+        begin = placement.first if layout.completes is False and not self.in_place else 0
+        if R and memory is not None and any_rows(layout.completes):
+            written = states[-1][:, -R:] if layout.in_step else gather_positions(states[-1], layout.write)
+            updated = self.model.update_memory(memory, written)
+            memory = {name: where_rows(layout.completes, updated[name], memory[name]) for name in memory}
+        after = Stream(memory, [keys for keys, _ in kept], [values for _, values in kept], begin)
+        *states, last = (self._text(layout, state) for state in states)
+        weights = [self._text_weights(layout, placement, weight) for weight in weights if weight is not None]
+        return Passed(read, after, [*states, self.model.norm(last)], weights)
+
+    def _assemble(
+        self, layout: Layout, text: torch.Tensor, read: torch.Tensor | None, write: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The stream of a span, [B, Q, D]."""
+        R, P = self.config.num_memory_tokens, self.config.num_pause_tokens
+        pause = self.model.learned_pause(text).expand(self.batch_size, 1, -1) if P else None
+        if layout.in_step:
+            texts = iter(text.split([length for kind, length in layout.pieces if kind == "text"], dim=1))
+            others = {"read": read, "pause": pause, "write": write}
+            parts: list[Any] = [next(texts) if kind == "text" else others[kind] for kind, _ in layout.pieces]
+            return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        absent = text.new_zeros(self.batch_size, max(R, 1), text.shape[2])
+        sources = [absent[:, :R] if read is None else read, absent[:, :1] if pause is None else pause, text]
+        if write is not None:
+            sources.append(write)
+        stream = torch.cat(sources, dim=1)
+        return gather_positions(stream, layout.sources.clamp(max=stream.shape[1] - 1))
+
+    def _text(self, layout: Layout, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The positions of the text alone, [B, T, D]."""
+        if not layout.in_step:
+            return gather_positions(hidden_states, layout.text)
+        parts = hidden_states.split([length for _, length in layout.pieces], dim=1)
+        parts = [part for (kind, _), part in zip(layout.pieces, parts, strict=True) if kind == "text"]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _text_weights(self, layout: Layout, placement: Placement, weights: torch.Tensor) -> torch.Tensor:
+        """The weights [B, H, Q, K] of the text's queries over all 2S slots, as [B, T, H · 2S]."""
+        S = self.config.stream_length
+        left = S - self.half + placement.first
+        weights = nn.functional.pad(weights, (left, 2 * S - left - weights.shape[3]))
+        return self._text(layout, weights.transpose(1, 2).flatten(2))
+
+    def _keep(
+        self, layout: Layout, placement: Placement, past: tuple[Any, Any], key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values of a block after a span, for a `Stream`."""
+        S, half = self.config.stream_length, self.half
+        if layout.completes is True and not half:
+            return None, None
+        if is_chunk(layout):
+            return key, value  # as those of a previous stream already, see `View.previous_angles`
+        keys, values = (place(kept, new, placement, half + S) for kept, new in zip(past, (key, value), strict=True))
+        if layout.completes is False or not half:
+            return keys, values
+        if layout.in_step:
+            keys, values = (pad_slots(x, placement.first, half + S - placement.stop) for x in (keys, values))
+        rolled = rolled_over(keys, values, *backwards(self.config, keys))
+        if layout.completes is True:
+            return rolled
+        keys, values = (
+            torch.cat([where_rows(layout.completes, new, x[:, :, :S]), x[:, :, S:]], dim=2)
+            for new, x in zip(rolled, (keys, values), strict=True)
+        )
+        return keys, values
+
+
+def is_chunk(layout: Layout) -> bool:
+    """Whether a span is a whole chunk in all rows, its write memory included."""
+    return layout.begins is True and layout.completes is True
+
+
+def backwards(config: Any, like: torch.Tensor) -> Angles:
+    """cos and sin [1, head_dim] that turn keys of the own stream into those of a previous one: S slots earlier."""
+    cos, sin = rotary_table_of(config, like.device, like.dtype)
+    return cos[config.stream_length], -sin[config.stream_length]
+
+
+def rolled_over(
+    keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The own half of keys and values [..., 2S, head_dim] as a previous stream's: keys turned back, see `backwards`."""
+    own_keys, own_values = keys.chunk(2, dim=-2)[1], values.chunk(2, dim=-2)[1]
+    return apply_rotary(own_keys, cos, sin), own_values
+
+
+class BlockwisePass(ChunkPass):
+    """A pass of which torch.compile compiles the blocks alone: one program for all of them, not one that has them all.
+
+    A block's own work is what it can speed up, and a program of many takes many times as long to compile. Only where a
+    chunk is computed again in the backward pass, which happens outside, must it be compiled as a whole.
+    """
+
+    run = runs_compiled_parts(ChunkPass.run)
+    leave = on_host(ChunkPass.leave)
+
+    @on_host
+    def enter(self, first: Any, layout: Layout, *arguments: Any) -> Any:
+        memory, hidden_states, pasts = super().enter(first, layout, *arguments)
+        fix_length(layout, self.config, hidden_states, dims=(1,))
+        return memory, hidden_states, pasts
+
+
+def fix_length(layout: Layout, config: Any, *tensors: torch.Tensor, dims: tuple[int, ...] = (0,)) -> None:
+    """Have programs for whole chunks take `dims` of `tensors`, whose size the span decides, for what they are.
+
+    PyTorch would take the second length that it sees, a last chunk that nothing reads on from, for one of many, and
+    write slower code for any.
+    """
+    if layout.in_step and is_whole(layout, config):
+        for tensor in tensors:
+            torch._dynamo.mark_static(tensor, list(dims))
+
+
+def _borrow(cache: BakaCache) -> Stream:
+    """The cache's tensors for a pass whose autograd graph may hold on to them."""
+
+    def readable(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+    for layer in cache.layers:
+        layer.is_shared = True
+    cache._release()
+    # In the dtype that attention will have, as later calls find them: programs are compiled for one.
+    dtype = dtype_of_products(cache.layers[0].keys.dtype, cache.device)
+    keys = [readable(layer.keys).to(dtype) for layer in cache.layers]
+    values = [readable(layer.values).to(dtype) for layer in cache.layers]
+    return Stream({name: readable(x) for name, x in cache.carried.items()}, keys, values)
+
+
+class Reading:
+    """Reads the spans of a call, one after another, and collects what they give."""
+
+    def __init__(self, model: Any, call: Call, reader: Any = None, recomputes: bool = False, keeps_casts: bool = True):
+        """
+        Args:
+            model: a `BakaModel`.
+            call: what is to be read.
+            reader: reads whole chunks by graphs, from a static state; None for none.
+            recomputes: whether each span is computed again in the backward pass.
+            keeps_casts: whether autocast may keep what it has cast.
+        """
         config = model.config
-        self.model, self.config, self.cache, self.spans = model, config, cache, spans
-        self.batch_size, self.length, self.real = batch_size, length, real
-        self.with_states, self.with_weights = with_states, with_weights
-        self.blocks: Any = model.layers
-        self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
+        self.model, self.config, self.call, self.reader = model, config, call, reader
+        self.recomputes, self.keeps_casts = recomputes, keeps_casts
+        cache, layers = call.cache, config.num_hidden_layers
         self.in_place = cache is not None and not torch.is_grad_enabled()
+        self.half = config.stream_length if config.use_xl_cache else 0  # slots of the previous stream that are kept
+        slots = cache.layers if cache is not None and self.in_place else None
+        kind = ChunkPass if recomputes else BlockwisePass
+        self.chunk_pass = kind(model, call.batch_size, None, slots, self.in_place, call.with_states, call.with_weights)
         self.bptt_chunks = config.bptt_chunks if torch.is_grad_enabled() else None
-        self.recomputes = recomputes
-        layers = config.num_hidden_layers
+        nothing: list[Any] = [None] * layers
         if cache is None:
-            stream = Stream(None, [None] * layers, [None] * layers, self.half)
+            stream = Stream(None, nothing, nothing, self.half)
         elif self.in_place:
-            stream = Stream(cache.memory, [None] * layers, [None] * layers)
+            stream = Stream(cache.carried, nothing, nothing)
         else:
-            stream = self._borrow(cache)
+            stream = _borrow(cache)
         # By how many chunks their gradients reach back: one stream, unless `bptt_chunks` asks for a sliding window.
         self.streams: dict[int, Stream] = {0: stream if self.bptt_chunks is None else stream.detach()}
         self.last = stream
         self.fixed_pauses = fixed_pauses(config)
         self.pauses: Any = self.fixed_pauses if cache is None or not config.uses_random_pauses else cache._pauses
         self.masks: dict[Any, torch.Tensor | None] = {}
+        self.pieces: Any = None  # each span's part of the text, if all rows read the same columns
+        if all(span.is_aligned for span in call.spans):
+            length = sum(span.count for span in call.spans)
+            self.pieces = call.text[:, :length].split([span.count for span in call.spans], dim=1)
         self.states: list[list[torch.Tensor]] = []
         self.weights: list[list[torch.Tensor]] = []
 
@@ -93,48 +317,24 @@ class Reading:
     def context(self) -> Any:
         """What the spans are to be read in."""
         device = self.model.norm.weight.device.type
-        if not self.is_recordable or not torch.is_autocast_enabled(device):
+        if self.keeps_casts or not torch.is_autocast_enabled(device):
             return nullcontext()
-        # What autocast keeps while recording would be found, and be stale, when all else is read. Programs are compiled
-        # for the one or the other, so the first call of a kind does without as well.
         return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
 
-    def embed(self, embed_tokens: nn.Module) -> None:
-        """Look all ids up in one call: the embedding has one gradient to add up, not one for every span."""
-        if self.real is not None or not all(span.is_aligned for span in self.spans):
-            self.text = embed_tokens(self.text)
-            return
-        # Span by span, so that each part lies in memory as it would alone: programs are compiled for a memory layout.
-        ids = self.text.split([span.count for span in self.spans], dim=1)
-        self.take_embeddings(embed_tokens(torch.cat([piece.flatten() for piece in ids])))
-
-    def take_embeddings(self, embeddings: torch.Tensor) -> None:
-        self.embeddings = embeddings
-        parts = embeddings.split([self.batch_size * span.count for span in self.spans])
-        self.pieces = [part.unflatten(0, (self.batch_size, -1)) for part in parts]
-
-    def _borrow(self, cache: BakaCache) -> Stream:
-        """The cache's tensors for a pass whose autograd graph may hold on to them."""
-
-        def readable(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
-
-        for layer in cache.layers:
-            layer.is_shared = True
-        cache._release()
-        # In the dtype that attention will have, as later calls find them: programs are compiled for one.
-        dtype = dtype_of_products(cache.layers[0].keys.dtype, cache.device)
-        keys = [readable(layer.keys).to(dtype) for layer in cache.layers]
-        values = [readable(layer.values).to(dtype) for layer in cache.layers]
-        return Stream(readable(cache.memory), keys, values)
+    @runs_compiled_parts
+    def read(self) -> None:
+        """Read all spans."""
+        with self.context():
+            for index in range(len(self.call.spans)):
+                self.read_span(index)
 
     @runs_compiled_parts
-    def read(self, index: int) -> None:
+    def read_span(self, index: int) -> None:
         """Read span number `index`."""
-        if self.reader is not None and self._is_whole_chunk(self.spans[index]):
-            return self._read_chunk(self.spans[index])
-        span, layout, *arguments = self._prepare(index)
-        num_spans = len(self.spans)
+        if self.reader is not None and self._is_chunk_in_step(self.call.spans[index]):
+            return self._read_by_graph(self.call.spans[index])
+        span, layout, view, text = self._prepare(index)
+        num_spans = len(self.call.spans)
 
         # `bptt_chunks=k`: the loss of chunk i may reach back k chunks, that of chunk i+1 as well, but one less of the
         # same. So the chunk is read from copies of its state that differ in the reach of their gradients alone: reach
@@ -149,27 +349,44 @@ class Reading:
         for depth, stream in self.streams.items():
             if self.in_place:
                 with any_length if self._is_piece(layout) else nullcontext():
-                    memory, after, states, weights = self._run_on_host(span.first, layout, *arguments, stream)
+                    passed = self._run_in_place(span, layout, view, text, stream)
             else:
                 with allow_programs():
-                    memory, after, states, weights = self._run(span.first, layout, *arguments, stream)
-            if self.in_place and self.cache is not None:
-                self.cache.memory = self.cache.memory if memory is None else memory
-                if any_rows(layout.completes):
-                    self._roll_over(self.cache, span, layout)
+                    passed = self._run(span.first, layout, view, text, stream)
             if depth == reach:
-                self.states.append([state[:, :0] for state in states] if self._is_skipped(span) else states)
-                self.weights.append(weights)
-                self.last = after
+                self._collect(span, passed)
                 if k is None:
-                    following[0] = after
+                    following[0] = passed.after
                 elif is_read(0):
-                    following[0] = after.detach(layout.completes)
+                    following[0] = passed.after.detach(layout.completes)
             if is_read(depth + 1):
-                following[depth + 1] = after
+                following[depth + 1] = passed.after
         self.streams = following
 
-    def _is_whole_chunk(self, span: Span) -> bool:
+    def _run(self, *arguments: Any) -> Passed:
+        if self.recomputes:
+            return self.model._gradient_checkpointing_func(self.chunk_pass.run, *arguments)
+        return self.chunk_pass.run(*arguments)
+
+    # Not compiled: what a state is given in place stands elsewhere in every call, with a program for each.
+    @on_host
+    def _run_in_place(self, span: Span, layout: Layout, view: View, text: torch.Tensor, stream: Stream) -> Passed:
+        passed = self._run(span.first, layout, view, text, stream)
+        assert self.call.cache is not None
+        if passed.memory is not None:
+            self.call.cache.carried = passed.memory
+        if any_rows(layout.completes):
+            self._roll_over(self.call.cache, span, layout)
+        return passed
+
+    def _collect(self, span: Span, passed: Passed) -> None:
+        last = self.call.num_last_states
+        is_skipped = last is not None and span.column + span.count <= self.call.length - last
+        self.states.append([state[:, :0] for state in passed.states] if is_skipped else passed.states)
+        self.weights.append(passed.weights)
+        self.last = passed.after
+
+    def _is_chunk_in_step(self, span: Span) -> bool:
         flags = isinstance(span.first, bool) and isinstance(span.has_previous, bool)
         return span.is_aligned and flags and (span.start, span.count) == (0, self.config.chunk_size)
 
@@ -178,38 +395,36 @@ class Reading:
         """Whether a span is less than a chunk, on a CUDA device."""
         return self.model.norm.weight.is_cuda and not is_whole(layout, self.config)
 
-    def _is_skipped(self, span: Span) -> bool:
-        """Whether nobody asks for the states of a span's text."""
-        return self.num_last_states is not None and span.column + span.count <= self.length - self.num_last_states
-
     @on_host
-    def _read_chunk(self, span: Span) -> None:
+    def _read_by_graph(self, span: Span) -> None:
         """Read a whole chunk from a static state."""
-        assert self.cache is not None
-        self.cache.memory = self.streams[0].memory
-        self.reader.take_in(self.cache)
-        states = self.reader.read_chunk(self.model, self.cache, span, self.text[:, span.column :][:, : span.count])
-        self.states.append([states[:, :0] if self._is_skipped(span) else states.clone()])
-        self.weights.append([])
-        self.pauses = self.fixed_pauses
-        nothing: list[Any] = [None] * len(self.blocks)
-        self.last = Stream(self.cache.memory, nothing, nothing)
-        self.streams = {0: self.last}
+        cache = self.call.cache
+        memory = self.streams[0].memory
+        assert cache is not None and memory is not None
+        cache.carried = memory
+        self.reader.take_in(cache)
+        text = self.call.text[:, span.column :][:, : span.count]
+        states = self.reader.read_chunk(self.model, cache, span, text)
+        nothing: list[Any] = [None] * self.config.num_hidden_layers
+        after = Stream(cache.carried, nothing, nothing)
+        self._collect(span, Passed(cache.carried, after, [states.clone()], []))
+        self.pauses, self.streams = self.fixed_pauses, {0: after}
 
     @on_host
-    def _prepare(self, index: int) -> tuple[Span, Layout, Any, torch.Tensor]:
+    def _prepare(self, index: int) -> tuple[Span, Layout, View, torch.Tensor]:
         """Span number `index`, its layout, its view and its tokens: ids [B, T] or embeddings [B, T, D]."""
-        span, pauses = self._place_pauses(self.spans[index])
-        followed = self.cache is not None or index + 1 < len(self.spans)
+        call = self.call
+        span, pauses = self._place_pauses(call.spans[index])
+        followed = call.cache is not None or index + 1 < len(call.spans)
         layout = lay_out(span, self.config, pauses, followed)
         if self.pieces is not None:
             text = self.pieces[index]
         elif isinstance(span.column, int):
-            text = self.text[:, span.column : span.column + span.length]
+            text = call.text[:, span.column : span.column + span.length]
         else:
             columns = span.column[:, None] + torch.arange(span.length)
-            columns = columns.clamp(max=self.text.shape[1] - 1).to(self.text.device)
-            text = self.text.gather(1, columns) if self.text.ndim == 2 else gather_positions(self.text, columns)
+            columns = columns.clamp(max=call.text.shape[1] - 1).to(call.text.device)
+            text = call.text.gather(1, columns) if call.text.ndim == 2 else gather_positions(call.text, columns)
         dtype = text.dtype if text.ndim == 3 else self.model.embed_tokens.weight.dtype
         return span, layout, self._view(span, layout, text.device, dtype), text
 
@@ -218,61 +433,62 @@ class Reading:
         config = self.config
         pauses = self.pauses
         if config.uses_random_pauses:
-            kept = torch.as_tensor(pauses).expand(self.batch_size, -1)
+            kept = torch.as_tensor(pauses).expand(self.call.batch_size, -1)
             drawn = torch.tensor(self.fixed_pauses)
             if self.model.training:
                 others = torch.randperm(config.chunk_size - 1)[: config.num_pause_tokens - 1].sort().values + 1
                 drawn = torch.cat([torch.zeros(1, dtype=torch.int64), others])
-            begins = torch.as_tensor((span.start == 0) & (span.count > 0)).expand(self.batch_size)
+            begins = torch.as_tensor((span.start == 0) & (span.count > 0)).expand(self.call.batch_size)
             kept = self.pauses = torch.where(begins[:, None], drawn, kept)
             pauses = kept[0].tolist() if bool((kept == kept[0]).all()) else kept
         if span.in_step and isinstance(pauses, torch.Tensor):
-            start, count = (torch.as_tensor(value).expand(self.batch_size) for value in (span.start, span.count))
+            start, count = (torch.as_tensor(value).expand(self.call.batch_size) for value in (span.start, span.count))
             span = span._replace(start=start, count=count)
         if not span.in_step and not isinstance(pauses, torch.Tensor):
             pauses = torch.tensor(pauses, dtype=torch.int64).reshape(1, -1)
         return span, pauses
 
-    def _view(
-        self, span: Span, layout: Layout, device: torch.device, dtype: torch.dtype
-    ) -> tuple[Any, torch.Tensor | None, Placement]:
-        """What all blocks share for a span: angles, mask, and the place of its keys and values."""
+    def _view(self, span: Span, layout: Layout, device: torch.device, dtype: torch.dtype) -> View:
+        """What all blocks share for a span."""
         config, half, S = self.config, self.half, self.config.stream_length
         cos, sin = rotary_table_of(config, device, dtype)
-        if layout.in_step:
-            own = slice(S + layout.lo, S + layout.hi)
-            angles = cos[own], sin[own]
-            has_previous = span.has_previous if isinstance(span.has_previous, bool) else True
-            first = 0 if has_previous and half else half
-            placement = Placement(first, half + layout.lo, half + layout.hi, parts=self._parts(span, layout, cos, sin))
-            key = (layout.lo, layout.hi, first) if isinstance(span.has_previous, bool) else None
-            if key is None or key not in self.masks:
-                self.masks[key] = self._mask(span, layout, placement, device, dtype)
-            mask = self.masks[key]
-        else:
+        if not layout.in_step:
             slots = layout.slots.to(device)
-            angles = cos[S + slots], sin[S + slots]
             index = (half + slots)[:, None, :, None]
             placement = Placement(slots=index, valid=layout.valid.to(device)[:, None, :, None])
             mask = self._mask(span, layout, placement, device, dtype)
-        return angles, mask, placement
+            return View((cos[S + slots], sin[S + slots]), mask, placement)
+        own, previous = slice(S + layout.lo, S + layout.hi), slice(layout.lo, layout.hi)
+        angles = cos[own], sin[own]
+        previous_angles = (cos[previous], sin[previous]) if is_chunk(layout) and half and not self.in_place else None
+        has_previous = span.has_previous if isinstance(span.has_previous, bool) else True
+        first = 0 if has_previous and half else half
+        placement = Placement(first, half + layout.lo, half + layout.hi)
+        key = (layout.lo, layout.hi, first) if isinstance(span.has_previous, bool) else None
+        if key is None or key not in self.masks:
+            self.masks[key] = self._mask(span, layout, placement, device, dtype)
+        mask = self.masks[key]
+        if not self.recomputes:
+            fix_length(layout, config, *angles, *(previous_angles or ()))
+            if isinstance(mask, torch.Tensor):
+                fix_length(layout, config, mask, dims=(2, 3))
+        return View(angles, mask, placement, self._parts(span, layout, dtype, device), previous_angles)
 
-    def _parts(self, span: Span, layout: Layout, cos: torch.Tensor, sin: torch.Tensor) -> Parts | None:
+    def _parts(self, span: Span, layout: Layout, dtype: torch.dtype, device: torch.device) -> Parts | None:
         """What compiled attention needs to know of a span in step to do without a mask; None if it cannot."""
         S, R, width = self.config.stream_length, self.config.num_memory_tokens, layout.hi - layout.lo
         has_past = None
         if isinstance(span.has_previous, torch.Tensor):
-            has_past = span.has_previous.to(cos.device)[:, None, None, None]
+            has_past = span.has_previous.to(device)[:, None, None, None]
         # In the middle of a chunk all rows see what they have read of it, if not all a previous one.
         if self.in_place or (has_past is not None and layout.lo > 0):
             return None
-        if not can_attend_in_parts(self.config, cos.dtype, cos.device):
+        if not can_attend_in_parts(self.config, dtype_of_products(dtype, device), device):
             return None
         ends = [slice(0, R)] if layout.lo == 0 else []
         if layout.hi == S:
             ends.append(slice(width - R, width))
-        turned = slice(2 * S + layout.lo, 2 * S + layout.hi)
-        return Parts(tuple(ends) if R > 1 else (), has_past, (cos[turned], sin[turned]))
+        return Parts(tuple(ends) if R > 1 else (), has_past)
 
     def _mask(
         self, span: Span, layout: Layout, placement: Placement, device: torch.device, dtype: torch.dtype
@@ -313,294 +529,35 @@ class Reading:
         # Each block would make this of it again.
         return torch.zeros_like(mask, dtype=dtype_of_products(dtype, device)).masked_fill_(~mask, float("-inf"))
 
-    def _run(self, *arguments: Any) -> Any:
-        if self.recomputes:
-            return self.model._gradient_checkpointing_func(self._read_stream, *arguments)
-        return self._read_stream(*arguments)
-
-    # What a state is given in place stands elsewhere in every call: there would be a compiled program for each.
-    _run_on_host = on_host(_run)
-
-    def _read_stream(
-        self,
-        first: Any,
-        layout: Layout,
-        view: tuple[Any, torch.Tensor | None, Placement],
-        text: torch.Tensor,
-        stream: Stream,
-    ) -> tuple[torch.Tensor | None, Stream, list[torch.Tensor], list[torch.Tensor]]:
-        """Run the blocks over one span.
-
-        Returns:
-            The memory that its chunk has read, the state after it, hidden states [B, T, D] and weights of its text.
-        """
-        angles, mask, placement = view
-        memory, hidden_states, placement, pasts = self._enter(first, layout, placement, text, stream)
-        states, news, weights = [hidden_states], [], []
-        for layer, past in zip(self.blocks, pasts, strict=True):
-            # By position: checkpointing keeps positional arguments for each call of a layer.
-            hidden_states, key, value, weight = layer(hidden_states, *past[:2], angles, mask, placement, *past[2:])
-            states = [*states, hidden_states] if self.with_states else [hidden_states]
-            is_kept = layout.followed and not self.in_place
-            news.append((key.transpose(1, 2), value.transpose(1, 2)) if is_kept else None)
-            weights.append(weight if self.with_weights else None)
-        return memory, *self._leave(layout, placement, memory, pasts, news, states, weights)
-
-    def _enter(
-        self, first: Any, layout: Layout, placement: Placement, text: torch.Tensor, stream: Stream
-    ) -> tuple[torch.Tensor | None, torch.Tensor, Placement, list[tuple[Any, Any, Any]]]:
-        """What is ready before the blocks run: the memory that a span's chunk reads, what the first block reads
-        [B, Q, D], the span's place, and for each block the keys and values from before it or the layer of the cache
-        that has them."""
-        model, R = self.model, self.config.num_memory_tokens
-        text = model.embed_tokens(text) if text.ndim == 2 else text
-        memory, read, write = stream.memory, None, None
-        if R and (any_rows(layout.begins) or any_rows(layout.completes)):
-            learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
-            memory = learned if memory is None else memory.to(text)
-            memory = where_rows(and_rows(layout.begins, first), learned, memory)
-            if any_rows(layout.begins):
-                read = learned if first is True else where_rows(first, learned, model.solidify(memory, "read"))
-            if any_rows(layout.completes):
-                write = learned
-                if self.config.memory_write == "carry" and first is not True:
-                    write = where_rows(first, learned, model.solidify(memory, "write"))
-        if stream.turns:
-            placement = placement._replace(turn=self._backwards(text))
-        stop = placement.start if placement.slots is None else self.half + self.config.stream_length
-        pasts: list[tuple[Any, Any, Any]] = []
-        for index in range(len(self.blocks)):
-            if self.cache is not None and self.in_place:
-                pasts.append((None, None, self.cache.layers[index]))
-            else:
-                pasts.append((*stream.kept(index, placement.first, stop), None))
-        return memory, self._assemble(layout, text, read, write), placement, pasts
-
-    def _leave(
-        self,
-        layout: Layout,
-        placement: Placement,
-        memory: Any,
-        pasts: list[tuple[Any, Any, Any]],
-        news: list[Any],
-        states: list[torch.Tensor],
-        weights: list[Any],
-    ) -> tuple[Stream, list[torch.Tensor], list[torch.Tensor]]:
-        """The state after a span, and the states and weights of its text, from what the blocks gave."""
-        model, config, R = self.model, self.config, self.config.num_memory_tokens
-        kept = [
-            self._keep(layout, placement, past[:2], *new) if new else (None, None)
-            for past, new in zip(pasts, news, strict=True)
-        ]
-        begin = placement.first if layout.completes is False and not self.in_place else 0
-        turns = layout.completes is True and self.half > 0 and not self.in_place
-        if R and any_rows(layout.completes):
-            written = states[-1][:, -R:] if layout.in_step else gather_positions(states[-1], layout.write)
-            written = model.memory_norm(written) if config.memory_norm else written
-            memory = where_rows(layout.completes, written, memory)
-        after = Stream(memory, [keys for keys, _ in kept], [values for _, values in kept], begin, turns)
-        *states, last = (self._text(layout, state) for state in states)
-        weights = [self._text_weights(layout, placement, weight) for weight in weights if weight is not None]
-        return after, [*states, model.norm(last)], weights
-
-    def _assemble(
-        self, layout: Layout, text: torch.Tensor, read: torch.Tensor | None, write: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The stream of a span, [B, Q, D]."""
-        R, P = self.config.num_memory_tokens, self.config.num_pause_tokens
-        pause = self.model.learned_pause(text).expand(self.batch_size, 1, -1) if P else None
-        if layout.in_step:
-            texts = iter(text.split([length for kind, length in layout.pieces if kind == "text"], dim=1))
-            others = {"read": read, "pause": pause, "write": write}
-            parts: list[Any] = [next(texts) if kind == "text" else others[kind] for kind, _ in layout.pieces]
-            return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        absent = text.new_zeros(self.batch_size, max(R, 1), text.shape[2])
-        sources = [absent[:, :R] if read is None else read, absent[:, :1] if pause is None else pause, text]
-        if write is not None:
-            sources.append(write)
-        stream = torch.cat(sources, dim=1)
-        return gather_positions(stream, layout.sources.clamp(max=stream.shape[1] - 1))
-
-    def _text(self, layout: Layout, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The positions of the text alone, [B, T, D]."""
-        if not layout.in_step:
-            return gather_positions(hidden_states, layout.text)
-        parts = hidden_states.split([length for _, length in layout.pieces], dim=1)
-        parts = [part for (kind, _), part in zip(layout.pieces, parts, strict=True) if kind == "text"]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-    def _text_weights(self, layout: Layout, placement: Placement, weights: torch.Tensor) -> torch.Tensor:
-        """The weights [B, H, Q, K] of the text's queries over all 2S slots, as [B, T, H · 2S]."""
-        S = self.config.stream_length
-        left = S - self.half + placement.first
-        weights = nn.functional.pad(weights, (left, 2 * S - left - weights.shape[3]))
-        return self._text(layout, weights.transpose(1, 2).flatten(2))
-
-    def _keep(
-        self, layout: Layout, placement: Placement, past: Any, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Keys and values of a block after a span, for a `Stream`."""
-        S, half = self.config.stream_length, self.half
-        if layout.completes is True:
-            if not half:
-                return None, None
-            if not layout.begins:
-                key, value = (
-                    place(kept, new, placement, half + S)[:, :, half - placement.first :]
-                    for kept, new in zip(past, (key, value), strict=True)
-                )
-            return key, value
-        keys = place(past[0], key, placement, half + S)
-        values = place(past[1], value, placement._replace(turn=None), half + S)
-        if layout.completes is False or not half:
-            return keys, values
-        if layout.in_step:
-            keys, values = (pad_slots(tensor, placement.first, 0) for tensor in (keys, values))
-        rolled = torch.cat([apply_rotary(keys[:, :, S:], *self._backwards(keys)), keys[:, :, S:]], dim=2)
-        keys = where_rows(layout.completes, rolled, keys)
-        values = where_rows(layout.completes, torch.cat([values[:, :, S:], values[:, :, S:]], dim=2), values)
-        return keys, values
-
-    def _backwards(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [1, head_dim] that turn keys of the own stream into those of a previous one: S slots earlier."""
-        S = self.config.stream_length
-        cos, sin = rotary_table_of(self.config, like.device, like.dtype)
-        return cos[S], -sin[S]
-
     @on_host
     def _roll_over(self, cache: BakaCache, span: Span, layout: Layout) -> None:
         """The own stream of the rows whose chunk is full becomes their previous one, in place."""
-        S = self.config.stream_length
+        S, batch_size = self.config.stream_length, self.call.batch_size
         if cache._is_recording:
-            completes = torch.as_tensor(layout.completes).expand(self.batch_size)
-            cache._record_boundary(span.num_tokens, completes, torch.as_tensor(self.pauses).expand(self.batch_size, -1))
+            completes = torch.as_tensor(layout.completes).expand(batch_size)
+            cache._record_boundary(span.num_tokens, completes, torch.as_tensor(self.pauses).expand(batch_size, -1))
         if not self.half:
             return
         for layer in cache.layers:
-            for buffer, own in (
-                (layer.keys, apply_rotary(layer.keys[:, :, S:], *self._backwards(layer.keys))),
-                (layer.values, layer.values[:, :, S:]),
-            ):
+            rolled = rolled_over(layer.keys, layer.values, *backwards(self.config, layer.keys))
+            for buffer, own in zip((layer.keys, layer.values), rolled, strict=True):
                 buffer[:, :, :S] = where_rows(layout.completes, own, buffer[:, :, :S])
 
     @on_host
-    def close(self, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> BaseModelOutputWithPast:
-        """Leave the state behind in the cache, `kept` for its keys and values, and put together what was read."""
-        if self.spans and self.graph is None:
-            self.anchor()
-        if self.cache is not None:
-            self._leave_state(self.cache, kept, *self.following)
-        states, weights = self._outputs()
-        return BaseModelOutputWithPast(
-            last_hidden_state=states[-1],
-            **{CACHE_NAME: self.cache},
-            hidden_states=tuple(states) if self.with_states else None,
-            attentions=weights,
-        )
-
-    def anchor(self) -> None:
-        """In training, make every parameter one that the call depends on."""
-        if self.model.training and torch.is_grad_enabled():
+    def results(self) -> Results:
+        """What all spans have given."""
+        if self.states and self.model.training and torch.is_grad_enabled():
             first = self.states[0]
-            first[-1] = first[-1] + self.model._anchor(first[-1])
+            first[-1] = first[-1] + self.model.anchor(first[-1])
+        pauses = torch.as_tensor(self.pauses, dtype=torch.int64)
+        return Results(self.states, self.weights, self.last.memory, self._keys_and_values(), pauses)
 
-    @runs_compiled_parts
-    def kept_at_the_end(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each block's keys and values, [B, H_kv, slots, head_dim], that the cache is left with; none if in place."""
-        kept, turn = self._find_kept()
-        if turn is not None:
-            with allow_programs():
-                for index, (keys, values) in enumerate(kept):
-                    kept[index] = as_previous(keys, values, turn)
-        return kept
-
-    @on_host
-    def _find_kept(self) -> tuple[list[Any], Any]:
-        """The same; or those of a stream that has just ended, and cos and sin that turn its keys back."""
-        if self.cache is None or self.in_place or not self.spans:
-            return [], None
-        last, slots = self.last, self.half + self.config.stream_length
-        if last.turns:
-            return list(zip(last.keys, last.values, strict=True)), self._backwards(last.keys[0])
-        kept = [last.kept(index, 0, slots) for index in range(len(self.blocks))]
+        cache, slots = self.call.cache, self.half + self.config.stream_length
+        if cache is None or self.in_place or not self.call.spans:
+            return []
+        kept: list[Any] = [self.last.kept(index, 0, slots) for index in range(self.config.num_hidden_layers)]
         if kept[0][0] is None:  # nothing of a full chunk is kept without the XL cache
-            kept = [(torch.zeros_like(layer.keys), torch.zeros_like(layer.values)) for layer in self.cache.layers]
-        return kept, None
-
-    def _leave_state(
-        self,
-        cache: BakaCache,
-        kept: list[tuple[torch.Tensor, torch.Tensor]],
-        input_ids: torch.Tensor | None,
-        seeded: torch.Tensor,
-        num_aligned: int,
-        restarted: bool,
-    ) -> None:
-        """What the cache keeps of the call. In the last `num_aligned` positions no row had padding."""
-        if self.spans:
-            cache.memory = self.last.memory
-        for layer, both in zip(cache.layers, kept, strict=False):  # none in place
-            (layer.keys, layer.values), layer.is_shared = both, True
-        num_tokens = self.spans[-1].num_tokens if self.spans else cache._num_tokens
-        pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
-        cache._advance(self.length, num_tokens, seeded, pauses, num_aligned, restarted)
-        if input_ids is None:
-            cache._history = None
-        else:
-            cache._remember_ids(input_ids, self.real)
-
-    def _outputs(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:
-        """Hidden states [B, L, D] and weights [B, H, L, 2S] of the call's tokens, each in its own column."""
-        spans, batch_size, length, real = self.spans, self.batch_size, self.length, self.real
-        config, S = self.config, self.config.stream_length
-        if not spans:
-            like = self.model.norm.weight
-            empty = like.new_zeros(batch_size, length, config.hidden_size)
-            blank = like.new_zeros(batch_size, config.num_attention_heads, length, 2 * S)
-            count = config.num_hidden_layers + 1 if self.with_states else 1
-            return [empty] * count, (blank,) * config.num_hidden_layers if self.with_weights else None
-
-        columns = columns_of(spans, batch_size, length)
-        states = [in_columns(parts, columns, real) for parts in zip(*self.states, strict=True)]
-        weights = None
-        if self.with_weights:
-            shape = (batch_size, length, config.num_attention_heads, 2 * S)
-            weights = tuple(
-                in_columns(parts, columns, real).view(shape).transpose(1, 2)
-                for parts in zip(*self.weights, strict=True)
-            )
-        return states, weights
-
-
-class ReadingByBlocks(Reading):
-    """A pass of which torch.compile compiles the blocks alone: one program for all of them, not one that has them all.
-
-    A block's own work is what it can speed up, and a program of many takes many times as long to compile. Only where a
-    chunk is computed again in the backward pass, which happens outside, must it be compiled as a whole.
-    """
-
-    _run = runs_compiled_parts(Reading._read_stream)
-    _leave = on_host(Reading._leave)
-
-    # Whole chunks are compiled for their own length. PyTorch would take the second that it sees, a last chunk that
-    # nothing reads on from, for one of many, and write slower code for any.
-
-    def _view(self, span: Span, layout: Layout, *arguments: Any) -> tuple[Any, torch.Tensor | None, Placement]:
-        angles, mask, placement = super()._view(span, layout, *arguments)
-        turned = placement.parts.angles if placement.parts else ()
-        self._fix_length(layout, *angles, *turned)
-        if isinstance(mask, torch.Tensor):
-            self._fix_length(layout, mask, dims=(2, 3))
-        return angles, mask, placement
-
-    @on_host
-    def _enter(self, first: Any, layout: Layout, *arguments: Any) -> Any:
-        memory, hidden_states, placement, pasts = super()._enter(first, layout, *arguments)
-        self._fix_length(layout, hidden_states, dims=(1,))
-        return memory, hidden_states, placement, pasts
-
-    def _fix_length(self, layout: Layout, *tensors: torch.Tensor, dims: tuple[int, ...] = (0,)) -> None:
-        """Have programs for whole chunks take `dims` of `tensors`, whose size the span decides, for what they are."""
-        if layout.in_step and is_whole(layout, self.config):
-            for tensor in tensors:
-                torch._dynamo.mark_static(tensor, list(dims))
+            kept = [(torch.zeros_like(layer.keys), torch.zeros_like(layer.values)) for layer in cache.layers]
+        return kept

@@ -24,7 +24,6 @@ class Parts(NamedTuple):
 
     ends: tuple[slice, ...]  # the positions of its read slots, and of its write slots, as far as they are in it
     has_past: torch.Tensor | None  # [B, 1, 1, 1] bool, rows that see what was before the span; None: all
-    angles: tuple[torch.Tensor, torch.Tensor]  # what its queries are turned by instead of keys, see `Placement.turn`
 
 
 class Placement(NamedTuple):
@@ -32,8 +31,7 @@ class Placement(NamedTuple):
 
     Rows in step share `start` and `stop`: the span takes slots start … stop-1 and sees slots first … stop-1.
     Rows out of step have their own `slots` [B, 1, Q, 1], of which those where `valid` [B, 1, Q, 1] is True count, and
-    see all slots. `turn`, cos and sin, is what keys from before the span are still to be turned by. With `parts`
-    compiled attention does without a mask.
+    see all slots.
     """
 
     first: int = 0
@@ -41,8 +39,20 @@ class Placement(NamedTuple):
     stop: int = 0
     slots: torch.Tensor | None = None
     valid: torch.Tensor | None = None
-    turn: tuple[torch.Tensor, torch.Tensor] | None = None
-    parts: Parts | None = None
+
+
+Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin, see `functions_baka.rotary_table`
+
+
+class View(NamedTuple):
+    """What all blocks share for a span."""
+
+    angles: Angles  # of its positions
+    mask: torch.Tensor | None  # as the attention implementation wants it; None: its queries see all keys
+    placement: Placement
+    parts: Parts | None = None  # with it compiled attention does without a mask
+    # A whole chunk's keys are left behind as those of a previous stream, S slots earlier: the angles of that.
+    previous_angles: Angles | None = None
 
 
 def fixed_pauses(config: BakaConfig) -> list[int]:
@@ -264,18 +274,20 @@ def is_whole(layout: Layout, config: BakaConfig) -> bool:
     return width >= config.stream_length - config.num_memory_tokens
 
 
+Memory = dict[str, torch.Tensor]  # [B, …] each: what a memory holds, see `memory_baka`
+
+
 class Stream(NamedTuple):
     """What a chunk finds when it begins or goes on, as tensors with gradients that nothing writes into.
 
-    Keys and values of each block stand for slots begin … begin + their length - 1 of the two halves. Where a chunk has
-    just ended its keys are still as its own attention had them, S slots too late: whoever reads them turns them back.
+    `memory` is what its memory holds, by name; None if nothing was read. Keys and values of each block stand for slots
+    begin … begin + their length - 1 of the two halves.
     """
 
-    memory: Any
+    memory: Memory | None
     keys: list[Any]
     values: list[Any]
     begin: int = 0
-    turns: bool = False
 
     def kept(self, layer: int, first: int, stop: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Keys and values of slots first … stop-1 of a block."""
@@ -291,12 +303,11 @@ class Stream(NamedTuple):
     def detach(self, rows: Any = True) -> "Stream":
         """A copy without gradients in the rows that `rows`, a bool or a tensor [B], says."""
 
-        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        def cut(tensor: Any) -> Any:
             return None if tensor is None else where_rows(rows, tensor.detach(), tensor)
 
-        return Stream(
-            cut(self.memory), [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin, self.turns
-        )
+        memory = None if self.memory is None else {name: cut(tensor) for name, tensor in self.memory.items()}
+        return Stream(memory, [cut(k) for k in self.keys], [cut(v) for v in self.values], self.begin)
 
 
 def columns_of(spans: list[Span], batch_size: int, length: int) -> torch.Tensor | None:

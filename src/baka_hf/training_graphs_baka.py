@@ -12,6 +12,7 @@ wait for its backward pass; others are read without graphs meanwhile.
 import threading
 import weakref
 from collections import OrderedDict
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -21,11 +22,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
 from .cache_baka import BakaCache
+from .calls_baka import Call, Results
 from .compile_baka import on_host, runs_compiled_parts
 from .functions_baka import rotary_table_of
 from .graphs_baka import PlainWeights, recording
-from .reading_baka import Reading, ReadingByBlocks
-from .stream_baka import Span, Stream
+from .reading_baka import Reading
+from .stream_baka import fixed_pauses
 
 # Where calls are read this way. Without a graph it is right everywhere, but no faster.
 DEVICES = ("cuda",)
@@ -36,12 +38,14 @@ PATIENCE = 64  # calls before one of another kind may take the place of a record
 _recorders: "weakref.WeakKeyDictionary[nn.Module, Recorder]" = weakref.WeakKeyDictionary()
 
 
-def recorder_of(model: Any, reading: Reading) -> "Recorder | None":
+def recorder_of(model: Any, call: Call) -> "Recorder | None":
     """What records calls of `model`, a `BakaModel`; None if this one cannot be recorded."""
-    embeddings, cache, config = reading.embeddings, reading.cache, model.config
-    if not (model.training and torch.is_grad_enabled()) or embeddings.device.type not in DEVICES:
+    text, cache, config = call.text, call.cache, model.config
+    if not (model.training and torch.is_grad_enabled()) or text.device.type not in DEVICES:
         return None
-    if reading.with_states or reading.with_weights or not all(span.in_step for span in reading.spans):
+    if call.with_states or call.with_weights or not text.is_floating_point():
+        return None
+    if call.real is not None or not all(span.is_aligned and span.in_step for span in call.spans):
         return None
     if config._attn_implementation != "sdpa" or config.uses_random_pauses:
         return None
@@ -54,7 +58,7 @@ def recorder_of(model: Any, reading: Reading) -> "Recorder | None":
         forget(model)
         weights = PlainWeights(model)
         are_shared = len(set(map(id, weights.tensors))) < len(weights.tensors)
-        if not weights.are_plain or are_shared or any(each.device != embeddings.device for each in weights.tensors):
+        if not weights.are_plain or are_shared or any(each.device != text.device for each in weights.tensors):
             return None
         recorder = _recorders[model] = Recorder(weights, model.embed_tokens.weight)
     return recorder
@@ -85,26 +89,26 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def find(self, reading: Reading) -> "TrainingGraph | None":
-        """The graph that reads a call, which has its turn now; None the first time, and while another has it."""
+    def find(self, model: Any, call: Call) -> "Turn | None":
+        """The turn of `call` with the graph that reads it; None the first time, and while another has its turn."""
         # Not the embedding, which is not in the graphs.
         trained = [each for each in self.weights.tensors if each.requires_grad and each is not self.embedding]
         if not trained:
             return None
-        kind = _kind_of(reading), tuple(map(id, trained))
+        kind = _kind_of(call), model.config.bptt_chunks, tuple(map(id, trained))
         with self.lock:
             graph = self._graph_of(kind, trained, next(self.calls))
             turn = self.turn and self.turn()
             if graph is None or not (turn is None or turn.is_over):
                 return None
-            reading.turn = Turn()
-            self.turn = weakref.ref(reading.turn)
-        return graph
+            turn = Turn(graph)
+            self.turn = weakref.ref(turn)
+        return turn
 
-    def _graph_of(self, kind: Any, trained: list[torch.Tensor], call: int) -> "TrainingGraph | None":
+    def _graph_of(self, kind: Any, trained: list[torch.Tensor], number: int) -> "TrainingGraph | None":
         if kind in self.graphs:
             self.graphs.move_to_end(kind)
-            self.graphs[kind].last_call = call
+            self.graphs[kind].last_call = number
             return self.graphs[kind]
         if kind not in self.seen:
             self.seen[kind] = None
@@ -114,43 +118,42 @@ class Recorder:
         if len(self.graphs) >= NUM_GRAPHS:
             # Texts of many lengths would all be recorded over and over.
             least = next(iter(self.graphs.values()))
-            if call - max(least.last_call, self.last_recorded) < PATIENCE:
+            if number - max(least.last_call, self.last_recorded) < PATIENCE:
                 return None
             self.graphs.popitem(last=False)
-        self.last_recorded = call
-        self.graphs[kind] = TrainingGraph(self, trained, call)
+        self.last_recorded = number
+        self.graphs[kind] = TrainingGraph(self, trained, number)
         return self.graphs[kind]
 
 
-def _kind_of(reading: Reading) -> Any:
+def _kind_of(call: Call) -> Any:
     """What a call must have in common with a recorded one."""
-    embeddings, cache, device = reading.embeddings, reading.cache, reading.embeddings.device.type
+    text, cache, device = call.text, call.cache, call.text.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    flags = tuple(None if _comes_in(reading, flag) else flag for flag in _flags_of(reading))
-    spans = flags, tuple((span.start, span.count) for span in reading.spans)
-    state = None if cache is None else tuple((x.shape, x.dtype) for x in _tensors(cache)[:3])
-    text = embeddings.shape, embeddings.dtype, embeddings.requires_grad
-    return spans, text, state, autocast, reading.bptt_chunks
+    flags = tuple(None if _comes_in(call, flag) else flag for flag in _flags_of(call))
+    spans = flags, tuple((span.start, span.count) for span in call.spans)
+    state = None if cache is None else tuple((x.shape, x.dtype) for x in _tensors(cache))
+    return spans, (text.shape, text.dtype, text.requires_grad), state, autocast
 
 
-def _flags_of(reading: Reading) -> list[Any]:
+def _flags_of(call: Call) -> list[Any]:
     """`first` and `has_previous` of every span."""
-    return [flag for span in reading.spans for flag in (span.first, span.has_previous)]
+    return [flag for span in call.spans for flag in (span.first, span.has_previous)]
 
 
-def _comes_in(reading: Reading, flag: Any) -> bool:
+def _comes_in(call: Call, flag: Any) -> bool:
     """Whether a flag is input of a graph: if rows differ, and with a state in any case, lest there be more kinds."""
-    return reading.cache is not None or isinstance(flag, torch.Tensor)
+    return call.cache is not None or isinstance(flag, torch.Tensor)
 
 
-def _inputs_of(reading: Reading) -> torch.Tensor:
+def _inputs_of(call: Call) -> torch.Tensor:
     """[2 · spans, B] bool on the host: all flags, for each row."""
-    return torch.stack([torch.as_tensor(flag).expand(reading.batch_size) for flag in _flags_of(reading)])
+    return torch.stack([torch.as_tensor(flag).expand(call.batch_size) for flag in _flags_of(call)])
 
 
 def _tensors(cache: BakaCache) -> list[torch.Tensor]:
-    """Memory, keys and values of a state."""
-    return [cache.memory, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+    """What memory holds, keys and values of a state."""
+    return [*cache.carried.values(), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
 
 
 def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -162,24 +165,22 @@ def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 class TrainingGraph:
     """A kind of call, recorded: what goes in, what comes out, and the graphs between.
 
-    Outputs are the normed states [B, L, D] and, if there is a state, its memory and each block's keys and values.
+    Outputs are the normed states [B, L, D] and, if there is a state, what its memory holds and each block's keys and
+    values.
 
     While it runs, other leaves over the same numbers stand in the place of the model's parameters. Autograd ends at a
     leaf on the stream where it was first used, and whoever trains in parallel has used the parameters elsewhere.
     """
 
-    text: torch.Tensor  # embeddings [·, D], as `Reading.embeddings`
+    call: Call  # as it is recorded: its text, its state and the flags of its spans are tensors of this object
     flags: torch.Tensor | None  # as `_inputs_of`, on the device; None if none comes in
     known_flags: torch.Tensor  # what they are, on the host
-    state: BakaCache | None
-    spans: list[Span]
-    shape: tuple[int, int]  # B, L
     inputs: list[torch.Tensor]  # the leaves
     outputs: list[torch.Tensor]
     gradients: list[torch.Tensor | None]  # of `inputs`
 
-    def __init__(self, recorder: Recorder, parameters: list[torch.Tensor], call: int):
-        self.parameters, self.last_call = parameters, call
+    def __init__(self, recorder: Recorder, parameters: list[torch.Tensor], call_number: int):
+        self.parameters, self.last_call = parameters, call_number
         self.pool, self.stream = recorder.pool, recorder.stream
         leaves = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
         weights = recorder.weights
@@ -189,49 +190,57 @@ class TrainingGraph:
         self.graphs: tuple[Any, Any] | None = None  # forward and backward
         self.is_ready = False
 
+    @property
+    def text(self) -> torch.Tensor:
+        """Embeddings [B, L, D]."""
+        return self.call.text
+
     @runs_compiled_parts
-    def read(self, reading: Reading) -> None:
-        """Read all spans of `reading`."""
+    def read(self, model: Any, call: Call, turn: "Turn") -> Results:
+        """Read all spans of `call`."""
         if not self.is_ready:
             with recording:
-                self._prepare(reading)
-                self._record(reading.model)
+                self._prepare(model, call)
+                self._record(model)
             self.is_ready = True
-        self._take_in(reading)
-        states, *state = _Replay.apply(self, reading.model, reading.turn, reading.embeddings, *self.parameters)
-        reading.states, reading.weights = [[states]], [[]]
-        if state:
-            reading.last = Stream(state[0], state[1::2], state[2::2])
+        self._take_in(call)
+        states, *state = _Replay.apply(turn, model, call.text, *self.parameters)
+        memory, keys_values = None, []
+        if call.cache is not None:
+            names = list(call.cache.carried)
+            memory, rest = dict(zip(names, state, strict=False)), state[len(names) :]
+            keys_values = list(zip(rest[::2], rest[1::2], strict=True))
+        pauses = torch.tensor(fixed_pauses(model.config), dtype=torch.int64)
+        return Results([[states]], [[]], memory, keys_values, pauses)
 
     @on_host
-    def _prepare(self, reading: Reading) -> None:
+    def _prepare(self, model: Any, call: Call) -> None:
         """Make room for what goes in."""
-        embeddings, cache = reading.embeddings, reading.cache
-        self.text = embeddings.detach().clone().requires_grad_(embeddings.requires_grad)
-        self.inputs = [*([self.text] if self.text.requires_grad else []), *self.leaves]
-        flags = _flags_of(reading)
-        self.flags, self.spans = None, list(reading.spans)
-        if any(_comes_in(reading, flag) for flag in flags):
-            self.known_flags = _inputs_of(reading)
-            self.flags = self.known_flags.clone().to(embeddings.device)
-            flags = [own if _comes_in(reading, flag) else flag for flag, own in zip(flags, self.flags, strict=True)]
-            self.spans = [
+        text = call.text.detach().clone().requires_grad_(call.text.requires_grad)
+        self.inputs = [*([text] if text.requires_grad else []), *self.leaves]
+        flags, spans = _flags_of(call), call.spans
+        self.flags = None
+        if any(_comes_in(call, flag) for flag in flags):
+            self.known_flags = _inputs_of(call)
+            self.flags = self.known_flags.clone().to(text.device)
+            flags = [own if _comes_in(call, flag) else flag for flag, own in zip(flags, self.flags, strict=True)]
+            spans = [
                 span._replace(first=first, has_previous=has_previous)
-                for span, first, has_previous in zip(reading.spans, flags[::2], flags[1::2], strict=True)
+                for span, first, has_previous in zip(spans, flags[::2], flags[1::2], strict=True)
             ]
-        self.state = None if cache is None else cache.clone().to(embeddings.device)
-        self.table = rotary_table_of(reading.config, embeddings.device, embeddings.dtype)  # what graphs read must stay
-        self.shape = reading.batch_size, reading.length
+        cache = None if call.cache is None else call.cache.clone().to(text.device)
+        self.call = replace(call, text=text, spans=spans, cache=cache)
+        self.table = rotary_table_of(model.config, text.device, text.dtype)  # what graphs read must stay
 
     @on_host
-    def _take_in(self, reading: Reading) -> None:
+    def _take_in(self, call: Call) -> None:
         if self.flags is not None:
-            flags = _inputs_of(reading)
+            flags = _inputs_of(call)
             if not torch.equal(flags, self.known_flags):
                 self.known_flags = flags
                 self.flags.copy_(flags.pin_memory() if self.flags.is_cuda else flags, non_blocking=True)
-        if self.state is not None and reading.cache is not None:
-            torch._foreach_copy_(_tensors(self.state), _tensors(reading.cache))
+        if self.call.cache is not None and call.cache is not None:
+            torch._foreach_copy_(_tensors(self.call.cache), _tensors(call.cache))
 
     @runs_compiled_parts
     def _record(self, model: Any) -> None:
@@ -261,11 +270,9 @@ class TrainingGraph:
         self._put(leaves=True)
         try:
             with torch.enable_grad():
-                reading = self._open(model)
-                with reading.context():
-                    for index in range(len(self.spans)):
-                        reading.read(index)
-                    self._close(reading, reading.kept_at_the_end())
+                reading = Reading(model, self.call, keeps_casts=False)
+                reading.read()
+                self._keep(reading.results())
         finally:
             self._put(leaves=False)
 
@@ -276,19 +283,11 @@ class TrainingGraph:
             holder[name] = leaf if leaves else parameter
 
     @on_host
-    def _open(self, model: Any) -> Reading:
-        batch_size, length = self.shape
-        reading = ReadingByBlocks(model, self.state, self.spans, batch_size, length, None, False, False)
-        reading.is_recordable = True
-        reading.take_embeddings(self.text)
-        return reading
-
-    @on_host
-    def _close(self, reading: Reading, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        reading.anchor()
-        self.outputs = [torch.cat([states[-1] for states in reading.states], dim=1)]
-        if self.state is not None:
-            self.outputs += [reading.last.memory, *(tensor for both in kept for tensor in both)]
+    def _keep(self, results: Results) -> None:
+        self.outputs = [torch.cat([states[-1] for states in results.states], dim=1)]
+        if self.call.cache is not None:
+            assert results.memory is not None
+            self.outputs += [*results.memory.values(), *(x for both in results.keys_values for x in both)]
 
     @on_host
     def _run_backward(self) -> None:
@@ -320,9 +319,10 @@ class TrainingGraph:
 
 
 class Turn:
-    """A call between its forward pass and its backward pass."""
+    """A call between its forward pass and its backward pass, and the graph that no other call can have until then."""
 
-    is_over = False
+    def __init__(self, graph: TrainingGraph):
+        self.graph, self.is_over = graph, False
 
 
 class _Replay(torch.autograd.Function):
@@ -331,12 +331,12 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @on_host
     def forward(
-        ctx: Any, graph: TrainingGraph, model: Any, turn: Turn, embeddings: torch.Tensor, *parameters: torch.Tensor
+        ctx: Any, turn: Turn, model: Any, text: torch.Tensor, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.graph, ctx.turn = graph, turn
-        ctx.versions = [parameter._version for parameter in graph.parameters]
-        return tuple(graph.forward(model, embeddings))
+        ctx.turn = turn
+        ctx.versions = [parameter._version for parameter in turn.graph.parameters]
+        return tuple(turn.graph.forward(model, text))
 
     @staticmethod
     @once_differentiable
@@ -349,7 +349,7 @@ class _Replay(torch.autograd.Function):
         if ctx.turn.is_over:
             raise ValueError("expected one backward pass through a call that CUDA graphs have read, got another.")
         ctx.turn.is_over = True
-        if [parameter._version for parameter in ctx.graph.parameters] != ctx.versions:
+        if [parameter._version for parameter in ctx.turn.graph.parameters] != ctx.versions:
             raise ValueError("expected the weights that the call was read with in its backward pass, got changed ones.")
-        gradients = ctx.graph.backward(grad_states)
-        return None, None, None, *([] if ctx.graph.text.requires_grad else [None]), *gradients
+        gradients = ctx.turn.graph.backward(grad_states)
+        return None, None, *([] if ctx.turn.graph.text.requires_grad else [None]), *gradients

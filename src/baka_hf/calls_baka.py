@@ -1,0 +1,189 @@
+"""One call of a model: checked and cut into spans before anything is read, and closed when all is read.
+
+What happens in between, reading, is in `reading_baka` and in the graphs. Nothing in here depends on weights.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .cache_baka import BakaCache
+from .compile_baka import on_host
+from .functions_baka import gather_positions
+from .inputs_baka import check_cache, check_mask, check_text, find_restarts
+from .stream_baka import Memory, Span, columns_of, in_columns, plan_aligned, plan_spans
+
+logger = logging.get_logger(__name__)
+
+# What transformers calls the state in its own calls and outputs, since 5.24 and before. Ours take both names.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked for, and how it is to be read."""
+
+    batch_size: int
+    length: int
+    text: torch.Tensor  # ids [B, L], or embeddings [B, L, D]; tokens that are not in the stream stand behind the others
+    real: torch.Tensor | None  # [B, L] bool, which are in it; None: all
+    spans: list[Span]
+    cache: BakaCache | None
+    with_states: bool
+    with_weights: bool
+    num_last_states: int | None  # how many columns' states are asked for, from the last one back; None: all
+    # What a state will know of itself:
+    input_ids: torch.Tensor | None  # as they came
+    seeded: torch.Tensor | None  # [B] bool, rows whose text began with another stream's memory
+    num_aligned: int  # the last positions in which no row had padding
+    restarts: bool  # a text has begun within a row
+
+
+class Results(NamedTuple):
+    """What reading a call gives."""
+
+    states: list[list[torch.Tensor]]  # of each span, of each block that was asked for, [B, T, D]
+    weights: list[list[torch.Tensor]]  # likewise, [B, T, H · 2S]
+    memory: Memory | None  # what is left to the next call
+    keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # likewise, of each block; none if they were written in place
+    pauses: torch.Tensor  # [P] or [B, P] int64, where those of the chunk in progress stand
+
+
+@on_host
+def plan(
+    model: Any,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: BakaCache | None,
+    inputs_embeds: torch.Tensor | None,
+    use_cache: bool | None,
+    output_hidden_states: bool | None,
+    output_attentions: bool | None,
+    embeds: bool,
+    within_beam_search: bool = False,
+    num_last_states: int | None = None,
+    **kwargs: Any,
+) -> Call:
+    """Check a call of `model`, a `BakaModel`, and cut it into spans.
+
+    With `embeds` its ids are looked up here, all at once: the embedding has one gradient then, not one for every span.
+    """
+    config = model.config
+    with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    with_weights = config.output_attentions if output_attentions is None else output_attentions
+    if with_weights and config._attn_implementation != "eager":
+        logger.warning_once(
+            f"`output_attentions` needs attn_implementation='eager', {config._attn_implementation!r} gives none."
+        )
+        with_weights = False
+    batch_size, length = check_text(config, input_ids, inputs_embeds)
+    check_cache(model, cache, batch_size, within_beam_search)
+    fed = 0 if cache is None else cache.get_seq_length()
+    real = check_mask(attention_mask, batch_size, length, fed)
+    restarts = find_restarts(position_ids, batch_size, length, real)
+    if use_cache is None:
+        use_cache = config.use_cache and not model.training
+    if use_cache and cache is None:
+        cache = model.new_cache(batch_size)
+    if cache is not None:
+        cache._is_beam_search = within_beam_search
+
+    # Without a state every row begins here and nothing needs to be known on the host. With one, count.
+    lengths: torch.Tensor | None = None
+    whole_columns = torch.ones(length, dtype=torch.bool)
+    if cache is not None or restarts is not None:
+        lengths = torch.full((batch_size,), length)
+        if real is not None:
+            on_cpu = real.cpu()
+            lengths, whole_columns = on_cpu.sum(1), on_cpu.all(0)
+            real = None if bool(whole_columns.all()) else real
+    text = input_ids if inputs_embeds is None else inputs_embeds
+    assert text is not None
+    if real is not None:
+        # Tokens that are not in the stream go behind those that are, where nothing sees them.
+        order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
+        text = text.gather(1, order) if text.ndim == 2 else gather_positions(text, order)
+        restarts = None if restarts is None else restarts.gather(1, order)
+    seeded = None
+    if lengths is None:
+        spans = plan_aligned(length, config.chunk_size)
+    else:
+        num_tokens = torch.zeros_like(lengths) if cache is None else cache._num_tokens
+        seeded = torch.zeros(batch_size, dtype=torch.bool) if cache is None else cache._seeded
+        restarts = None if restarts is None else restarts.cpu()
+        keeps = cache is not None
+        spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
+    if embeds and inputs_embeds is None:
+        text = model.embed_tokens(text)
+    if with_states or real is not None or not all(span.is_aligned for span in spans):
+        num_last_states = None
+    return Call(
+        batch_size=batch_size,
+        length=length,
+        text=text,
+        real=real,
+        spans=spans,
+        cache=cache,
+        with_states=with_states,
+        with_weights=with_weights,
+        num_last_states=num_last_states,
+        input_ids=input_ids,
+        seeded=seeded,
+        num_aligned=int(whole_columns.flip(0).cumprod(0).sum()),
+        restarts=restarts is not None,
+    )
+
+
+@on_host
+def close(model: Any, call: Call, results: Results) -> BaseModelOutputWithPast:
+    """Leave the state behind in the cache, and put together what was read."""
+    if call.cache is not None:
+        _leave_state(call.cache, call, results)
+    states, weights = _outputs(model, call, results)
+    return BaseModelOutputWithPast(
+        last_hidden_state=states[-1],
+        **{CACHE_NAME: call.cache},
+        hidden_states=tuple(states) if call.with_states else None,
+        attentions=weights,
+    )
+
+
+def _leave_state(cache: BakaCache, call: Call, results: Results) -> None:
+    if results.memory is not None:
+        cache.carried = results.memory
+    for layer, both in zip(cache.layers, results.keys_values, strict=False):  # none in place
+        (layer.keys, layer.values), layer.is_shared = both, True
+    num_tokens = call.spans[-1].num_tokens if call.spans else cache._num_tokens
+    pauses = results.pauses.expand(call.batch_size, -1).clone()
+    assert call.seeded is not None
+    cache._advance(call.length, num_tokens, call.seeded, pauses, call.num_aligned, call.restarts)
+    if call.input_ids is None:
+        cache._history = None
+    else:
+        cache._remember_ids(call.input_ids, call.real)
+
+
+def _outputs(model: Any, call: Call, results: Results) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:
+    """Hidden states [B, L, D] and weights [B, H, L, 2S] of the call's tokens, each in its own column."""
+    config, batch_size, length = model.config, call.batch_size, call.length
+    heads, num_slots = config.num_attention_heads, 2 * config.stream_length
+    if not call.spans:
+        like = model.norm.weight
+        empty = like.new_zeros(batch_size, length, config.hidden_size)
+        blank = like.new_zeros(batch_size, heads, length, num_slots)
+        count = config.num_hidden_layers + 1 if call.with_states else 1
+        return [empty] * count, (blank,) * config.num_hidden_layers if call.with_weights else None
+
+    columns = columns_of(call.spans, batch_size, length)
+    states = [in_columns(parts, columns, call.real) for parts in zip(*results.states, strict=True)]
+    weights = None
+    if call.with_weights:
+        weights = tuple(
+            in_columns(parts, columns, call.real).view(batch_size, length, heads, num_slots).transpose(1, 2)
+            for parts in zip(*results.weights, strict=True)
+        )
+    return states, weights
