@@ -12,7 +12,7 @@ between products is compiled. All else (memory, layout, masks) is `reading_baka`
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -294,7 +294,7 @@ def enter(
 
     New keys and values are left in their slots of `keys` and `values` [B, H_kv, slots, head_dim].
     """
-    products = nn.functional.linear(layer.input_layernorm(hidden_states), projection).split(sizes, dim=-1)
+    products = one_product(layer, layer.input_layernorm(hidden_states), projection, sizes)
     query, key, value = (x.transpose(1, 2) for x in layer.self_attn.arrange(*products[:3], view)[:3])
     _, start, _, slots, valid = view.placement
     if slots is None or valid is None:
@@ -308,6 +308,11 @@ def enter(
         keys.index_put_(index, torch.where(valid, key, keys[index]))
         values.index_put_(index, torch.where(valid, value, values[index]))
     return query, layer.mlp.activate(*products[3:])
+
+
+def one_product(layer: Any, normed: torch.Tensor, projection: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    """What `layer.input_projections` make of `normed`, by all their rows in one matrix."""
+    return nn.functional.linear(normed, projection).split(sizes, dim=-1)
 
 
 def leave(layer: Any, hidden_states: torch.Tensor, attended: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:

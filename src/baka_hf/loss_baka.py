@@ -21,7 +21,7 @@ LOSS_PIECE = 8192
 LOSS_BLOCK = 1024
 
 
-def _computes_losses(head: nn.Module) -> bool:
+def computes_losses(head: nn.Module) -> bool:
     """Whether a head can be asked for a loss: nothing wrapped, adapted, quantized or hooked. FSDP2 may shard it: its
     hooks have the weight ready whenever the head is called."""
     if type(head).__module__.startswith("torch.distributed.fsdp"):
@@ -166,7 +166,7 @@ def loss_by_pieces(
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORED).sum()
     hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten()
-    if loss_function is ForCausalLMLoss and _computes_losses(head):
+    if loss_function is ForCausalLMLoss and computes_losses(head):
         of_head = head if isinstance(head, BakaHead) else partial(BakaHead._loss, head)
         loss = of_head(hidden_states, targets)
     else:

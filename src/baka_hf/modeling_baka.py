@@ -99,9 +99,9 @@ class BakaPreTrainedModel(PreTrainedModel):
         A call's blocks are some thousand kernels, many of a few microseconds, and asking for one after another keeps a
         GPU waiting when rows are few. The first call of each kind (rows, tokens, with or without a state) runs as it
         would anyway, the second is recorded, and the blocks of all later ones are launched at once, forward and
-        backward. Activation memory stays reserved for that. Only with gradients, on a CUDA device, from `input_ids`
-        without an `attention_mask`, in models of plain modules without hooks, adapters, shards, shared weights,
-        checkpointing or random pauses; whatever else comes is read as ever. One thread at a time may train a model.
+        backward. Activation memory stays reserved for that. Only with gradients, on a CUDA device, without an
+        `attention_mask`, in models of plain modules without hooks, adapters, shards, shared weights, checkpointing or
+        random pauses; whatever else comes is read as ever. One thread at a time may train a model.
         """
         for module in self.modules():
             if isinstance(module, BakaModel):

@@ -161,7 +161,7 @@ class ChunkPass:
             texts = iter(text.split([length for kind, length in layout.pieces if kind == "text"], dim=1))
             others = {"read": read, "pause": pause, "write": write}
             parts: list[Any] = [next(texts) if kind == "text" else others[kind] for kind, _ in layout.pieces]
-            return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].contiguous()
         absent = text.new_zeros(self.batch_size, max(R, 1), text.shape[2])
         sources = [absent[:, :R] if read is None else read, absent[:, :1] if pause is None else pause, text]
         if write is not None:
@@ -274,6 +274,7 @@ def _borrow(cache: BakaCache) -> Stream:
 class Reading:
     """Reads the spans of a call, one after another, and collects what they give."""
 
+    @on_host
     def __init__(self, model: Any, call: Call, reader: Any = None, recomputes: bool = False, keeps_casts: bool = True):
         """
         Args:
@@ -379,6 +380,7 @@ class Reading:
             self._roll_over(self.call.cache, span, layout)
         return passed
 
+    @on_host
     def _collect(self, span: Span, passed: Passed) -> None:
         last = self.call.num_last_states
         is_skipped = last is not None and span.column + span.count <= self.call.length - last
@@ -386,6 +388,7 @@ class Reading:
         self.weights.append(passed.weights)
         self.last = passed.after
 
+    @on_host
     def _is_chunk_in_step(self, span: Span) -> bool:
         flags = isinstance(span.first, bool) and isinstance(span.has_previous, bool)
         return span.is_aligned and flags and (span.start, span.count) == (0, self.config.chunk_size)

@@ -38,6 +38,7 @@ PATIENCE = 64  # calls before one of another kind may take the place of a record
 _recorders: "weakref.WeakKeyDictionary[nn.Module, Recorder]" = weakref.WeakKeyDictionary()
 
 
+@on_host
 def recorder_of(model: Any, call: Call) -> "Recorder | None":
     """What records calls of `model`, a `BakaModel`; None if this one cannot be recorded."""
     text, cache, config = call.text, call.cache, model.config
@@ -89,6 +90,7 @@ class Recorder:
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @on_host
     def find(self, model: Any, call: Call) -> "Turn | None":
         """The turn of `call` with the graph that reads it; None the first time, and while another has its turn."""
         # Not the embedding, which is not in the graphs.

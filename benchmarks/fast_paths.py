@@ -1,0 +1,154 @@
+"""What each fast path gains: the same work with it and without it, in one run.
+
+    python benchmarks/fast_paths.py                                   # on a GPU
+    python benchmarks/fast_paths.py --paths graphs parts --repeats 3
+    python benchmarks/fast_paths.py --device cpu --quick
+
+A path is left out by putting what is plain in its place. "BakaLLM" in the table is with all paths, its peer without the
+one that the row names; figures are tokens per second and peak memory.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from side_by_side import Comparison, arguments, new_baka, random_tokens, settle
+
+from baka_hf import attention_baka, decoding_graphs_baka, layers_baka, loss_baka, modeling_baka, reading_baka
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+def training(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
+    """A run of one compiled training step, recorded as CUDA graphs."""
+    torch._dynamo.reset()
+    model = new_baka(args).train()
+    model.cuda_graphs_enable()
+    tokens = random_tokens(model, rows, length)
+    step = model if args.device == "cpu" else torch.compile(model)
+
+    def run() -> None:
+        with without():
+            step(input_ids=tokens, labels=tokens, use_cache=False, skip_logits=True).loss.backward()
+            model.zero_grad()
+
+    return run
+
+
+def stepping(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
+    """A run of `length` steps of one token from a static state."""
+    torch._dynamo.reset()
+    model = new_baka(args)
+    tokens = random_tokens(model, rows, 1)
+    with without():
+        state = model.new_cache(rows, static=args.device != "cpu")
+
+    @torch.inference_mode()
+    def run() -> None:
+        with without():
+            for _ in range(length):
+                model(tokens, cache=state)
+
+    return run
+
+
+def reading(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
+    """A run that reads a prompt and keeps what `generate` does."""
+    model = new_baka(args)
+    tokens = random_tokens(model, rows, length)
+
+    @torch.inference_mode()
+    def run() -> None:
+        with without():
+            model(tokens, logits_to_keep=1, use_cache=True)
+
+    return run
+
+
+def pieces(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
+    """A run that reads prompts of lengths not seen before, all shorter than a chunk."""
+    model = new_baka(args)
+    lengths = iter(range(model.config.chunk_size - 1, 0, -1))
+
+    @torch.inference_mode()
+    def run() -> None:
+        with without():
+            for _ in range(length):
+                model(random_tokens(model, rows, next(lengths)), logits_to_keep=1, use_cache=True)
+
+    return run
+
+
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    with patch.object(modeling_baka, "recorder_of", lambda model, call: None):
+        yield
+
+
+@contextmanager
+def without_static_states() -> Iterator[None]:
+    with patch.object(modeling_baka, "reader_of", lambda model, cache: None):
+        yield
+
+
+@contextmanager
+def planned(**options: Any) -> Iterator[None]:
+    """With other options of `plan`."""
+    plain = modeling_baka.plan
+    with patch.object(modeling_baka, "plan", lambda *args, **kwargs: plain(*args, **kwargs | options)):
+        yield
+
+
+def products_apart(layer: Any, normed: torch.Tensor, projection: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    return [linear(normed) for linear in layer.input_projections]
+
+
+# By name: the work with most to gain, on a GPU and where it is quick, and what is put in the path's place.
+PATHS: dict[str, tuple[Callable, tuple[int, int], tuple[int, int], Context]] = {
+    "parts": (training, (32, 2048), (2, 32), partial(patch.dict, attention_baka.IN_PARTS, clear=True)),
+    "recompute": (
+        *(training, (32, 2048), (2, 32)),
+        partial(patch.object, layers_baka, "recompute", lambda function, *arguments: function(*arguments)),
+    ),
+    "fix_length": (
+        *(training, (32, 2048), (2, 32)),
+        partial(patch.object, reading_baka, "fix_length", lambda *args, **kwargs: None),
+    ),
+    "head's loss": (
+        *(training, (32, 2048), (2, 32)),
+        partial(patch.object, loss_baka, "computes_losses", lambda head: False),
+    ),
+    "embedding at once": (training, (32, 2048), (2, 32), partial(planned, embeds=False)),
+    "graphs": (training, (5, 2048), (2, 32), without_graphs),
+    "static states": (stepping, (1, 512), (1, 8), without_static_states),
+    "one product": (
+        *(stepping, (1, 512), (1, 8)),
+        partial(patch.object, decoding_graphs_baka, "one_product", products_apart),
+    ),
+    "windows": (stepping, (256, 512), (16, 8), partial(patch.object, decoding_graphs_baka, "NUM_WINDOWS", 1)),
+    "last states": (reading, (1, 131072), (1, 64), partial(planned, num_last_states=None)),
+    "any_length": (pieces, (1, 30), (1, 1), partial(patch.object, reading_baka, "any_length", nullcontext())),
+}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), metavar="NAME")
+    args = settle(parser.parse_args())
+    comparison = Comparison(args, "fast_paths")
+    for name in args.paths:
+        prepare, *sizes, without = PATHS[name]
+        rows, length = sizes[args.quick]
+        sides = {"BakaLLM": partial(prepare, args, nullcontext, rows, length)}
+        sides["without"] = partial(prepare, args, without, rows, length)
+        work = f"{name}: {prepare.__name__} {rows} x {length:,}"
+        comparison.measure(work, rows * length, sides, warm_ups=0 if prepare is pieces else 2)
+    comparison.finish("BakaLLM", ("tokens/s", "peak GiB"))
+
+
+if __name__ == "__main__":
+    main()
