@@ -382,11 +382,17 @@ class Reading:
 
     @on_host
     def _collect(self, span: Span, passed: Passed) -> None:
-        last = self.call.num_last_states
-        is_skipped = last is not None and span.column + span.count <= self.call.length - last
-        self.states.append([state[:, :0] for state in passed.states] if is_skipped else passed.states)
+        states = passed.states
+        if self._is_skipped(span):
+            states = [state[:, :0].clone() for state in states]  # a copy, lest an empty part keep the whole
+        self.states.append(states)
         self.weights.append(passed.weights)
         self.last = passed.after
+
+    def _is_skipped(self, span: Span) -> bool:
+        """Whether nobody asks for the states of a span's text."""
+        last = self.call.num_last_states
+        return last is not None and span.column + span.count <= self.call.length - last
 
     @on_host
     def _is_chunk_in_step(self, span: Span) -> bool:
@@ -410,7 +416,8 @@ class Reading:
         states = self.reader.read_chunk(self.model, cache, span, text)
         nothing: list[Any] = [None] * self.config.num_hidden_layers
         after = Stream(cache.carried, nothing, nothing)
-        self._collect(span, Passed(cache.carried, after, [states.clone()], []))
+        states = states if self._is_skipped(span) else states.clone()
+        self._collect(span, Passed(cache.carried, after, [states], []))
         self.pauses, self.streams = self.fixed_pauses, {0: after}
 
     @on_host
