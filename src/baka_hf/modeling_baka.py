@@ -262,8 +262,6 @@ class BakaModel(BakaPreTrainedModel):
             use_cache = config.use_cache and not self.training
         if use_cache and cache is None:
             cache = self.new_cache(batch_size)
-        if cache is not None:
-            cache._is_beam_search = within_beam_search
 
         # Without a state every row begins here and nothing needs to be known on the host. With one, count.
         lengths: torch.Tensor | None = None
@@ -308,7 +306,7 @@ class BakaModel(BakaPreTrainedModel):
         if cache is not None and seeded is not None:
             # What the state will know of itself after the call.
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
-            reading.following = input_ids, seeded, num_aligned, restarts is not None
+            reading.following = input_ids, seeded, num_aligned, restarts is not None, within_beam_search
         return reading
 
     @on_host
@@ -340,10 +338,10 @@ class BakaModel(BakaPreTrainedModel):
         reader = self._static_reader(cache) if bool(reads.any()) else None
         if reader is None:
             return None
-        cache._is_beam_search = within_beam_search
         states = reader.read_token(self, cache, input_ids, reads)
         num_aligned = int(bool(reads.all()))
-        cache._advance(1, cache._num_tokens + reads, cache._seeded, cache._pauses, num_aligned, False)
+        num_tokens = cache._num_tokens + reads
+        cache._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
         return states
 
     def _static_reader(self, cache: BakaCache | None) -> Any:

@@ -473,7 +473,8 @@ class Reading:
         S = self.config.stream_length
         if cache._is_recording:
             completes = torch.as_tensor(layout.completes).expand(self.batch_size)
-            cache._record_boundary(span.num_tokens, completes, torch.as_tensor(self.pauses).expand(self.batch_size, -1))
+            pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1)
+            cache._record_boundary(span.num_tokens, completes, pauses)
         if not self.half:
             return
         for layer in cache.layers:
@@ -535,6 +536,7 @@ class Reading:
         seeded: torch.Tensor,
         num_aligned: int,
         restarted: bool,
+        within_beam_search: bool,
     ) -> None:
         """What the cache keeps of the call. In the last `num_aligned` positions no row had padding."""
         if self.spans:
@@ -543,7 +545,7 @@ class Reading:
             (layer.keys, layer.values), layer.is_shared = both, True
         num_tokens = self.spans[-1].num_tokens if self.spans else cache._num_tokens
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
-        cache._advance(self.length, num_tokens, seeded, pauses, num_aligned, restarted)
+        cache._advance(self.length, num_tokens, seeded, pauses, num_aligned, restarted, within_beam_search)
         if input_ids is None:
             cache._history = None
         else:
