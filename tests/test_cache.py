@@ -1,11 +1,6 @@
 """BakaCache: its size, its rows, going back, files, seeds, and what autograd modes may be mixed on one state."""
 
 import copy
-import json
-import os
-import pickle
-import stat
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Cache
 
-from baka_hf import BakaCache, BakaForCausalLM, cache_baka, reading_baka
+from baka_hf import BakaCache, BakaForCausalLM, reading_baka
+from baka_hf.cache_baka import MULTIPLIERS, PRIMES, hash_tokens
 
 FILE = "baka_cache.safetensors"
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -160,6 +155,35 @@ def test_dtype_of_a_new_state() -> None:
     assert BakaCache(tiny_config(dtype="float16"), 1, "cpu", torch.float64).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, "float32"], ids=str)
+def test_refuses_a_dtype_that_is_not_floating(dtype: Any) -> None:
+    """Truncated to integers a memory is none: neither made, nor changed into, nor read from a file."""
+    cache = tiny_model(tiny_config()).new_cache(memory=torch.rand(2, 12))
+    before = contents(cache)
+    with pytest.raises(ValueError, match=f"expected a floating dtype for a state, got {dtype}"):
+        cache.to(dtype=dtype)
+    assert contents(cache) == before
+    for make in (BakaCache, BakaCache.from_pretrained):
+        with pytest.raises(ValueError, match="expected a floating dtype"):
+            make(tiny_config() if make is BakaCache else "nowhere", dtype=dtype)
+
+
+def test_memory_of_a_row_that_has_read_nothing() -> None:
+    """Zeros, though others beside it have read, though it was read and taken back; a seed is kept."""
+    for seed in (torch.zeros(2, 2, 12), torch.randn(2, 2, 12, dtype=torch.float64)):
+        for mode in (torch.enable_grad, torch.no_grad):
+            model = tiny_model(tiny_config())
+            cache, other = (model.new_cache(2, memory=seed if seed.any() else None) for _ in range(2))
+            with mode():
+                for _ in range(2):
+                    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+                    model(random_tokens(model.config, 2, 3), cache=cache, attention_mask=mask)
+                model(random_tokens(model.config, 2, 4), cache=other)
+                other.crop(-4)
+            assert torch.equal(cache.memory[1], seed[1]) and cache.memory[0].abs().min() > 0
+            assert torch.equal(other.memory, seed)
+
+
 @pytest.mark.parametrize("batch_size", [0, -1, 1.0, "2", True, None])
 def test_refuses_a_bad_batch_size(batch_size: Any) -> None:
     """A state has at least one row; the message says what came."""
@@ -208,6 +232,57 @@ def test_refuses_rows_that_are_not_there(indices: list) -> None:
     assert contents(cache) == before
 
 
+def test_rows_are_selected_by_a_mask() -> None:
+    """As by the indices of the rows it names, the way tensors are indexed."""
+    model = tiny_model(tiny_config())
+    _, cache = rows_out_of_phase(model, 3, 7, 5)
+    for mask in (torch.tensor([True, False, True]), torch.tensor([False, True, False])):
+        by_mask, by_index = cache.clone(), cache.clone()
+        by_mask.batch_select_indices(mask)
+        by_index.batch_select_indices(mask.nonzero()[:, 0])
+        assert contents(by_mask) == contents(by_index) and by_mask.batch_size == int(mask.sum())
+
+
+@pytest.mark.parametrize("indices", [[True], [[True, False]], [False, False], [0.0, 1.0], [1.9]], ids=str)
+def test_refuses_what_names_no_rows(indices: list) -> None:
+    """Masks of another size, or of no row, and numbers that are not whole; and a mask is no order of rows."""
+    _, cache = rows_out_of_phase(tiny_model(tiny_config()), 3, 7)
+    before = contents(cache)
+    for operation in (cache.reorder_cache, cache.batch_select_indices):
+        with pytest.raises(ValueError, match="expected"):
+            operation(torch.tensor(indices))
+    with pytest.raises(ValueError, match="expected row indices"):
+        cache.reorder_cache(torch.tensor([True, False]))
+    assert contents(cache) == before
+
+
+def test_an_interrupted_operation_on_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors are there before one is replaced: out of memory in between leaves the state as it was."""
+    _, cache = rows_out_of_phase(tiny_model(tiny_config()), 3, 7)
+    cache.layers[1].values = cache.layers[1].values.as_subclass(Unwilling)
+    before = contents(cache.tensors()), cache.num_tokens.tolist()
+    for operation in (
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.reset_rows(torch.tensor([True, False])),
+        lambda: cache.to(dtype=torch.float32),
+        cache.reset,
+    ):
+        with pytest.raises(MemoryError):
+            operation()
+        assert (contents(cache.tensors()), cache.num_tokens.tolist()) == before
+
+
+class Unwilling(Tensor):
+    """A tensor of which there is no room for another."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.index_select, Tensor.repeat_interleave, Tensor.masked_fill, Tensor.to, torch.zeros_like):
+            raise MemoryError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 @pytest.mark.parametrize("repeats", [0, -1])
 def test_refuses_to_repeat_rows_less_than_once(repeats: int) -> None:
     """A state without rows is of no use: a ValueError, and the state stays as it was."""
@@ -220,13 +295,27 @@ def test_refuses_to_repeat_rows_less_than_once(repeats: int) -> None:
 
 @every_state
 def test_reset(overrides: dict[str, Any]) -> None:
-    """A reset state is a new one, and what it had kept for going back is gone too."""
+    """A reset state is a new one that still records, and what it had kept for going back is gone."""
     model = tiny_model(tiny_config(**overrides))
     _, cache = rows_out_of_phase(model, 4, 13)
     cache.activate_past_recording()
     logits_of(model, random_tokens(model.config, 2, 9), cache)
     cache.reset()
-    assert contents(cache) == contents(model.new_cache(2))
+    new = model.new_cache(2)
+    new.activate_past_recording()
+    assert contents(cache) == contents(new)
+
+
+def test_a_reset_state_still_records() -> None:
+    """Who asked for it can go back over a boundary in the next text too."""
+    model = tiny_model(tiny_config())
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    logits_of(model, random_tokens(model.config, 1, 9), cache)
+    cache.reset()
+    tokens = random_tokens(model.config, 1, 12, seed=1)
+    logits_of(model, tokens, cache)
+    forget_and_go_on(model, list(tokens), cache, 8)
 
 
 @every_state
@@ -450,6 +539,21 @@ def test_reading_and_going_back_at_random(overrides: dict[str, Any]) -> None:
         assert cache.get_seq_length() == len(text)
 
 
+@pytest.mark.parametrize("num_pause_tokens", [0, 1])
+def test_a_state_that_went_back_is_a_file(num_pause_tokens: int, tmp_path: Path) -> None:
+    """What a boundary had kept is of the same dtypes as what took its place, pauses that are not there too."""
+    model = tiny_model(tiny_config(num_pause_tokens=num_pause_tokens))
+    tokens, cache = random_tokens(model.config, 1, 13), model.new_cache()
+    cache.activate_past_recording()
+    logits_of(model, tokens, cache)
+    cache.crop(-6)
+    cache.save_pretrained(tmp_path)
+    resumed, other = BakaCache.from_pretrained(tmp_path), model.new_cache()
+    logits_of(model, tokens[:, :7], other)
+    assert contents(resumed._pauses) == contents(other._pauses)
+    assert torch.equal(logits_of(model, tokens[:, 7:], resumed), logits_of(model, tokens[:, 7:], cache))
+
+
 def test_crop_as_far_as_is_recorded() -> None:
     """128 positions can be taken back however long the text, and what is kept for it does not grow."""
     model = tiny_model(tiny_config(chunk_size=7))
@@ -545,7 +649,93 @@ def test_crop_refuses_numbers_that_make_no_sense() -> None:
         cache.crop(3)
     with pytest.raises(ValueError, match="cannot crop 8 positions: only the last 7"):
         cache.crop(-8)
+    for number in (-1.9, -1.0, "-1", None, torch.tensor(-1.5)):
+        with pytest.raises(ValueError, match="takes an integer number of positions"):
+            cache.crop(number)
     assert contents(cache) == before
+
+
+# What was read
+
+
+def polynomials(tokens: list[int]) -> list[int]:
+    """The hash by its definition, in integers of any size."""
+    values = [0, 0, 0]
+    for token in tokens:
+        steps = zip(values, MULTIPLIERS, PRIMES, strict=True)
+        values = [(value * multiplier + token + 1) % prime for value, multiplier, prime in steps]
+    return values
+
+
+def test_the_hash_of_what_was_read() -> None:
+    """In one call or many, with what is masked left out, in any dtype of ids; and cropped it is what it was before."""
+    ids = torch.randint(2**30, (3, 70), generator=torch.Generator().manual_seed(0))
+    real = torch.rand(3, 70) < 0.7
+    found = hash_tokens(ids, real)
+    assert found.tolist() == [polynomials(row[kept].tolist()) for row, kept in zip(ids, real, strict=True)]
+    assert hash_tokens(ids[:, :1]).tolist() == [polynomials(row[:1].tolist()) for row in ids]
+    in_pieces = None
+    for piece, mask in zip(ids.split([1, 40, 1, 28], 1), real.split([1, 40, 1, 28], 1), strict=True):
+        in_pieces = hash_tokens(piece, mask, in_pieces)
+    assert in_pieces is not None and torch.equal(in_pieces, found)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(hash_tokens((ids % 256).to(dtype).to(torch.int64)), hash_tokens((ids % 256).to(dtype)))
+
+    model = tiny_model(tiny_config())
+    tokens, cache = random_tokens(model.config, 2, 17), model.new_cache(2)
+    cache.activate_past_recording()
+    for part in tokens.split(4, dim=1):
+        logits_of(model, part, cache)
+    for count in (1, 3, 9):
+        cache.crop(-count)
+        assert cache._history is not None
+        assert cache._history.tolist() == [polynomials(row[: cache.get_seq_length()].tolist()) for row in tokens]
+
+
+def is_primitive(root: int, prime: int) -> bool:
+    """Whether all numbers from 1 to prime - 1 are powers of `root`."""
+    rest, factors = prime - 1, set()
+    for factor in range(2, int(prime**0.5) + 1):
+        while rest % factor == 0:
+            rest //= factor
+            factors.add(factor)
+    return all(pow(root, (prime - 1) // factor, prime) != 1 for factor in factors | {rest} - {1})
+
+
+def test_powers_of_the_multipliers_do_not_come_back() -> None:
+    """Which is what would make two places in a text alike: powers of a primitive root are all there are."""
+    for root, prime in zip(MULTIPLIERS, PRIMES, strict=True):
+        assert all(prime % factor for factor in range(2, int(prime**0.5) + 1)) and is_primitive(root, prime)
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (3, 4), (5, 17), (100, 31999), (0, 2**30)], ids=str)
+def test_texts_with_a_pattern_have_hashes_of_their_own(pair: tuple[int, int]) -> None:
+    """Thue-Morse texts, which are equal to their complements modulo 2^64, and other regular texts over two ids."""
+    marks = torch.zeros(1, dtype=torch.int64)
+    while len(marks) < 4096:
+        marks = torch.cat([marks, 1 - marks])
+    texts = {}
+    for length in (2, 64, 1024, 4096):
+        steps = torch.arange(length)
+        rows = [marks[:length], 1 - marks[:length], steps % 2, (steps + 1) % 2, steps * 0, steps * 0 + 1]
+        rows += [(steps == place).long() for place in range(0, length, 1 + length // 50)]
+        rows += [(steps < place).long() for place in range(2, length, 1 + length // 50)]
+        hashes = hash_tokens(torch.tensor(pair)[torch.stack(rows)])
+        for column in hashes.unbind(1):  # each of the three alone tells them apart
+            assert len(column.unique()) == len({tuple(row.tolist()) for row in rows})
+        texts[length] = hashes
+    short = torch.cartesian_prod(*[torch.tensor(pair)] * 14)
+    assert len(hash_tokens(short).unique(dim=0)) == 2**14
+
+
+def test_a_thue_morse_text_is_not_taken_for_its_complement() -> None:
+    """A text never read is refused, where its hash modulo 2^64 was that of the history."""
+    model = tiny_model(tiny_config(num_hidden_layers=1))
+    marks = torch.tensor([[bin(number).count("1") % 2 for number in range(1024)]])
+    cache = model.new_cache()
+    logits_of(model, marks + 3, cache)
+    with pytest.raises(ValueError, match="not what the state has read"):
+        model.generate(torch.cat([4 - marks, marks[:, :2]], dim=1), cache=cache, max_new_tokens=1)
 
 
 # Another stream's memory

@@ -127,7 +127,7 @@ class BakaCache(Cache):
     def _begin(self, signature: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Be a state of these tensors whose rows have read nothing."""
         super().__init__(layers=[BakaCacheLayer() for _ in range(signature["num_hidden_layers"])])
-        self.signature, self._names = signature, tuple(tensors)
+        self.signature, self._names = signature, tuple(state_shapes(signature, 1))
         self._put(tensors)
         batch_size = self.memory.shape[0]
 
@@ -574,6 +574,7 @@ class BakaCache(Cache):
             ValueError: no such file, a damaged or foreign one, a newer format, another configuration's, or another
                 model's.
         """
+        dtype = None if dtype is None else _floating(dtype)
         path = Path(save_directory) / CACHE_FILE
 
         def check(signature: dict[str, Any], fingerprint: str | None) -> None:
@@ -587,7 +588,6 @@ class BakaCache(Cache):
             if model is not None and fingerprint != fingerprint_of(model):
                 raise ValueError(f"the state in {path} was read by other weights than those of `model`.")
 
-        dtype = None if dtype is None else _floating(dtype)
         saved = read_state(path, check)
         state = cls.__new__(cls)
         state._begin(saved.signature, saved.tensors)
