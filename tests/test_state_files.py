@@ -215,6 +215,19 @@ def test_a_file_that_claims_much_is_refused_at_once(claim: dict[str, int], tmp_p
     assert time.perf_counter() - before < 0.1
 
 
+def test_a_header_that_claims_many_rows_is_refused_at_once(tmp_path: Path) -> None:
+    """All of it fits together, but for the size of the file."""
+    _, path = saved(tmp_path)
+    header = header_of(path)
+    for name in header.keys() - {"__metadata__"}:
+        header[name]["shape"][0] *= 10**12
+        header[name]["data_offsets"] = [10**12 * offset for offset in header[name]["data_offsets"]]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(1000))
+    with pytest.raises(ValueError, match=r"is damaged, .* bytes, expected 1000"):
+        BakaCache.from_pretrained(tmp_path)
+
+
 def tensors_with(**changed: Any) -> Callable:
     return lambda tensors, metadata: tensors.update({key: change(tensors[key]) for key, change in changed.items()})
 

@@ -273,11 +273,10 @@ def read_state(path: Path, check: Callable[[dict[str, Any], str | None], None]) 
         check(signature, metadata.get("weights"))
         with _naming(path, "is damaged, its header or a tensor is not what was saved"):
             numbers = [_number_in(metadata, name) for name in ("seq_length", "aligned", "is_beam_search")]
-            tensors = _make_room(signature, header, version)
-            if os.fstat(file.fileno()).st_size != file.tell() + sum(tensor.nbytes for tensor in tensors.values()):
-                raise ValueError("its size is another")
-            for tensor in tensors.values():
-                file.readinto(_bytes_of(tensor))
+            tensors = _make_room(signature, header, version, os.fstat(file.fileno()).st_size - file.tell())
+            for name, tensor in tensors.items():
+                if file.readinto(_bytes_of(tensor)) != tensor.nbytes:
+                    raise ValueError(f"it ends within {name}")
             if version != "1" or "digest" in metadata:
                 digest = metadata["digest"]
                 unsigned = text.replace(digest.encode(), UNSIGNED.encode(), 1)
@@ -329,8 +328,8 @@ def _number_in(metadata: dict[str, Any], name: str) -> int:
     return int(text)
 
 
-def _make_room(signature: dict[str, Any], header: dict[str, Any], version: str) -> dict[str, torch.Tensor]:
-    """Empty tensors for what a file of this header holds, one after the other, once all is as it should be."""
+def _make_room(signature: dict[str, Any], header: dict[str, Any], version: str, size: int) -> dict[str, torch.Tensor]:
+    """Empty tensors for what a file of this header holds in `size` bytes, one after the other, once all is checked."""
     if signature["num_hidden_layers"] > len(header):  # or else a list of so many shapes could be long
         raise ValueError(f"it holds {len(header)} tensors for {signature['num_hidden_layers']} layers")
     batch_size = header["memory"]["shape"][0]
@@ -343,10 +342,12 @@ def _make_room(signature: dict[str, Any], header: dict[str, Any], version: str) 
     _check_layout(found, shapes)
     names, offset = sorted(header, key=lambda name: header[name]["data_offsets"]), 0
     for name in names:
-        size = prod(shapes[name]) * found[name][0].itemsize
-        if header[name]["data_offsets"] != [offset, offset + size]:
-            raise ValueError(f"{name} lies at {header[name]['data_offsets']}, expected {[offset, offset + size]}")
-        offset += size
+        stop = offset + prod(shapes[name]) * found[name][0].itemsize
+        if header[name]["data_offsets"] != [offset, stop]:
+            raise ValueError(f"{name} lies at {header[name]['data_offsets']}, expected {[offset, stop]}")
+        offset = stop
+    if offset != size:
+        raise ValueError(f"its tensors take {offset} bytes, expected {size}")
     return {name: torch.empty(shapes[name], dtype=found[name][0], device="cpu") for name in names}
 
 
