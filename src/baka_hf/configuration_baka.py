@@ -18,10 +18,11 @@ AUTO_MAP = {
 MEMORY_WRITES = ("carry", "tokens")
 MEMORY_SOLIDIFIERS = ("none", "glu", "gelephant", "mlp", "layer")
 PAUSE_PLACEMENTS = ("fixed", "random")
+ADDED = "If other code added it before the checkpoint was saved, that has to be done before loading too."
 
-# What models were before anybody could choose. A `config.json` that lacks a field means this, for a version wrote it that
-# did not have it yet, and the diary's rungs are made of it. Unlike the defaults below it never changes: it grows with
-# each new field. None: derived.
+# What models were before anybody could choose. A `config.json` that lacks a field means this, for a version wrote it
+# that did not have it yet, and the diary's rungs are made of it. Unlike the defaults below it never changes: it grows
+# with each new field. None: derived.
 ORIGINALLY: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 768,
@@ -284,11 +285,11 @@ class BakaConfig(PreTrainedConfig):
             ("pause_placement", PAUSE_PLACEMENTS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}. {ADDED}")
         if not isinstance(self.hidden_act, str) or (self.hidden_act != "elephant" and self.hidden_act not in ACT2FN):
             raise ValueError(
                 f"`hidden_act` must be 'elephant' or a name in transformers' ACT2FN ({', '.join(ACT2FN)}), "
-                f"got {self.hidden_act!r}."
+                f"got {self.hidden_act!r}. {ADDED}"
             )
 
         if self.head_dim % 2:
