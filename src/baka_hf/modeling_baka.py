@@ -53,10 +53,11 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, nn.Linear) and getattr(module, "starts_small", False):
             # A thousandth of what comes in: that hardly changes even a small memory, which "mlp" and "layer" norm.
             init.normal_(module.weight, std=0.001 / module.in_features**0.5)
+        else:
+            super()._init_weights(module)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
