@@ -58,7 +58,7 @@ def checkpoint(model: BakaForCausalLM, tmp_path_factory: pytest.TempPathFactory)
 def test_nothing_learned_is_lost(fields: dict[str, Any], checkpoint: Path) -> None:
     """With a field given on loading, through any class and a config of one's own too."""
     for load in (BakaForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained, AutoModel.from_pretrained):
-        with pytest.raises(ValueError, match="expected no learned parameters but|must be 'none' when"):
+        with pytest.raises(ValueError, match=r"expected no learned parameters but|must be 'none' when"):
             load(checkpoint, **fields)
     if "memory_solidifier" in fields or "num_memory_tokens" not in fields:
         config = BakaConfig.from_dict(tiny_config(memory_solidifier="glu", memory_norm=True).to_dict() | fields)
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
     sizes = dict(vocab_size=19, hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
     for cls in (BakaConfig, BakaModel, BakaForCausalLM, BakaForSequenceClassification):
-        with pytest.raises(ValueError, match="expected a checkpoint of model_type 'baka', got 'llama'.*none are conv"):
+        with pytest.raises(ValueError, match=r"expected a checkpoint of model_type 'baka', got 'llama'.*none are"):
             cls.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"got model\.layers\.0\.post_attention_layernorm\.weight"):
         BakaForCausalLM.from_pretrained(tmp_path, config=BakaConfig(**sizes))

@@ -331,7 +331,7 @@ def test_refuses_misspelt_fields(name: str, tmp_path: Path) -> None:
 def test_takes_names_that_are_not_ours() -> None:
     """Those that transformers itself gives or reads, and ids of special tokens, however close they come."""
     names = set(PreTrainedConfig().to_dict()) | set(GenerationConfig().to_dict()) | {"num_labels", "name_or_path"}
-    names |= {"eot_token_id", "eoi_token_id", "sep_token_id", "max_position_embeddings", "layer_types", "pretraining_tp"}
+    names |= {"eot_token_id", "eoi_token_id", "sep_token_id", "max_position_embeddings", "layer_types"}
     names |= {"tokenizer_class", "quantization_config", "is_decoder", "sliding_window", "attention_dropout"}
     for name in names:
         BakaConfig._refuse_misspelt(name)
