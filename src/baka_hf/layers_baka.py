@@ -55,6 +55,16 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + attended + self.mlp(normed), key, value, weights
 
 
+def start_small(*outputs: nn.Linear) -> None:
+    """Mark the layers whose outputs a solidifier adds to a memory: at first it is close to the identity.
+
+    The mark is on them, not on the solidifier, since transformers passes over modules without parameters of their own
+    when it initialises a model whose code is not its own.
+    """
+    for output in outputs:
+        output.starts_small = True  # type: ignore[assignment]
+
+
 class BakaGatedSolidifier(nn.Module):
     """x + W x ⊙ gate(W_g x) on each memory vector: "glu" with a sigmoid, "gelephant" with elephant."""
 
@@ -63,13 +73,10 @@ class BakaGatedSolidifier(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.gate = ElephantActivation() if config.memory_solidifier == "gelephant" else nn.Sigmoid()
+        start_small(self.proj)
 
     def forward(self, memory: torch.Tensor) -> torch.Tensor:
         return memory + self.proj(memory) * self.gate(self.gate_proj(memory))
-
-    @property
-    def output_weights(self) -> list[torch.Tensor]:
-        return [self.proj.weight]
 
 
 class BakaMLPSolidifier(nn.Module):
@@ -79,13 +86,10 @@ class BakaMLPSolidifier(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = BakaMLP(config)
+        start_small(self.mlp.down_proj)
 
     def forward(self, memory: torch.Tensor) -> torch.Tensor:
         return memory + self.mlp(self.norm(memory))
-
-    @property
-    def output_weights(self) -> list[torch.Tensor]:
-        return [self.mlp.down_proj.weight]
 
 
 class BakaLayerSolidifier(BakaDecoderLayer):
@@ -94,16 +98,13 @@ class BakaLayerSolidifier(BakaDecoderLayer):
     def __init__(self, config: BakaConfig):
         super().__init__(config, layer_idx=config.num_hidden_layers)
         self.config = config
+        start_small(self.self_attn.o_proj, self.mlp.down_proj)
 
     def forward(self, memory: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         cos, sin = rotary_table_of(self.config, memory.device, memory.dtype)
         length = memory.shape[1]
         hidden_states, *_ = super().forward(memory, None, None, (cos[:length], sin[:length]), None, Placement())
         return hidden_states
-
-    @property
-    def output_weights(self) -> list[torch.Tensor]:
-        return [self.self_attn.o_proj.weight, self.mlp.down_proj.weight]
 
 
 SOLIDIFIERS: dict[str, type[nn.Module]] = {

@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .cache_baka import BakaCache
+from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
@@ -39,7 +40,7 @@ from .training_graphs_baka import forget, recorder_of
 logger = logging.get_logger(__name__)
 
 
-class BakaPreTrainedModel(PreTrainedModel):
+class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
     config: BakaConfig
     config_class = BakaConfig
     base_model_prefix = "model"
@@ -52,18 +53,11 @@ class BakaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, tuple(SOLIDIFIERS.values())):
-            # A solidifier starts close to the identity.
-            for weight in module.output_weights:  # type: ignore[union-attr]
-                init.normal_(weight, std=self.config.initializer_range / self.config.hidden_size**0.5)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.__module__.startswith("torch."):
-            # FSDP2 gives a sharded model a class of its own. What is saved with it is the code of the model's.
-            model_class = next(base for base in cls.__mro__[1:] if not base.__module__.startswith("torch."))
-            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+        if isinstance(module, nn.Linear) and getattr(module, "starts_small", False):
+            # A thousandth of what comes in: that hardly changes even a small memory, which "mlp" and "layer" norm.
+            init.normal_(module.weight, std=0.001 / module.in_features**0.5)
+        else:
+            super()._init_weights(module)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
