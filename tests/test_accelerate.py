@@ -91,7 +91,8 @@ def test_offloaded_weights_are_read_as_if_they_were_there(place: Callable, check
             assert_close(found, expected)
     (text, state), (expected, _) = carried(model, tokens), carried(plain, tokens)
     assert text == expected
-    assert {tensor.device.type for tensor in state._tensors()} == {"cpu"}  # where the blocks compute, not "meta"
+    # Where the blocks compute, not "meta".
+    assert {tensor.device.type for tensor in state.tensors().values()} == {"cpu"}
     assert state.dtype == torch.float32
 
 

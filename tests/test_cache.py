@@ -1,11 +1,6 @@
 """BakaCache: its size, its rows, going back, files, seeds, and what autograd modes may be mixed on one state."""
 
 import copy
-import json
-import os
-import pickle
-import stat
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Cache
 
-from baka_hf import BakaCache, BakaForCausalLM, cache_baka, calls_baka
+from baka_hf import BakaCache, BakaForCausalLM, calls_baka
+from baka_hf.cache_baka import MULTIPLIERS, PRIMES, hash_tokens
 
 FILE = "baka_cache.safetensors"
 CLOSE = dict(rtol=1e-9, atol=1e-9)
@@ -62,6 +57,19 @@ def rows_out_of_phase(model: BakaForCausalLM, *lengths: int) -> tuple[list[Tenso
     cache = model.new_cache(len(lengths))
     logits_of(model, tokens, cache, attention_mask=mask)
     return texts, cache
+
+
+def state_at(model: BakaForCausalLM, stage: str) -> BakaCache:
+    """A state of two rows: fresh, seeded, mid-chunk, at a boundary, or with rows out of phase."""
+    if stage == "seeded":
+        memory = 3 * torch.randn(2, model.config.num_memory_tokens, model.config.hidden_size)
+        return model.new_cache(2, memory=memory)
+    if stage == "left-padded":
+        return rows_out_of_phase(model, 4, 11)[1]
+    cache = model.new_cache(2)
+    if stage != "fresh":
+        logits_of(model, random_tokens(model.config, 2, {"mid-chunk": 12, "boundary": 10}[stage]), cache)
+    return cache
 
 
 # Size and counts
@@ -147,6 +155,35 @@ def test_dtype_of_a_new_state() -> None:
     assert BakaCache(tiny_config(dtype="float16"), 1, "cpu", torch.float64).dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, "float32"], ids=str)
+def test_refuses_a_dtype_that_is_not_floating(dtype: Any) -> None:
+    """Truncated to integers a memory is none: neither made, nor changed into, nor read from a file."""
+    cache = tiny_model(tiny_config()).new_cache(memory=torch.rand(2, 12))
+    before = contents(cache)
+    with pytest.raises(ValueError, match=f"expected a floating dtype for a state, got {dtype}"):
+        cache.to(dtype=dtype)
+    assert contents(cache) == before
+    for make in (BakaCache, BakaCache.from_pretrained):
+        with pytest.raises(ValueError, match="expected a floating dtype"):
+            make(tiny_config() if make is BakaCache else "nowhere", dtype=dtype)
+
+
+def test_memory_of_a_row_that_has_read_nothing() -> None:
+    """Zeros, though others beside it have read, though it was read and taken back; a seed is kept."""
+    for seed in (torch.zeros(2, 2, 12), torch.randn(2, 2, 12, dtype=torch.float64)):
+        for mode in (torch.enable_grad, torch.no_grad):
+            model = tiny_model(tiny_config())
+            cache, other = (model.new_cache(2, memory=seed if seed.any() else None) for _ in range(2))
+            with mode():
+                for _ in range(2):
+                    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+                    model(random_tokens(model.config, 2, 3), cache=cache, attention_mask=mask)
+                model(random_tokens(model.config, 2, 4), cache=other)
+                other.crop(-4)
+            assert torch.equal(cache.memory[1], seed[1]) and cache.memory[0].abs().min() > 0
+            assert torch.equal(other.memory, seed)
+
+
 @pytest.mark.parametrize("batch_size", [0, -1, 1.0, "2", True, None])
 def test_refuses_a_bad_batch_size(batch_size: Any) -> None:
     """A state has at least one row; the message says what came."""
@@ -195,6 +232,57 @@ def test_refuses_rows_that_are_not_there(indices: list) -> None:
     assert contents(cache) == before
 
 
+def test_rows_are_selected_by_a_mask() -> None:
+    """As by the indices of the rows it names, the way tensors are indexed."""
+    model = tiny_model(tiny_config())
+    _, cache = rows_out_of_phase(model, 3, 7, 5)
+    for mask in (torch.tensor([True, False, True]), torch.tensor([False, True, False])):
+        by_mask, by_index = cache.clone(), cache.clone()
+        by_mask.batch_select_indices(mask)
+        by_index.batch_select_indices(mask.nonzero()[:, 0])
+        assert contents(by_mask) == contents(by_index) and by_mask.batch_size == int(mask.sum())
+
+
+@pytest.mark.parametrize("indices", [[True], [[True, False]], [False, False], [0.0, 1.0], [1.9]], ids=str)
+def test_refuses_what_names_no_rows(indices: list) -> None:
+    """Masks of another size, or of no row, and numbers that are not whole; and a mask is no order of rows."""
+    _, cache = rows_out_of_phase(tiny_model(tiny_config()), 3, 7)
+    before = contents(cache)
+    for operation in (cache.reorder_cache, cache.batch_select_indices):
+        with pytest.raises(ValueError, match="expected"):
+            operation(torch.tensor(indices))
+    with pytest.raises(ValueError, match="expected row indices"):
+        cache.reorder_cache(torch.tensor([True, False]))
+    assert contents(cache) == before
+
+
+def test_an_interrupted_operation_on_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors are there before one is replaced: out of memory in between leaves the state as it was."""
+    _, cache = rows_out_of_phase(tiny_model(tiny_config()), 3, 7)
+    cache.layers[1].values = cache.layers[1].values.as_subclass(Unwilling)
+    before = contents(cache.tensors()), cache.num_tokens.tolist()
+    for operation in (
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.batch_repeat_interleave(2),
+        lambda: cache.reset_rows(torch.tensor([True, False])),
+        lambda: cache.to(dtype=torch.float32),
+        cache.reset,
+    ):
+        with pytest.raises(MemoryError):
+            operation()
+        assert (contents(cache.tensors()), cache.num_tokens.tolist()) == before
+
+
+class Unwilling(Tensor):
+    """A tensor of which there is no room for another."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.index_select, Tensor.repeat_interleave, Tensor.masked_fill, Tensor.to, torch.zeros_like):
+            raise MemoryError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
 @pytest.mark.parametrize("repeats", [0, -1])
 def test_refuses_to_repeat_rows_less_than_once(repeats: int) -> None:
     """A state without rows is of no use: a ValueError, and the state stays as it was."""
@@ -207,13 +295,27 @@ def test_refuses_to_repeat_rows_less_than_once(repeats: int) -> None:
 
 @every_state
 def test_reset(overrides: dict[str, Any]) -> None:
-    """A reset state is a new one, and what it had kept for going back is gone too."""
+    """A reset state is a new one that still records, and what it had kept for going back is gone."""
     model = tiny_model(tiny_config(**overrides))
     _, cache = rows_out_of_phase(model, 4, 13)
     cache.activate_past_recording()
     logits_of(model, random_tokens(model.config, 2, 9), cache)
     cache.reset()
-    assert contents(cache) == contents(model.new_cache(2))
+    new = model.new_cache(2)
+    new.activate_past_recording()
+    assert contents(cache) == contents(new)
+
+
+def test_a_reset_state_still_records() -> None:
+    """Who asked for it can go back over a boundary in the next text too."""
+    model = tiny_model(tiny_config())
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    logits_of(model, random_tokens(model.config, 1, 9), cache)
+    cache.reset()
+    tokens = random_tokens(model.config, 1, 12, seed=1)
+    logits_of(model, tokens, cache)
+    forget_and_go_on(model, list(tokens), cache, 8)
 
 
 @every_state
@@ -437,6 +539,21 @@ def test_reading_and_going_back_at_random(overrides: dict[str, Any]) -> None:
         assert cache.get_seq_length() == len(text)
 
 
+@pytest.mark.parametrize("num_pause_tokens", [0, 1])
+def test_a_state_that_went_back_is_a_file(num_pause_tokens: int, tmp_path: Path) -> None:
+    """What a boundary had kept is of the same dtypes as what took its place, pauses that are not there too."""
+    model = tiny_model(tiny_config(num_pause_tokens=num_pause_tokens))
+    tokens, cache = random_tokens(model.config, 1, 13), model.new_cache()
+    cache.activate_past_recording()
+    logits_of(model, tokens, cache)
+    cache.crop(-6)
+    cache.save_pretrained(tmp_path)
+    resumed, other = BakaCache.from_pretrained(tmp_path), model.new_cache()
+    logits_of(model, tokens[:, :7], other)
+    assert contents(resumed._pauses) == contents(other._pauses)
+    assert torch.equal(logits_of(model, tokens[:, 7:], resumed), logits_of(model, tokens[:, 7:], cache))
+
+
 def test_crop_as_far_as_is_recorded() -> None:
     """128 positions can be taken back however long the text, and what is kept for it does not grow."""
     model = tiny_model(tiny_config(chunk_size=7))
@@ -532,275 +649,93 @@ def test_crop_refuses_numbers_that_make_no_sense() -> None:
         cache.crop(3)
     with pytest.raises(ValueError, match="cannot crop 8 positions: only the last 7"):
         cache.crop(-8)
+    for number in (-1.9, -1.0, "-1", None, torch.tensor(-1.5)):
+        with pytest.raises(ValueError, match="takes an integer number of positions"):
+            cache.crop(number)
     assert contents(cache) == before
 
 
-# Files
+# What was read
 
 
-def state_at(model: BakaForCausalLM, stage: str) -> BakaCache:
-    """A state of two rows: fresh, seeded, mid-chunk, at a boundary, or with rows out of phase."""
-    if stage == "seeded":
-        memory = 3 * torch.randn(2, model.config.num_memory_tokens, model.config.hidden_size)
-        return model.new_cache(2, memory=memory)
-    if stage == "left-padded":
-        return rows_out_of_phase(model, 4, 11)[1]
-    cache = model.new_cache(2)
-    if stage != "fresh":
-        logits_of(model, random_tokens(model.config, 2, {"mid-chunk": 12, "boundary": 10}[stage]), cache)
-    return cache
+def polynomials(tokens: list[int]) -> list[int]:
+    """The hash by its definition, in integers of any size."""
+    values = [0, 0, 0]
+    for token in tokens:
+        steps = zip(values, MULTIPLIERS, PRIMES, strict=True)
+        values = [(value * multiplier + token + 1) % prime for value, multiplier, prime in steps]
+    return values
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stage", ["fresh", "seeded", "mid-chunk", "boundary", "left-padded"])
-def test_resume_from_a_file_is_bit_identical(dtype: torch.dtype, stage: str, tmp_path: Path) -> None:
-    """Logits and state after resuming equal those of never having stopped; saving changes nothing."""
-    model = tiny_model(tiny_config(memory_solidifier="glu"), dtype)
-    cache = state_at(model, stage)
-    before = contents(cache)
-    cache.save_pretrained(tmp_path)
-    assert contents(cache) == before
-    resumed = BakaCache.from_pretrained(tmp_path)
-    assert contents(resumed) == before
-    for length in (1, 9, 1):
-        tokens = random_tokens(model.config, 2, length, seed=length)
-        assert torch.equal(logits_of(model, tokens, resumed), logits_of(model, tokens, cache))
-    assert contents(resumed) == contents(cache)
+def test_the_hash_of_what_was_read() -> None:
+    """In one call or many, with what is masked left out, in any dtype of ids; and cropped it is what it was before."""
+    ids = torch.randint(2**30, (3, 70), generator=torch.Generator().manual_seed(0))
+    real = torch.rand(3, 70) < 0.7
+    found = hash_tokens(ids, real)
+    assert found.tolist() == [polynomials(row[kept].tolist()) for row, kept in zip(ids, real, strict=True)]
+    assert hash_tokens(ids[:, :1]).tolist() == [polynomials(row[:1].tolist()) for row in ids]
+    in_pieces = None
+    for piece, mask in zip(ids.split([1, 40, 1, 28], 1), real.split([1, 40, 1, 28], 1), strict=True):
+        in_pieces = hash_tokens(piece, mask, in_pieces)
+    assert in_pieces is not None and torch.equal(in_pieces, found)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(hash_tokens((ids % 256).to(dtype).to(torch.int64)), hash_tokens((ids % 256).to(dtype)))
 
-
-@every_state
-def test_resume_of_every_kind_of_state(overrides: dict[str, Any], tmp_path: Path) -> None:
-    """States with little in them (no memory, no keys of a previous chunk) or random pauses are files as well."""
-    model = tiny_model(tiny_config(**overrides))
-    model.train()  # where pauses are random
-    _, cache = rows_out_of_phase(model, 4, 13)
-    cache.save_pretrained(str(tmp_path / "deep" / "er"))
-    resumed = BakaCache.from_pretrained(str(tmp_path / "deep" / "er"), config=model.config)
-    assert contents(resumed) == contents(cache)
-    tokens = random_tokens(model.config, 2, 7, seed=7)
-    model.eval()
-    assert torch.equal(logits_of(model, tokens, resumed), logits_of(model, tokens, cache))
-
-
-def test_a_resumed_state_has_left_its_file(tmp_path: Path) -> None:
-    """Writing over the file in place does not change a state that was read from it."""
-    _, path = saved(tmp_path)
-    resumed = BakaCache.from_pretrained(tmp_path)
-    before = contents(resumed)
-    with open(path, "r+b") as file:
-        file.write(bytes(path.stat().st_size))
-    assert contents(resumed) == before
-
-
-def test_a_resumed_state_can_go_back(tmp_path: Path) -> None:
-    """Within the chunk in progress; what was recorded of earlier ones is not in the file."""
     model = tiny_model(tiny_config())
-    tokens = random_tokens(model.config, 1, 13)
-    cache = model.new_cache()
+    tokens, cache = random_tokens(model.config, 2, 17), model.new_cache(2)
     cache.activate_past_recording()
-    logits_of(model, tokens, cache)
-    cache.save_pretrained(tmp_path)
-    forget_and_go_on(model, list(tokens), BakaCache.from_pretrained(tmp_path), 3)
-    with pytest.raises(ValueError, match="not recorded"):
-        BakaCache.from_pretrained(tmp_path).crop(-4)
+    for part in tokens.split(4, dim=1):
+        logits_of(model, part, cache)
+    for count in (1, 3, 9):
+        cache.crop(-count)
+        assert cache._history is not None
+        assert cache._history.tolist() == [polynomials(row[: cache.get_seq_length()].tolist()) for row in tokens]
 
 
-def test_resume_in_another_precision(tmp_path: Path) -> None:
-    """`dtype` and `device` of from_pretrained; a float64 state read in float32 is that state rounded."""
-    model = tiny_model(tiny_config())
-    cache = state_at(model, "mid-chunk")
-    cache.save_pretrained(tmp_path)
-    resumed = BakaCache.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
-    assert contents(resumed) == contents(cache.clone().to(dtype=torch.float32))
+def is_primitive(root: int, prime: int) -> bool:
+    """Whether all numbers from 1 to prime - 1 are powers of `root`."""
+    rest, factors = prime - 1, set()
+    for factor in range(2, int(prime**0.5) + 1):
+        while rest % factor == 0:
+            rest //= factor
+            factors.add(factor)
+    return all(pow(root, (prime - 1) // factor, prime) != 1 for factor in factors | {rest} - {1})
 
 
-def test_a_state_with_a_graph_is_saved(tmp_path: Path) -> None:
-    """In the middle of training too; the graph stays usable, the file holds values only."""
-    model = tiny_model(tiny_config())
-    outputs = model(random_tokens(model.config, 1, 8), use_cache=True)
-    outputs.past_key_values.save_pretrained(tmp_path)
-    assert contents(BakaCache.from_pretrained(tmp_path)) == contents(outputs.past_key_values)
-    outputs.past_key_values.memory.sum().backward()
-    assert model.model.embed_tokens.weight.grad.any()
+def test_powers_of_the_multipliers_do_not_come_back() -> None:
+    """Which is what would make two places in a text alike: powers of a primitive root are all there are."""
+    for root, prime in zip(MULTIPLIERS, PRIMES, strict=True):
+        assert all(prime % factor for factor in range(2, int(prime**0.5) + 1)) and is_primitive(root, prime)
 
 
-def header_of(path: Path) -> dict[str, Any]:
-    """A safetensors header, read by the format's definition: its length in 8 bytes, then JSON."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    assert max(ends) == len(data) - 8 - length  # and nothing behind the tensors
-    return header
+@pytest.mark.parametrize("pair", [(0, 1), (3, 4), (5, 17), (100, 31999), (0, 2**30)], ids=str)
+def test_texts_with_a_pattern_have_hashes_of_their_own(pair: tuple[int, int]) -> None:
+    """Thue-Morse texts, which are equal to their complements modulo 2^64, and other regular texts over two ids."""
+    marks = torch.zeros(1, dtype=torch.int64)
+    while len(marks) < 4096:
+        marks = torch.cat([marks, 1 - marks])
+    texts = {}
+    for length in (2, 64, 1024, 4096):
+        steps = torch.arange(length)
+        rows = [marks[:length], 1 - marks[:length], steps % 2, (steps + 1) % 2, steps * 0, steps * 0 + 1]
+        rows += [(steps == place).long() for place in range(0, length, 1 + length // 50)]
+        rows += [(steps < place).long() for place in range(2, length, 1 + length // 50)]
+        hashes = hash_tokens(torch.tensor(pair)[torch.stack(rows)])
+        for column in hashes.unbind(1):  # each of the three alone tells them apart
+            assert len(column.unique()) == len({tuple(row.tolist()) for row in rows})
+        texts[length] = hashes
+    short = torch.cartesian_prod(*[torch.tensor(pair)] * 14)
+    assert len(hash_tokens(short).unique(dim=0)) == 2**14
 
 
-def test_what_a_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain tensors, with the format's version and the fields of the config in the metadata; nothing is pickled."""
-    for name in ("load", "loads", "dump", "dumps", "Pickler", "Unpickler"):
-        monkeypatch.setattr(pickle, name, None)
-    model = tiny_model(tiny_config(memory_solidifier="glu", rope_parameters={"rope_theta": 50.0}))
-    state_at(model, "left-padded").save_pretrained(tmp_path)
-    BakaCache.from_pretrained(tmp_path)
-    header = header_of(tmp_path / FILE)
-    metadata = header.pop("__metadata__")
-    assert metadata["format"] == "pt" and metadata["baka_cache_version"] == "1"
-    assert json.loads(metadata["config"]) == dict(
-        hidden_size=12,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        head_dim=6,
-        hidden_act="elephant",
-        rope_theta=50.0,
-        chunk_size=5,
-        num_memory_tokens=2,
-        memory_write="carry",
-        memory_solidifier="glu",
-        separate_solidifiers=False,
-        memory_norm=False,
-        num_pause_tokens=2,
-        pause_placement="fixed",
-        use_xl_cache=True,
-    )
-    layers = {f"layers.{layer}.{name}" for layer in (0, 1) for name in ("keys", "values")}
-    assert {"memory", "num_tokens", *layers} <= header.keys()
-    assert header["memory"]["dtype"] == "F64" and header["memory"]["shape"] == [2, 2, 12]
-    assert header["layers.1.keys"]["shape"] == [2, 2, 2 * (2 + 5 + 2 + 2), 6]
-
-
-def saved(directory: Path) -> tuple[BakaForCausalLM, Path]:
-    model = tiny_model(tiny_config())
-    state_at(model, "mid-chunk").save_pretrained(directory)
-    return model, directory / FILE
-
-
-def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], None]) -> None:
-    """The file again, after `change` of its tensors and metadata."""
-    tensors, metadata = load_file(path), header_of(path)["__metadata__"]
-    change(tensors, metadata)
-    save_file(tensors, path, metadata)
-
-
-def test_refuses_a_missing_file(tmp_path: Path) -> None:
-    """The message names the path that was looked for."""
-    for directory in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=f"expected a saved state at .*{FILE}, found no such file"):
-            BakaCache.from_pretrained(directory)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_refuses_a_truncated_file(kept: int, tmp_path: Path) -> None:
-    """Wherever it was cut off."""
-    _, path = saved(tmp_path)
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
-        BakaCache.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("content", [bytes(range(256)) * 40, b"{}", pickle.dumps({"memory": 0})])
-def test_refuses_random_bytes(content: bytes, tmp_path: Path) -> None:
-    """Anything else that stands under the name, a pickle too."""
-    (tmp_path / FILE).write_bytes(content)
-    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
-        BakaCache.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"baka_cache_version": "new"}], ids=str)
-def test_refuses_foreign_tensors(metadata: dict[str, str] | None, tmp_path: Path) -> None:
-    """A safetensors file that is no state, for instance a model's weights."""
-    save_file({"memory": torch.zeros(1, 2, 12)}, tmp_path / FILE, metadata)
-    with pytest.raises(ValueError, match="is a safetensors file but not a saved BakaCache"):
-        BakaCache.from_pretrained(tmp_path)
-
-
-def test_refuses_a_newer_format(tmp_path: Path) -> None:
-    """A file from the future says so, and what to do."""
-    _, path = saved(tmp_path)
-    rewritten(path, lambda tensors, metadata: metadata.update(baka_cache_version="2"))
-    with pytest.raises(ValueError, match="format version 2, this code reads up to 1: upgrade baka-hf"):
-        BakaCache.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["memory", "num_tokens", "layers.0.keys", "layers.1.values"])
-def test_refuses_a_file_without_one_of_its_tensors(name: str, tmp_path: Path) -> None:
-    """The message names the tensor."""
-    _, path = saved(tmp_path)
-    rewritten(path, lambda tensors, metadata: tensors.pop(name))
-    with pytest.raises(ValueError, match=f"is damaged, .*'{name}'"):
-        BakaCache.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["memory", "num_tokens", "layers.0.keys", "layers.1.values"])
-def test_refuses_tensors_of_another_shape(name: str, tmp_path: Path) -> None:
-    """A state that would not fit its own metadata."""
-    _, path = saved(tmp_path)
-    rewritten(path, lambda tensors, metadata: tensors.update({name: torch.cat([tensors[name]] * 2, dim=-1)}))
-    with pytest.raises(ValueError, match=f"the saved state's {name} is "):
-        BakaCache.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["config", "seq_length", "aligned"])
-@pytest.mark.parametrize("value", [None, "?", "[]"])
-def test_refuses_metadata_that_is_damaged(name: str, value: str | None, tmp_path: Path) -> None:
-    """Missing or nonsensical: a ValueError, no other error."""
-    _, path = saved(tmp_path)
-
-    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        metadata.pop(name)
-        if value is not None:
-            metadata[name] = value
-
-    rewritten(path, change)
-    with pytest.raises(ValueError):
-        BakaCache.from_pretrained(tmp_path)
-
-
-def test_refuses_another_configs_state(tmp_path: Path) -> None:
-    """With `config`, when reading the file; without, when the state is used. The message names the field."""
-    model, _ = saved(tmp_path)
-    other = tiny_model(tiny_config(chunk_size=6))
-    assert BakaCache.from_pretrained(tmp_path, config=model.config).batch_size == 2
-    with pytest.raises(ValueError, match="another configuration: expected chunk_size=6, got 5"):
-        BakaCache.from_pretrained(tmp_path, config=other.config)
-    with pytest.raises(ValueError, match="another configuration: expected chunk_size=6, got 5"):
-        logits_of(other, torch.ones(2, 1, dtype=torch.int64), BakaCache.from_pretrained(tmp_path))
-
-
-def half_written(tensors: dict[str, Tensor], path: str, metadata: dict[str, str]) -> None:
-    Path(path).write_bytes(b"half")
-    raise OSError("no space left on device")
-
-
-def interrupted(*paths: Any) -> None:
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("crash", ["while writing", "before renaming"])
-def test_a_crash_leaves_the_old_file(crash: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under the final name stands the old state or the new one, whole; and nothing else is left lying about."""
-    model, path = saved(tmp_path)
-    old = path.read_bytes()
-    cache = BakaCache.from_pretrained(tmp_path)
-    logits_of(model, random_tokens(model.config, 2, 4), cache)
-    with monkeypatch.context() as patch:
-        if crash == "while writing":
-            patch.setattr(cache_baka, "safe_save_file", half_written)
-        else:
-            patch.setattr(os, "replace", interrupted)
-        with pytest.raises((OSError, KeyboardInterrupt)):
-            cache.save_pretrained(tmp_path)
-    assert os.listdir(tmp_path) == [FILE] and path.read_bytes() == old
-    cache.save_pretrained(tmp_path)
-    assert os.listdir(tmp_path) == [FILE] and contents(BakaCache.from_pretrained(tmp_path)) == contents(cache)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX systems")
-def test_a_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
-    """Not those of the temporary file it was written as: whoever may read the folder may read the state."""
-    _, path = saved(tmp_path)
-    other = tmp_path / "other"
-    other.touch()
-    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+def test_a_thue_morse_text_is_not_taken_for_its_complement() -> None:
+    """A text never read is refused, where its hash modulo 2^64 was that of the history."""
+    model = tiny_model(tiny_config(num_hidden_layers=1))
+    marks = torch.tensor([[bin(number).count("1") % 2 for number in range(1024)]])
+    cache = model.new_cache()
+    logits_of(model, marks + 3, cache)
+    with pytest.raises(ValueError, match="not what the state has read"):
+        model.generate(torch.cat([4 - marks, marks[:, :2]], dim=1), cache=cache, max_new_tokens=1)
 
 
 # Another stream's memory

@@ -1,5 +1,6 @@
 """Model cards say what is known, leave out what is not, and their snippets run."""
 
+import ast
 import copy
 import pickle
 import re
@@ -136,7 +137,46 @@ def test_what_is_no_model_of_ours_and_two_scores_of_one_thing_are_refused() -> N
         model_card(BakaForCausalLM(tiny_config()), "tiny", results=[result(), result(steps=1)])
 
 
+def test_names_of_several_lines_make_no_headings_and_no_rows() -> None:
+    """Wherever a name stands in the text: its own, of runs and data, of a training's facts."""
+    evil = 'a "b" \\ | c\n\n# Evil\r| x |\u2028```'
+    chunks = [{"chunk": 0, "loss": 1.0, "num_tokens": 10}]
+    scored = result(run_id=evil, dataset=evil, split=evil, loss_by_chunk=chunks, note=evil)
+    card = model_card(
+        BakaForCausalLM(tiny_config()),
+        evil,
+        results=[scored],
+        others=[result(run_id=f"other {evil}")],
+        training={evil: evil},
+        dataset=evil,
+        base_model=evil,
+    )
+    headings = re.findall(r"^#+ (.*)$", card.text, re.MULTILINE)
+    assert headings == ['a "b" \\ | c # Evil | x | ```', "Use", "Memory", "Training", "Evaluation", "Limits"]
+    rows = [re.sub(r"\\\\|\\\|", "", row) for row in card.text.splitlines() if row.startswith("|")]
+    assert sorted({row.count("|") for row in rows}) == [3, 4, 6]  # of training, of depths, of scores
+    (name,) = {ast.literal_eval(call) for call in re.findall(r"from_pretrained\((\".*\"), ", snippet(card.text))}
+    assert name == evil
+    losses = {evil: 1.5}
+    card = model_card(BakaForCausalLM(tiny_config()), "tiny", losses=losses)
+    assert re.findall(r"^#+ (.*)$", card.text, re.MULTILINE) == ["tiny", "Use", "Memory", "Evaluation", "Limits"]
+
+
 # What a Trainer knows
+
+
+def test_results_of_another_seed_are_of_another_model(tmp_path: Path) -> None:
+    """They are shown beside the own ones, and the table says which is which."""
+    folder = tmp_path / "tiny"
+    run = trainer(folder, seed=7)
+    run.state.global_step = 2
+    for seed, loss in ((7, 1.5), (8, 2.5), (None, 3.5)):
+        write_result(folder / "results.db", result(seed=seed, steps=2, loss=loss))
+    run.create_model_card()
+    card = ModelCard.load(folder / "README.md")
+    assert [each.metric_value for each in card.data.eval_results if each.metric_type == "loss"] == [1.5]
+    rows = [row.replace(" ", "") for row in card.text.splitlines() if "wiki raw-1/test" in row and row[0] == "|"]
+    assert rows == ["|tiny|7|wikiraw-1/test|1.5000|4.48|", "|tiny|8|wikiraw-1/test|2.5000|12.18|"]
 
 
 @pytest.mark.smoke

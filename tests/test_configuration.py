@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from helpers import CONFIGS, tiny_config
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from baka_hf import BakaConfig, BakaModel
+from baka_hf.configuration_baka import ORIGINALLY
 
 # The contract of the public interface, field by field.
 DEFAULTS = dict(
@@ -55,7 +56,7 @@ UNUSUAL = dict(
     initializer_range=0.1,
     rope_parameters={"rope_type": "default", "rope_theta": 50.0},
     chunk_size=9,
-    num_memory_tokens=0,
+    num_memory_tokens=1,
     memory_write="tokens",
     memory_solidifier="mlp",
     separate_solidifiers=True,
@@ -105,10 +106,118 @@ def test_round_trip_through_json(values: dict[str, Any], tmp_path: Path) -> None
 
 @pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
 def test_every_variant_survives_the_difference_to_the_defaults(overrides: dict[str, Any], tmp_path: Path) -> None:
-    """`save_pretrained` writes only what differs from a default config: nothing a variant needs is lost by that."""
+    """`save_pretrained` writes what differs from transformers' defaults: nothing a variant needs is lost by that."""
     config = tiny_config(**overrides)
     config.save_pretrained(tmp_path)
     assert architecture(BakaConfig.from_pretrained(tmp_path)) == architecture(config)
+
+
+# Defaults that change
+
+
+class Later(BakaConfig):
+    """A later version, with other defaults and a field more."""
+
+    hidden_size: int = 24
+    num_attention_heads: int = 2
+    hidden_act: str = "gelu"
+    num_memory_tokens: int = 3
+    memory_norm: bool = True
+    num_pause_tokens: int = 0
+    use_xl_cache: bool = False
+    tie_word_embeddings: bool = True
+
+
+@pytest.mark.smoke
+def test_a_file_holds_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also at its default, and also if transformers had a field of that name and with that default for all configs."""
+    plain = PreTrainedConfig.to_dict
+    shared = dict(num_memory_tokens=16, tie_word_embeddings=False, bptt_chunks=None)
+    patched = lambda self: plain(self) | (shared if type(self) is PreTrainedConfig else {})  # noqa: E731
+    monkeypatch.setattr(PreTrainedConfig, "to_dict", patched)
+    BakaConfig().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {name: written[name] for name in DEFAULTS} == DEFAULTS
+    assert json.loads(BakaConfig().to_json_string()).items() >= DEFAULTS.items()
+
+
+@pytest.mark.smoke
+def test_a_file_means_what_it_meant_when_it_was_written(tmp_path: Path) -> None:
+    """A field that it lacks is read as it was by default then, by all that read configs."""
+    assert Later().hidden_act == "gelu" and Later().memory_norm  # new models are as they are now
+    config = BakaConfig()
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    written = json.loads(file.read_text())
+    assert architecture(Later.from_pretrained(tmp_path)) == DEFAULTS
+    for absent in ([name] for name in DEFAULTS):
+        assert architecture(Later.from_dict({k: v for k, v in written.items() if k not in absent})) == DEFAULTS
+    file.write_text(json.dumps({"model_type": "baka", "vocab_size": 7}))
+    for read in (Later.from_pretrained(tmp_path), Later.from_json_file(file)):
+        assert architecture(read) == DEFAULTS | dict(vocab_size=7)
+    assert Later.from_pretrained(tmp_path, num_memory_tokens=1).num_memory_tokens == 1
+    assert BakaConfig.from_dict({"rope_theta": 50.0}).rope_parameters["rope_theta"] == 50.0
+
+
+def test_every_field_has_a_first_value() -> None:
+    """Who adds a field says what models were before it."""
+    assert set(ORIGINALLY) == set(DEFAULTS)
+
+
+# The diary's ladder
+
+RUNGS: dict[str, dict[str, Any]] = {
+    "pristine": dict(num_memory_tokens=0, num_pause_tokens=0, use_xl_cache=False, hidden_act="silu"),
+    "elephant": dict(num_memory_tokens=0, num_pause_tokens=0, use_xl_cache=False),
+    "xl": dict(num_memory_tokens=0, num_pause_tokens=0),
+    "pause": dict(num_memory_tokens=0),
+    "tokens": dict(memory_write="tokens"),
+    "carry": dict(),
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("rung", RUNGS)
+def test_rungs(rung: str) -> None:
+    """The same whatever the defaults have become, and sizes are anybody's choice."""
+    for cls in (BakaConfig, Later):
+        assert architecture(cls.rung(rung)) == DEFAULTS | RUNGS[rung]
+        sizes = dict(vocab_size=19, hidden_size=12, num_attention_heads=2, num_hidden_layers=1, chunk_size=5)
+        sizes |= {} if "num_pause_tokens" in RUNGS[rung] else dict(num_pause_tokens=2)
+        sizes |= {} if "num_memory_tokens" in RUNGS[rung] else dict(num_memory_tokens=3)
+        derived = dict(num_key_value_heads=2, head_dim=6)
+        assert architecture(cls.rung(rung, **sizes)) == DEFAULTS | RUNGS[rung] | sizes | derived
+    assert BakaConfig.rung(rung, **RUNGS[rung]).to_dict() == BakaConfig.rung(rung).to_dict()
+    BakaModel(BakaConfig.rung(rung, **sizes))
+
+
+def test_there_is_no_such_rung() -> None:
+    with pytest.raises(ValueError, match="must be one of pristine, elephant, xl, pause, tokens, carry, got 'rmt'"):
+        BakaConfig.rung("rmt")
+
+
+@pytest.mark.parametrize(
+    ("rung", "field", "value"),
+    [
+        ("pristine", "hidden_act", "elephant"),
+        ("pristine", "num_memory_tokens", 4),
+        ("elephant", "num_pause_tokens", 4),
+        ("elephant", "use_xl_cache", True),
+        ("xl", "use_xl_cache", False),
+        ("pause", "num_pause_tokens", 0),
+        ("tokens", "memory_write", "carry"),
+        ("carry", "memory_write", "tokens"),
+        ("carry", "num_memory_tokens", 0),
+    ],
+)
+def test_a_rung_stays_what_it_is(rung: str, field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{field}` must be .* on the rung '{rung}', got {value!r}"):
+        BakaConfig.rung(rung, **{field: value})
+
+
+def test_what_no_rung_speaks_of_is_added_to_it() -> None:
+    config = BakaConfig.rung("carry", memory_norm=True, memory_solidifier="mlp")
+    assert architecture(config) == DEFAULTS | dict(memory_norm=True, memory_solidifier="mlp")
 
 
 def test_auto_config_for_model() -> None:
@@ -180,6 +289,70 @@ def test_unknown_arguments_are_kept(tmp_path: Path) -> None:
     config = BakaConfig.from_pretrained(tmp_path)
     assert config.tokenizer_note == "bytes"
     assert config.num_labels == 5
+
+
+MISSPELT = {
+    "num_memory_token": "num_memory_tokens",
+    "memory_tokens": "num_memory_tokens",
+    "num_mem_tokens": "num_memory_tokens",
+    "num_pauses_tokens": "num_pause_tokens",
+    "memory_solidifer": "memory_solidifier",
+    "separate_solidifier": "separate_solidifiers",
+    "pause_placment": "pause_placement",
+    "memorynorm": "memory_norm",
+    "chunksize": "chunk_size",
+    "use_xlcache": "use_xl_cache",
+    "bptt_chunk": "bptt_chunks",
+    "num_hidden_layer": "num_hidden_layers",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "hidden_sizes": "hidden_size",
+    "haed_dim": "head_dim",
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_refuses_misspelt_fields(name: str, tmp_path: Path) -> None:
+    """Wherever a field can be given: it would be kept, and mean nothing."""
+    BakaConfig().save_pretrained(tmp_path)
+    config = BakaConfig()
+    for give in (
+        lambda: BakaConfig(**{name: 1}),
+        lambda: BakaConfig.rung("carry", **{name: 1}),
+        lambda: BakaConfig.from_dict({name: 1}),
+        lambda: BakaConfig.from_pretrained(tmp_path, **{name: 1}),
+        lambda: AutoConfig.from_pretrained(tmp_path, **{name: 1}),
+        lambda: AutoConfig.for_model("baka", **{name: 1}),
+        lambda: setattr(config, name, 1),
+    ):
+        with pytest.raises(ValueError, match=f"no field `{name}` in BakaConfig. Did you mean `{MISSPELT[name]}`"):
+            give()
+
+
+def test_takes_names_that_are_not_ours() -> None:
+    """Those that transformers itself gives or reads, and ids of special tokens, however close they come."""
+    names = set(PreTrainedConfig().to_dict()) | set(GenerationConfig().to_dict()) | {"num_labels", "name_or_path"}
+    names |= {"eot_token_id", "eoi_token_id", "sep_token_id", "max_position_embeddings", "layer_types"}
+    names |= {"tokenizer_class", "quantization_config", "is_decoder", "sliding_window", "attention_dropout"}
+    for name in names:
+        BakaConfig._refuse_misspelt(name)
+    assert BakaConfig(eot_token_id=5, max_position_embeddings=9, is_decoder=True).eot_token_id == 5
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(memory_solidifier="glu"), dict(memory_norm=True), dict(memory_solidifier="mlp", memory_norm=True)]
+)
+def test_refuses_what_is_done_with_no_memory(fields: dict[str, Any]) -> None:
+    name = next(iter(fields))
+    with pytest.raises(ValueError, match=f"`{name}` must be .* when `num_memory_tokens` is 0, got {fields[name]!r}"):
+        BakaConfig(num_memory_tokens=0, **fields)
+    config = BakaConfig(**fields)
+    config.num_memory_tokens = 0
+    with pytest.raises(ValueError, match=f"`{name}` must be .* when `num_memory_tokens` is 0"):
+        config.validate_architecture()
+
+
+def test_takes_no_memory_where_the_default_does_something_with_one() -> None:
+    assert Later(num_memory_tokens=0).memory_norm and Later(num_memory_tokens=0, memory_norm=False).chunk_size == 512
 
 
 REFUSED: list[tuple[str, Any, dict[str, Any]]] = [

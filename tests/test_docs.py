@@ -238,7 +238,7 @@ def known_names() -> set[str]:
 ELSEWHERE = {"target_modules", "modules_to_save", "shift_labels", "distributed_config", "tp_plan"}
 # Arguments of the Hub's client, TRL, lm-eval and torchao or bitsandbytes.
 ELSEWHERE |= {"code_revision", "hub_token", "packing_strategy", "max_length", "max_batch_size", "batch_size"}
-ELSEWHERE |= {"quantization_config", "device_map"}
+ELSEWHERE |= {"quantization_config", "device_map", "exist_ok"}
 
 
 @pytest.mark.parametrize("page", PAGES)

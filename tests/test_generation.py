@@ -570,6 +570,24 @@ def test_the_state_after_beam_search_is_refused(model: BakaForCausalLM, own_stat
     assert torch.equal(logits_of(model, prompt(4, 8), state), logits_of(model, prompt(4, 8), model.new_cache(4)))
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_beam_search_that_has_read_nothing_leaves_the_state_usable(model: BakaForCausalLM, static: bool) -> None:
+    """An error before the first block has read: the state is still that of its rows' texts."""
+    state = model.new_cache(2, static=static)
+    before = contents(state)
+
+    def out_of_memory(*arguments: Any) -> None:
+        raise MemoryError
+
+    handle = model.model.embed_tokens.register_forward_pre_hook(out_of_memory)
+    with pytest.raises(MemoryError):
+        model.generate(prompt(1, 7), cache=state, num_beams=2, do_sample=False, max_new_tokens=2)
+    handle.remove()
+    state._prompt = None
+    assert contents(state) == before
+    assert torch.equal(logits_of(model, prompt(2, 8), state), logits_of(model, prompt(2, 8)))
+
+
 @pytest.mark.parametrize("given", [whole, whole_with_a_mask, new_tokens_with_a_whole_mask])
 def test_several_answers_from_one_state(model: BakaForCausalLM, given: Callable) -> None:
     """A state repeated for each answer; every answer's state is its own."""

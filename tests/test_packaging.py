@@ -2,12 +2,20 @@
 
 import ast
 import os
+import pickle
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import baka_hf
+from baka_hf import BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
+from baka_hf.registration import register
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "baka_hf"
@@ -32,6 +40,77 @@ def test_remote_code_imports_only_torch_transformers_and_its_siblings(module: st
 def test_importing_the_package_warns_of_nothing() -> None:
     modules = ", ".join(f"baka_hf.{path.stem}" for path in PACKAGE.glob("[a-z]*.py"))
     subprocess.run([sys.executable, "-W", "error", "-c", f"import baka_hf, {modules}"], check=True)
+
+
+QUICK = """
+import sys
+import baka_hf
+heavy = {"torch", "transformers", "torchao", "datasets", "accelerate", "pyarrow"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert set(baka_hf.__all__) < set(dir(baka_hf))
+import torch, transformers
+before = set(sys.modules)
+del sys.modules["baka_hf"], sys.modules["baka_hf.registration"]
+import baka_hf
+assert not {name for name in set(sys.modules) - before if not name.startswith("baka_hf")}
+"""
+
+
+@pytest.mark.smoke
+def test_importing_the_package_imports_and_prints_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", QUICK], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_results_are_looked_at_without_torch() -> None:
+    script = "import sys, runpy; sys.argv[1:] = ['--help']; runpy.run_module('baka_hf.results', run_name='__main__')"
+    check = f"try:\n    {script}\nexcept SystemExit:\n    assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+
+
+# The Auto classes are imported after the package, in parts, and know it as soon as they are there.
+AUTO = """
+import sys
+import baka_hf
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+assert "baka" in CONFIG_MAPPING and not {n for n in sys.modules if n.startswith("baka_hf.") and n.endswith("_baka")}
+import transformers.modeling_layers  # imports the Auto classes while what our own models import is half there
+from transformers import AutoModelForCausalLM
+config = AutoConfig.for_model("baka", vocab_size=9, hidden_size=8, num_attention_heads=2, num_hidden_layers=1)
+assert type(config) is baka_hf.BakaConfig
+assert type(AutoModelForCausalLM.from_config(config)) is baka_hf.BakaForCausalLM
+"""
+
+
+@pytest.mark.smoke
+def test_auto_classes_that_are_imported_later_know_the_model() -> None:
+    subprocess.run([sys.executable, "-c", AUTO], check=True)
+
+
+@pytest.mark.smoke
+def test_auto_classes_that_were_imported_before_know_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = {AutoModel: BakaModel, AutoModelForCausalLM: BakaForCausalLM}
+    auto |= {AutoModelForSequenceClassification: BakaForSequenceClassification}
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+    monkeypatch.delitem(CONFIG_MAPPING_NAMES, "baka")
+    for auto_class in auto:
+        monkeypatch.delitem(auto_class._model_mapping._model_mapping, "baka")
+        monkeypatch.delitem(auto_class._model_mapping._reverse_config_mapping, "BakaConfig")
+    assert "baka" not in CONFIG_MAPPING and BakaConfig not in AutoModel._model_mapping
+    register()
+    assert CONFIG_MAPPING["baka"] is BakaConfig
+    assert {auto_class: auto_class._model_mapping[BakaConfig] for auto_class in auto} == auto
+    assert "BakaForCausalLM" in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # as pipelines and the Trainer ask
+
+
+def test_the_package_has_its_public_names_and_no_others() -> None:
+    names: dict[str, object] = {}
+    exec("from baka_hf import *", names)
+    assert {name for name in names if name != "__builtins__"} == set(baka_hf.__all__)
+    for name in baka_hf.__all__:
+        assert names[name] is getattr(baka_hf, name) and pickle.loads(pickle.dumps(names[name])) is names[name]
+    with pytest.raises(AttributeError, match="module 'baka_hf' has no attribute 'BakaTokenizer'"):
+        _ = baka_hf.BakaTokenizer  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

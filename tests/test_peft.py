@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from baka_hf import BakaForCausalLM
 from baka_hf.data import LaneDataset
+from baka_hf.state_files_baka import fingerprint_of
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 peft = pytest.importorskip("peft")
@@ -330,3 +331,12 @@ def test_packed_texts_after_virtual_tokens_are_refused() -> None:
     with pytest.warns(UserWarning, match="Position ids are not supported"), pytest.raises(ValueError, match="packed"):
         model(tokens, **packed)
     model.get_base_model()(tokens, **packed)
+
+
+def test_fingerprints_of_weights() -> None:
+    """An adapter's weights count as soon as they are there, beside the others or merged into them."""
+    model = tiny_model(tiny_config())
+    plain = fingerprint_of(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    fingerprint = fingerprint_of(adapted)
+    assert len({plain, fingerprint, fingerprint_of(adapted.merge_and_unload())}) == 3

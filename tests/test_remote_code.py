@@ -90,6 +90,26 @@ with torch.no_grad():
 save_file(tensors, target / "resumed.safetensors")
 """
 
+# Where the package cannot be imported. Arguments: the folder that all of them are in, and their names.
+FOLDERS = """
+import json, os, sys
+sys.modules["baka_hf"] = None
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+folders = [os.path.join(sys.argv[1], name) for name in json.loads(sys.argv[2])]
+classes = {get_class_from_dynamic_module("modeling_baka.BakaForCausalLM", folder) for folder in folders}
+assert len(classes) == len(folders)
+tokens = torch.arange(13)[None] * 5 % 19
+ends = (folders[0], folders[-1])
+first, last = (AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for folder in ends)
+assert {type(first), type(last)} <= classes
+assert torch.equal(first(tokens).logits, last(tokens).logits)
+"""
+# The first two differ in nothing but what no name of Python's may hold.
+NAMES = ["my model", "my_model", "it's", 'the "best"', "a[b]", "a(b)", "{b}", "c++", "user@host", "a,b", "a=b", "a&b;c"]
+NAMES += ["100%", "a#b", "$x", "a:b", "a\\b", "v1.0.2", "7b", "-x", "über", "模型", "🐘"]
+
 
 def run(script: str, home: Path, *arguments: Any) -> None:
     """Run a script in a process of its own, with a Hugging Face home of its own and nothing of this one's paths."""
@@ -210,6 +230,17 @@ def test_a_state_saved_elsewhere(elsewhere: Path, checkpoint: Path) -> None:
     expected = logits_of(model, (TOKENS + 1) % 19, state)
     assert torch.equal(load_file(elsewhere / "resumed.safetensors")["resumed"], expected)
     assert torch.equal(logits_of(model, (TOKENS + 1) % 19, resumed), expected)
+
+
+@pytest.mark.smoke
+def test_code_is_found_in_folders_of_any_name(model: BakaForCausalLM, tmp_path: Path) -> None:
+    """Side by side in one process: each has its own copy, whose operators must not meet."""
+    model.save_pretrained(tmp_path / NAMES[0])
+    for name in NAMES[1:]:
+        (tmp_path / name).mkdir()
+        for path in (tmp_path / NAMES[0]).iterdir():
+            os.link(path, tmp_path / name / path.name)
+    run(FOLDERS, tmp_path, tmp_path, json.dumps(NAMES))
 
 
 # With the package at hand

@@ -5,9 +5,11 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +102,66 @@ def test_the_same_result_is_one_row(tmp_path: Path) -> None:
     assert read_results(path) == [dataclasses.replace(again, curves=curves)]
 
 
-@pytest.mark.parametrize("change", [{"run_id": "b"}, {"dataset": "b"}, {"split": "b"}, {"steps": 0}])
-def test_another_run_data_set_split_or_step_is_another_row(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "change", [{"run_id": "b"}, {"seed": 1}, {"seed": None}, {"dataset": "b"}, {"split": "b"}, {"steps": 0}]
+)
+def test_another_run_seed_data_set_split_or_step_is_another_row(tmp_path: Path, change: dict[str, Any]) -> None:
     path = tmp_path / "results.db"
     write_result(path, a_result())
     write_result(path, a_result(**change))
     assert read_results(path) == [a_result(), a_result(**change)]
+
+
+def test_every_seed_has_curves_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "results.db"
+    seeds = {seed: a_result(seed=seed, curves={"train": [(1, float(seed or 9))]}) for seed in (1, 0, None)}
+    for seed in (*seeds, *seeds):  # each of them twice
+        write_result(path, seeds[seed])
+    assert read_results(path) == list(seeds.values())
+
+
+# As version 0.1.0 wrote it: one result and one set of curves, whatever the seed.
+VERSION_1 = """
+CREATE TABLE results (
+    id INTEGER PRIMARY KEY, run_id TEXT NOT NULL, dataset TEXT NOT NULL, split TEXT NOT NULL, steps INTEGER NOT NULL,
+    loss REAL, perplexity REAL, bits_per_byte REAL, num_tokens INTEGER NOT NULL, model TEXT NOT NULL,
+    num_parameters INTEGER, num_parameters_without_embeddings INTEGER, seed INTEGER, tokens_seen INTEGER,
+    wall_time REAL, device TEXT, versions TEXT NOT NULL, git_revision TEXT, note TEXT NOT NULL, written TEXT NOT NULL,
+    UNIQUE (run_id, dataset, split, steps)
+);
+CREATE TABLE losses_by_chunk (
+    result_id INTEGER NOT NULL REFERENCES results (id), chunk INTEGER NOT NULL, loss REAL, num_tokens INTEGER NOT NULL,
+    PRIMARY KEY (result_id, chunk)
+) WITHOUT ROWID;
+CREATE TABLE curves (
+    run_id TEXT NOT NULL, split TEXT NOT NULL, step INTEGER NOT NULL, loss REAL, PRIMARY KEY (run_id, split, step)
+) WITHOUT ROWID;
+PRAGMA application_id = 0x62616B61;
+PRAGMA user_version = 1;
+INSERT INTO results (id, run_id, dataset, split, steps, loss, num_tokens, model, seed, versions, note, written) VALUES
+    (3, 'a', 'd', 's', 5, 1.5, 10, '{}', 0, '{}', '', ''), (4, 'b', 'd', 's', 5, 2.5, 10, '{}', NULL, '{}', '', '');
+INSERT INTO losses_by_chunk VALUES (4, 0, 2.5, 10);
+INSERT INTO curves VALUES ('a', 'train', 1, 3.0), ('b', 'train', 1, 4.0);
+"""
+
+
+def test_files_of_the_first_schema_are_read_and_brought_up_to_date(tmp_path: Path) -> None:
+    """A reader leaves the file as it is."""
+    path = tmp_path / "results.db"
+    connection = sqlite3.connect(path)
+    connection.executescript(VERSION_1)
+    connection.close()
+    before = path.read_bytes()
+    about = dict(dataset="d", split="s", steps=5, num_tokens=10)
+    a = Result(run_id="a", loss=1.5, seed=0, curves={"train": [(1, 3.0)]}, **about)
+    chunks = [{"chunk": 0, "loss": 2.5, "num_tokens": 10}]
+    b = Result(run_id="b", loss=2.5, curves={"train": [(1, 4.0)]}, loss_by_chunk=chunks, **about)
+    assert read_results(path) == [a, b] and path.read_bytes() == before
+    other = dataclasses.replace(a, seed=1, curves={"train": [(1, 2.0)]})
+    write_result(path, other)
+    again = dataclasses.replace(a, loss=1.0)
+    write_result(path, again)
+    assert read_results(path) == [again, b, other]
 
 
 def test_a_run_that_diverged_is_a_result(tmp_path: Path) -> None:
@@ -179,10 +235,78 @@ def test_a_writer_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "results.db"
     write_result(path, a_result())
-    twice = [{"chunk": 0, "loss": 1.0, "num_tokens": 1}] * 2
-    with pytest.raises(sqlite3.IntegrityError):
-        write_result(path, a_result(loss=9.0, loss_by_chunk=twice))
+    change(path, "CREATE TRIGGER full BEFORE INSERT ON losses_by_chunk BEGIN SELECT RAISE(FAIL, 'disk is full'); END")
+    with pytest.raises(sqlite3.IntegrityError, match="disk is full"):
+        write_result(path, a_result(loss=9.0))
     assert read_results(path) == [a_result()]
+
+
+def change(path: Path, statement: str, *values: object) -> None:
+    """What another program does to a file."""
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute(statement, values)
+    connection.close()
+
+
+@pytest.mark.parametrize("use", [read_results, lambda path: write_result(path, a_result())])
+def test_what_a_killed_writer_left_is_undone(tmp_path: Path, use: Callable[[Path], object]) -> None:
+    """Also by a reader: half of a transaction is in the file, and what was there before is in its journal."""
+    path, killed = tmp_path / "results.db", tmp_path / "killed.db"
+    write_result(path, a_result())
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("PRAGMA cache_size = 1")
+    writer.execute("BEGIN IMMEDIATE")
+    writer.execute("UPDATE results SET loss = 9")
+    writer.executemany("INSERT INTO curves VALUES ('other', 0, 'train', ?, 9.0)", [(step,) for step in range(9999)])
+    shutil.copy(path, killed)
+    shutil.copy(f"{path}-journal", f"{killed}-journal")
+    writer.close()
+    assert killed.read_bytes() != path.read_bytes()
+    use(killed)
+    assert read_results(killed) == [a_result()]
+    assert not Path(f"{killed}-journal").exists()
+
+
+@pytest.mark.parametrize(
+    ("statement", "values", "message"),
+    [
+        ("UPDATE results SET note = ?", [b"note"], r"with id 1: `note` must be a text, got b'note'"),
+        ("UPDATE results SET run_id = ?", [b"carry"], r"with id 1: `run_id` must be a name, got b'carry'"),
+        ("UPDATE results SET loss = ?", [b"12345678"], r"with id 1: `loss` must be a number"),
+        ("UPDATE results SET written = ?", [b"today"], r"`written` must be a text"),
+        ("UPDATE results SET device = 7.5, git_revision = ?", [b"0"], r"`git_revision` must be a text"),
+        ("UPDATE results SET model = '[1]'", [], r"`model` must be a dict with names as keys, got \[1\]"),
+        ("UPDATE results SET model = '{'", [], r"with id 1: Expecting property name"),
+        ("UPDATE results SET versions = '{\"torch\": 2}'", [], r"`versions: torch` must be a text, got 2"),
+        ("UPDATE curves SET loss = ?", [b"1"], r"`curves, eval: loss` must be a number"),
+        ("UPDATE losses_by_chunk SET loss = ?", [b"1"], r"`loss_by_chunk: loss` must be a number"),
+        ("UPDATE results SET note = CAST(? AS TEXT)", [b"\xff"], r"Could not decode to UTF-8 column 'note'"),
+        ("ALTER TABLE results ADD COLUMN mine TEXT", [], r"in its table results, found .*, mine\."),
+        (
+            "ALTER TABLE curves DROP COLUMN loss",
+            [],
+            r"in its table curves, found run_id, seed, split, s",
+        ),
+        ("DROP TABLE losses_by_chunk", [], r"in its table losses_by_chunk, found none"),
+    ],
+)
+def test_files_that_another_program_changed(
+    file: Path, capsys: pytest.CaptureFixture[str], statement: str, values: list[object], message: str
+) -> None:
+    change(file, "DELETE FROM results WHERE id > 1")
+    change(file, statement, *values)
+    with pytest.raises(ValueError, match=rf"results\.db (is damaged|was changed).*{message}"):
+        read_results(file)
+    with pytest.raises(SystemExit, match="error: "):
+        main([str(file), "list"])
+
+
+def test_a_table_of_somebody_else_is_left_alone(file: Path) -> None:
+    before = read_results(file)
+    change(file, "CREATE TABLE mine (result_id, opinion)")
+    write_result(file, before[0])
+    assert read_results(file) == before
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -196,7 +320,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     connection.execute("PRAGMA user_version = 7")
     connection.close()
     for use in (read_results, lambda path: write_result(path, a_result())):
-        with pytest.raises(ValueError, match="has schema version 7, this code reads up to 1: upgrade baka-hf"):
+        with pytest.raises(ValueError, match="has schema version 7, this code reads up to 2: upgrade baka-hf"):
             use(path)
 
     foreign = tmp_path / "foreign.db"
@@ -232,6 +356,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         ({"loss_by_chunk": [{"chunk": 0, "loss": "1", "num_tokens": 1}]}, "`loss_by_chunk: loss` must be a number"),
         ({"loss_by_chunk": [{"chunk": 0, "loss": 1.0, "num_tokens": 0}]}, "must hold chunks with tokens"),
+        ({"loss_by_chunk": [{"chunk": 0, "loss": 1.0, "num_tokens": 1}] * 2}, "each chunk once, got \\[0, 0\\]"),
+        ({"note": None}, "`note` must be a text, got None"),
+        ({"device": b"cpu"}, "`device` must be a text, got b'cpu'"),
+        ({"git_revision": 7}, "`git_revision` must be a text, got 7"),
+        ({"run_id": "a\ud800"}, "`run_id` must be a text that UTF-8 can hold"),
+        ({"model": None}, "`model` must be a dict with names as keys, got None"),
+        ({"model": {1: 2}}, "`model` must be a dict with names as keys"),
+        (
+            {"model": {"dtype": torch.float32}},
+            "`model` must hold what JSON can hold: .* dtype is not JSON serializable",
+        ),
+        ({"versions": {"torch": 2}}, "`versions: torch` must be a text, got 2"),
+        ({"curves": {None: [(1, 2.0)]}}, "`curves: split` must be a text, got None"),
         ({"curves": {"train": [(1, 2, 3)]}}, "`curves` must hold pairs of step and loss"),
         ({"curves": {"train": [(1.5, 2.0)]}}, "`curves, train: step` must be an integer"),
     ],
@@ -319,14 +456,14 @@ def test_the_module_is_a_program(file: Path) -> None:
     done = run(file, "list", program=("-m", "baka_hf.results"))
     assert done.returncode == 0, done.stderr  # packages that transformers imports may log something of their own
     header, rule, *rows = done.stdout.splitlines()
-    names = "run data steps loss perplexity bits/byte parameters w/o emb. trained on time written note"
+    names = "run seed data steps loss perplexity bits/byte parameters w/o emb. trained on time written note"
     assert " ".join(header.split()) == names
     assert set(rule) == {"-", " "}
-    assert [row.split()[:4] for row in rows] == [
-        ["plain", "wiki/test", "1000", "2.7500"],
-        ["plain", "wiki/val", "1000", "2.8750"],
-        ["carry", "wiki/test", "1000", "2.5000"],
-        ["carry", "wiki/val", "1000", "2.6250"],
+    assert [row.split()[:5] for row in rows] == [
+        ["plain", "0", "wiki/test", "1000", "2.7500"],
+        ["plain", "0", "wiki/val", "1000", "2.8750"],
+        ["carry", "0", "wiki/test", "1000", "2.5000"],
+        ["carry", "0", "wiki/val", "1000", "2.6250"],
     ]
     assert {"12.18", "1.2500", "1.23M", "235k", "5.00B", "1:02:04"} <= set(rows[2].split())
     assert rows[2].endswith("first try")
@@ -351,13 +488,37 @@ def test_compare(file: Path) -> None:
     ]
 
 
+def test_seeds_of_a_run_are_told_apart(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_result(file, a_result(seed=1, loss=2.25, curves={"eval": [(1000, 2.25)]}))
+    write_result(file, a_result(seed=None, loss=2.0))
+    main([str(file), "compare", "plain", "carry, seed 1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["plain", "carry,", "seed", "1", "difference"]
+    assert lines[2].split() == ["wiki/test", "loss", "2.7500", "2.2500", "-0.5000"]
+    assert ["seed", "0", "1"] in [line.split() for line in lines]
+    message = "run 'carry' has several seeds, name one of: carry, no seed; carry, seed 0; carry, seed 1."
+    with pytest.raises(SystemExit, match=message):
+        main([str(file), "compare", "carry", "plain"])
+    for kind, labels in (
+        ("depth", ["carry, seed 0: 2.500", "carry, seed 1: 2.250", "carry, no seed: 2.000"]),
+        ("curves", ["carry, seed 1, eval: 2.250"]),
+    ):
+        picture = tmp_path / f"{kind}.svg"
+        main([str(file), "plot", "--kind", kind, "--runs", "carry", "-o", str(picture)])
+        main([str(file), "plot", "--kind", kind, "--runs", "carry, seed 1", "-o", str(tmp_path / "one.svg")])
+        for label in labels:
+            assert f"<!-- {label}" in picture.read_text()
+
+
 def test_export(file: Path, tmp_path: Path) -> None:
     write_result(file, a_result(run_id="a|b", note="of two\nlines"))
     done = run(file, "export", "--format", "markdown")
     header, rule, *rows = done.stdout.splitlines()
-    assert header.startswith("| run | data | steps | loss |") and rule.startswith("| :-- | :-- | --: | --: |")
+    assert header.startswith("| run | seed | data | steps | loss |") and rule.startswith(
+        "| :-- | --: | :-- | --: | --: |"
+    )
     assert len(rows) == 5 and all(row.replace("\\|", "").count("|") == header.count("|") for row in rows)
-    assert rows[4].startswith(r"| a\|b | wiki/test | 1000 | 2.5000 |") and rows[4].endswith("| of two lines |")
+    assert rows[4].startswith(r"| a\|b | 0 | wiki/test | 1000 | 2.5000 |") and rows[4].endswith("| of two lines |")
 
     assert run(file, "export", "--format", "csv", "-o", tmp_path / "all.csv").stdout == ""
     table = list(csv.DictReader(io.StringIO((tmp_path / "all.csv").read_text())))
@@ -367,6 +528,35 @@ def test_export(file: Path, tmp_path: Path) -> None:
     assert (
         json.loads(table[2]["model.rope_parameters"]) == {"rope_theta": 1e4} and table[2]["versions.torch"] == "2.9.0"
     )
+
+
+def test_names_of_several_lines_stay_in_their_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.db"
+    write_result(path, a_result(run_id="first\n\n# second | third\r\x85last", note=""))
+    for command in (["list"], ["export", "--format", "markdown"], ["compare", a_result().run_id, "plain"]):
+        if command[0] == "compare":
+            write_result(path, a_result())
+            write_result(path, a_result(run_id="plain", note="two\nlines"))
+        main([str(path), *command])
+        text = capsys.readouterr().out
+        assert not text.startswith("#") and "\n#" not in text
+        if command[0] != "compare":
+            assert len(text.splitlines()) == 3
+    assert "two lines" in text
+
+
+def test_no_cell_of_a_spreadsheet_is_a_formula(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.db"
+    formulas = ["=1+1", "+1", "-1", "@SUM(A1)", " \t=1"]
+    for index, formula in enumerate(formulas):
+        values = dict(device=formula, model={"name": formula, "shift": -1.5}, versions={"x": formula}, loss=1e-7)
+        write_result(path, a_result(run_id=f"{formula}{index}", note=formula, **values))
+    main([str(path), "export", "--format", "csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    for formula, row in zip(formulas, rows, strict=True):
+        assert row["run_id"].startswith(f"'{formula}")
+        assert row["device"] == row["note"] == row["model.name"] == row["versions.x"] == f"'{formula}"
+        assert row["model.shift"] == "-1.5" and float(row["loss"]) == 1e-7 and row["split"] == "test"
 
 
 def test_an_empty_file_has_no_results(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -421,7 +611,7 @@ def test_runs_with_other_chunks_are_drawn_over_tokens(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["missing.db", "list"], "error: expected a file of results at missing.db, found none"),
-        (["FILE", "compare", "plain", "none"], "error: no run 'none'; there are: plain, carry."),
+        (["FILE", "compare", "plain", "none"], "error: no run 'none'; there are: plain; carry."),
         (["FILE", "plot", "--kind", "depth", "--runs", "none", "-o", "x.png"], "error: no run 'none'"),
         (["FILE", "plot", "--kind", "depth", "-o", "missing/x.png"], "error: .*No such file or directory"),
         (["EMPTY", "plot", "--kind", "depth", "-o", "x.png"], "error: no losses by depth to draw"),

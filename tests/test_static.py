@@ -336,6 +336,20 @@ def test_a_state_of_another_precision() -> None:
     assert_close(torch.cat(logits, 1), model(tokens).logits, **EXACT)
 
 
+@torch.no_grad()
+def test_a_row_that_has_read_nothing_has_no_memory(counts: dict[str, int]) -> None:
+    """Beside one that reads tokens by programs, and when it begins it reads as ever."""
+    model = tiny_model(tiny_config())
+    tokens, static = random_tokens(model.config, 2, 9), model.new_cache(2, static=True)
+    for column in range(3):
+        model(tokens[:, column : column + 1], attention_mask=torch.tensor([[1], [0]]), cache=static)
+        assert not static.memory[1].any() and static.memory[0].any()
+    found = torch.cat([model(tokens[:, column : column + 1], cache=static).logits for column in range(3, 9)], dim=1)
+    assert counts["tokens"] == 9
+    assert_close(found[1:], model(tokens[1:, 3:]).logits, **EXACT)
+    assert_close(found[:1], model(tokens[:1]).logits[:, 3:], **EXACT)
+
+
 def test_readers_that_were_given_up_are_gone() -> None:
     model = tiny_model(tiny_config())
     tokens, static = random_tokens(model.config, 1, 3), model.new_cache(static=True)

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from baka_hf import BakaCache, BakaForCausalLM, loss_baka
 from baka_hf.data import LaneDataset
 from baka_hf.evaluation import evaluate_documents
-from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum
+from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum, _about_lanes
 
 Row = dict[str, Tensor]
 EXACT = dict(rtol=1e-5, atol=1e-6)  # of float64: transformers takes losses in float32
@@ -215,6 +215,16 @@ def test_a_stream_resumes_after_any_step(tmp_path: Path, accumulation: int, step
         taken = [document for document, _ in about["places"] if document >= 0]
         again = [text for document, text in enumerate(texts) if document in taken or document > max(taken)]
         assert resumed.tokenized[: len(again)] == again[: len(resumed.tokenized)]
+
+
+@pytest.mark.parametrize("text", ["", '{"num_lanes": 4', "{}", "[]", "\udcff"])
+def test_places_that_are_damaged_are_refused(tmp_path: Path, text: str) -> None:
+    """As a full disk or a writer that was killed leaves them."""
+    folder = tmp_path / "lanes-rank-0"
+    folder.mkdir()
+    (folder / "lanes.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"lanes\.json is damaged: resume from an earlier checkpoint\."):
+        _about_lanes(str(tmp_path), 0)
 
 
 def test_two_processes_killed_and_resumed(tmp_path: Path) -> None:

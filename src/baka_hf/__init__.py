@@ -1,17 +1,14 @@
-"""BakaLLM, a language model that reads in chunks and remembers, as a Hugging Face model."""
+"""BakaLLM, a language model that reads in chunks and remembers, as a Hugging Face model.
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+Nothing is imported before it is used, and transformers' Auto classes know the model all the same.
+"""
 
-from .cache_baka import BakaCache
-from .configuration_baka import BakaConfig
-from .modeling_baka import BakaForCausalLM, BakaForSequenceClassification, BakaModel
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .registration import register
 
 __version__ = "0.1.0"
-
-AutoConfig.register(BakaConfig.model_type, BakaConfig)
-AutoModel.register(BakaConfig, BakaModel)
-AutoModelForCausalLM.register(BakaConfig, BakaForCausalLM)
-AutoModelForSequenceClassification.register(BakaConfig, BakaForSequenceClassification)
 
 __all__ = [
     "BakaCache",
@@ -20,3 +17,23 @@ __all__ = [
     "BakaForSequenceClassification",
     "BakaModel",
 ]
+
+if TYPE_CHECKING:
+    from .cache_baka import BakaCache
+    from .configuration_baka import BakaConfig
+    from .modeling_baka import BakaForCausalLM, BakaForSequenceClassification, BakaModel
+else:  # a type checker would take any name for one of the package's
+    _MODULES = {"BakaCache": "cache_baka", "BakaConfig": "configuration_baka"}  # all others are in modeling_baka
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f".{_MODULES.get(name, 'modeling_baka')}", __name__), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
+
+register()

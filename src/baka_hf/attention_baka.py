@@ -1,5 +1,6 @@
 """Attention of a span over the previous stream and the own one, and the kernels that compute it."""
 
+import hashlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -183,8 +184,12 @@ def _attend(
     return output.transpose(1, 2), logs.view(*query.shape[:3], 1)
 
 
-# A name of its own for each copy of this module, since code that comes with a checkpoint may be loaded beside it.
-@library.custom_op(f"{__name__.replace('.', '_')}::attend_backward", mutates_args=())
+# A name of its own for each copy of this module, since code that comes with a checkpoint may be loaded beside it. The
+# module's name has a folder's in it, which may hold what no name of an operator may.
+OPERATORS = f"baka_{hashlib.sha256(__name__.encode()).hexdigest()[:16]}"
+
+
+@library.custom_op(f"{OPERATORS}::attend_backward", mutates_args=())
 def _attend_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,

@@ -6,49 +6,37 @@ becomes the first, its keys turned back by S slots, which is exact because RoPE 
 memory vectors and, on the host, what tells one row's phase from another's: how many tokens each row has taken in.
 """
 
-import json
+import operator
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.modeling_utils import safe_open, safe_save_file
 
 from .functions_baka import choose_rows
-from .stream_baka import Placement
-
-CACHE_FILE = "baka_cache.safetensors"
-FORMAT_VERSION = 1
-
-# What two configurations must share for one to go on from the other's state.
-SIGNATURE_FIELDS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rope_theta",
-    "chunk_size",
-    "num_memory_tokens",
-    "memory_write",
-    "memory_solidifier",
-    "separate_solidifiers",
-    "memory_norm",
-    "num_pause_tokens",
-    "pause_placement",
-    "use_xl_cache",
+from .state_files_baka import (
+    CACHE_FILE,
+    NUM_HASHES,
+    SavedState,
+    check_signature,
+    fingerprint_of,
+    read_state,
+    signature_of,
+    state_shapes,
+    write_state,
 )
+from .stream_baka import Placement
 
 # While recording, `crop` may go back this many positions across chunk boundaries.
 RECORDED_POSITIONS = 128
 
-# Multiplier of the polynomial hash of the tokens read, odd and so invertible modulo 2^64 (Knuth's for 64 bits).
-HASH_MULTIPLIER = 6364136223846793005
-HASH_INVERSE = pow(HASH_MULTIPLIER, -1, 2**64)
+# What was read is known by its polynomials modulo the largest primes below 2^31, so that products fit into 64 bits, at
+# primitive roots drawn at random. (Modulo 2^64 every odd number makes a Thue-Morse text equal to its complement.)
+PRIMES = (2147483647, 2147483629, 2147483587)
+MULTIPLIERS = (1240014341, 754875954, 1984295915)
 
 
 class BakaCacheLayer(CacheLayerMixin):
@@ -58,10 +46,11 @@ class BakaCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.is_initialized = True
         self.seq_length = 0
         # An autograd graph may hold on to these very tensors: copy before writing in place.
@@ -120,6 +109,8 @@ class BakaCache(Cache):
         device, dtype: where and in what precision; by default PyTorch's default device and the config's dtype.
     """
 
+    memory: torch.Tensor  # m_i, before the solidifier, for the chunk in progress; zeros until a first token is read
+
     def __init__(
         self,
         config: Any,
@@ -129,31 +120,27 @@ class BakaCache(Cache):
     ):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
-        self._allocate(signature_of(config), batch_size, device, dtype or config.dtype or torch.get_default_dtype())
+        signature, dtype = signature_of(config), _floating(dtype or config.dtype or torch.get_default_dtype())
+        shapes = state_shapes(signature, batch_size)
+        self._begin(signature, {name: torch.zeros(shapes[name], device=device, dtype=dtype) for name in shapes})
 
-    def _allocate(
-        self, signature: dict, batch_size: int, device: torch.device | str | None, dtype: torch.dtype
-    ) -> None:
-        device = torch.get_default_device() if device is None else torch.device(device)
-        self.signature = signature
-        memories, pauses = signature["num_memory_tokens"], signature["num_pause_tokens"]
-        stream_length = 2 * memories + signature["chunk_size"] + pauses
-        slots = stream_length * (2 if signature["use_xl_cache"] else 1)
-        shape = (batch_size, signature["num_key_value_heads"], slots, signature["head_dim"])
-        layers = [BakaCacheLayer(shape, device, dtype) for _ in range(signature["num_hidden_layers"])]
-        super().__init__(layers=layers)
-        # m_i, before the solidifier, for the chunk in progress; zeros until a first token is read.
-        self.memory = torch.zeros(batch_size, memories, signature["hidden_size"], device=device, dtype=dtype)
+    def _begin(self, signature: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """Be a state of these tensors whose rows have read nothing."""
+        super().__init__(layers=[BakaCacheLayer() for _ in range(signature["num_hidden_layers"])])
+        self.signature, self._names = signature, tuple(state_shapes(signature, 1))
+        self._put(tensors)
+        batch_size = self.memory.shape[0]
 
         # On the host, so that the shape of the next step is known without waiting for the device:
         self._num_tokens = torch.zeros(batch_size, dtype=torch.int64)  # taken in since the row's text began
         self._seeded = torch.zeros(batch_size, dtype=torch.bool)  # rows that began with another stream's memory
+        pauses = signature["num_pause_tokens"]
         self._pauses = torch.zeros(batch_size, pauses, dtype=torch.int64)  # where those of the chunk in progress stand
         self._aligned = 0  # trailing positions at which every row took a token: `crop` can count back over them
 
         # For generate: the hash of the tokens read (None: unknown, as when embeddings were fed), the rows that met EOS,
         # and the prompt still to be read: how many of its columns are history, and the mask of those that are new.
-        self._history: torch.Tensor | None = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._history: torch.Tensor | None = hash_of_nothing(batch_size, self.device)
         self._finished: torch.Tensor | None = None
         self._prompt: tuple[int, torch.Tensor | None] | None = None
         self._is_beam_search = False
@@ -169,11 +156,12 @@ class BakaCache(Cache):
 
     @property
     def carried(self) -> dict[str, torch.Tensor]:
-        return {"memory": self.memory}
+        """What its memory holds, as `memory_baka` has it."""
+        return {name: getattr(self, name) for name in self._names if "." not in name}
 
     @carried.setter
     def carried(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.memory = tensors["memory"]
+        self._put(tensors)
 
     @property
     def batch_size(self) -> int:
@@ -195,7 +183,7 @@ class BakaCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the recurrent state: keys, values and memory."""
-        return sum(t.numel() * t.element_size() for t in self._tensors())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
     def is_croppable(self) -> bool:
@@ -205,11 +193,23 @@ class BakaCache(Cache):
         """Positions fed so far, padding included: what `generate` slices its input by."""
         return self.layers[0].seq_length
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        yield self.memory
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The recurrent state, [B, …] each, by the names of `state_shapes`."""
+        return {name: getattr(*self._place_of(name)) for name in self._names}
+
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Replace the tensors of the recurrent state by these."""
+        places = [(*self._place_of(name), tensor) for name, tensor in tensors.items()]
+        kept = [id(holder) for holder, name, tensor in places if getattr(holder, name, None) is tensor]
         for layer in self.layers:
-            yield layer.keys
-            yield layer.values
+            layer.is_shared = layer.is_shared and id(layer) in kept
+        for holder, name, tensor in places:
+            setattr(holder, name, tensor)
+
+    def _place_of(self, name: str) -> tuple[Any, str]:
+        """What holds the tensor "memory" or "layers.0.keys", and under which attribute."""
+        *path, attribute = name.split(".")
+        return self.layers[int(path[1])] if path else self, attribute
 
     def __repr__(self) -> str:
         return (
@@ -219,42 +219,55 @@ class BakaCache(Cache):
 
     # What rows do
 
-    def _apply(self, change: Any, rows: Any = None) -> "BakaCache":
-        """Replace each tensor of the state by `change` of it, and each per-row one on the host by `rows` of it."""
-        self.memory = change(self.memory)
-        for layer in self.layers:
-            keys, values = change(layer.keys), change(layer.values)
-            layer.is_shared = layer.is_shared and keys is layer.keys
-            layer.keys, layer.values = keys, values
+    def _apply(self, change: Callable, rows: Callable | None = None) -> "BakaCache":
+        """Replace each tensor of the state by `change` of it, and each per-row one on the host by `rows` of it.
+
+        Nothing is replaced before all is there: whatever is raised in between leaves the state as it was.
+        """
+        on_host = rows or (lambda tensor: tensor)
+        tensors = {name: change(tensor) for name, tensor in self.tensors().items()}
+        others = {name: on_host(getattr(self, name)) for name in ("_num_tokens", "_seeded", "_pauses")}
         for name in ("_history", "_finished", "_recent_ids"):
             if getattr(self, name) is not None:
-                setattr(self, name, change(getattr(self, name)))
-        if rows is not None:
-            self._num_tokens, self._seeded = rows(self._num_tokens), rows(self._seeded)
-            self._pauses = rows(self._pauses)
+                others[name] = change(getattr(self, name))
+        boundaries = []
         for boundary in self._boundaries:
-            boundary["tensors"] = [change(tensor) for tensor in boundary["tensors"]]
-            if rows is not None:
-                boundary["num_tokens"] = rows(boundary["num_tokens"])
-                boundary["completes"] = rows(boundary["completes"])
-                boundary["pauses"] = rows(boundary["pauses"])
+            kept = {name: change(tensor) for name, tensor in boundary["tensors"].items()}
+            counts = {name: on_host(boundary[name]) for name in ("num_tokens", "completes", "pauses")}
+            boundaries.append({"tensors": kept, **counts})
+        self._put(tensors)
+        self.__dict__.update(others, _boundaries=boundaries)
         return self
 
     def _select(self, indices: torch.Tensor) -> None:
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        host = indices.cpu()
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise ValueError(f"expected row indices, integers, got {indices.dtype} {indices.tolist()}.")
+        host = indices.to("cpu", torch.int64)
         if host.ndim != 1 or host.numel() == 0 or host.min() < -self.batch_size or host.max() >= self.batch_size:
             raise ValueError(f"expected row indices below the batch size {self.batch_size}, got {host.tolist()}.")
         host = host % self.batch_size
         self._apply(lambda t: t.index_select(0, host.to(t.device)), lambda t: t.index_select(0, host))
 
+    def _as_mask(self, mask: Any) -> torch.Tensor:
+        mask = torch.as_tensor(mask)
+        if mask.dtype != torch.bool or mask.shape != (self.batch_size,):
+            raise ValueError(
+                f"expected a boolean mask of shape ({self.batch_size},), got {mask.dtype} {tuple(mask.shape)}."
+            )
+        return mask.cpu()
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
-        self._select(beam_idx)
+        self._select(torch.as_tensor(beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows `indices`, in that order."""
-        self._select(indices)
+        """Keep the rows `indices`, in that order; or those where `indices` [B], if it is boolean, is True.
+
+        Raises:
+            ValueError: no row, one that is not there, or neither indices nor a mask with one entry for each row.
+        """
+        indices = torch.as_tensor(indices)
+        self._select(self._as_mask(indices).nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one after the other."""
@@ -283,12 +296,10 @@ class BakaCache(Cache):
                     f"{kind[1:]}."
                 )
         joined = cls.__new__(cls)
-        joined._allocate(states[0].signature, sum(state.batch_size for state in states), "meta", states[0].dtype)
-        joined.memory = torch.cat([state.memory for state in states])
-        for layer, *layers in zip(joined.layers, *(state.layers for state in states), strict=True):
-            layer.keys = torch.cat([each.keys for each in layers])
-            layer.values = torch.cat([each.values for each in layers])
-            layer.seq_length = layers[0].seq_length
+        parts = [state.tensors() for state in states]
+        joined._begin(states[0].signature, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        for layer, first in zip(joined.layers, states[0].layers, strict=True):
+            layer.seq_length = first.seq_length
         joined._num_tokens = torch.cat([state._num_tokens for state in states])
         joined._seeded = torch.cat([state._seeded for state in states])
         joined._pauses = torch.cat([state._pauses for state in states])
@@ -303,13 +314,11 @@ class BakaCache(Cache):
         return joined
 
     def reset(self) -> None:
-        """Forget everything: the state of rows that have read nothing."""
-        fresh = type(self).__new__(type(self))
-        fresh._allocate(self.signature, self.batch_size, self.device, self.dtype)
-        for layer, old in zip(fresh.layers, self.layers, strict=True):
-            layer.keys, layer.values = torch.zeros_like(old.keys), torch.zeros_like(old.values)
-        fresh.is_static, fresh._reader = self.is_static, self._reader
-        self.__dict__ = fresh.__dict__
+        """Forget everything: the state of rows that have read nothing. What was asked of it (to be static, to record
+        for `crop`) it goes on doing."""
+        is_static, reader, is_recording = self.is_static, self._reader, self._is_recording
+        self._begin(self.signature, {name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()})
+        self.is_static, self._reader, self._is_recording = is_static, reader, is_recording
 
     def reset_rows(self, mask: torch.Tensor) -> None:
         """Start a new text in the rows where `mask` [B] is True; the others go on.
@@ -317,26 +326,16 @@ class BakaCache(Cache):
         Raises:
             ValueError: `mask` is not a boolean vector with one entry for each row.
         """
-        mask = torch.as_tensor(mask)
-        if mask.dtype != torch.bool or mask.shape != (self.batch_size,):
-            raise ValueError(
-                f"expected a boolean mask of shape ({self.batch_size},), got {mask.dtype} {tuple(mask.shape)}."
-            )
-        host = mask.cpu()
-        if not host.any():
+        rows = self._as_mask(mask)
+        if not rows.any():
             return
-        self.memory = self.memory.masked_fill(mask.to(self.memory.device)[:, None, None], 0)
-        for layer in self.layers:
-            on_device = mask.to(layer.keys.device)[:, None, None, None]
-            layer.keys = layer.keys.masked_fill(on_device, 0)
-            layer.values = layer.values.masked_fill(on_device, 0)
-            layer.is_shared = False
-        self._num_tokens = self._num_tokens.masked_fill(host, 0)
-        self._seeded = self._seeded & ~host
+        self._put({name: without_rows(tensor, rows) for name, tensor in self.tensors().items()})
+        self._num_tokens = self._num_tokens.masked_fill(rows, 0)
+        self._seeded = self._seeded & ~rows
         if self._finished is not None:
-            self._finished = self._finished & ~mask.to(self._finished.device)
+            self._finished = without_rows(self._finished, rows)
         self._aligned = 0
-        self._boundaries.clear()
+        self._boundaries = []
 
     def seed_memory(self, memory: torch.Tensor) -> "BakaCache":
         """Begin these texts with the `.memory` of another stream, [R, hidden_size] or [B, R, hidden_size].
@@ -364,14 +363,18 @@ class BakaCache(Cache):
 
     def detach_(self) -> "BakaCache":
         """Cut the autograd graph: gradients of later calls end here."""
-        self.memory = self.memory.detach()
+        self._put({name: tensor.detach() for name, tensor in self.tensors().items()})
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
-            layer.is_shared = True
+            layer.is_shared = True  # its tensors are views
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "BakaCache":
-        """Move the state to a device, a floating dtype or both, in place."""
+        """Move the state to a device, a floating dtype or both, in place.
+
+        Raises:
+            ValueError: another kind of dtype.
+        """
+        dtype = None if dtype is None else _floating(dtype)
         return self._apply(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
     def clone(self) -> "BakaCache":
@@ -383,7 +386,6 @@ class BakaCache(Cache):
             twin = BakaCacheLayer.__new__(BakaCacheLayer)
             twin.__dict__ = dict(layer.__dict__)
             other.layers.append(twin)
-        other._boundaries = [dict(boundary) for boundary in self._boundaries]
         other._reader = None
         return other._apply(torch.clone, torch.clone)
 
@@ -407,6 +409,7 @@ class BakaCache(Cache):
         pauses: torch.Tensor,
         num_aligned: int,
         restarted: bool,
+        within_beam_search: bool,
     ) -> None:
         """Count what a call of `num_positions` has read, in the last `num_aligned` of which no row had padding.
 
@@ -418,11 +421,18 @@ class BakaCache(Cache):
         aligned = num_aligned + (self._aligned if num_aligned == num_positions else 0)
         self._aligned = min(aligned, int(num_tokens.min()))
         self._num_tokens, self._seeded, self._pauses = num_tokens, seeded, pauses
+        self._is_beam_search = within_beam_search
+        self._forget_what_was_not_read()
         self._boundaries = [
             boundary
             for boundary in self._boundaries
             if not restarted and bool((num_tokens - boundary["num_tokens"] < RECORDED_POSITIONS).any())
         ]
+
+    def _forget_what_was_not_read(self) -> None:
+        """A row that has read nothing has no memory yet, whatever it was given beside others that have."""
+        if not self._num_tokens.all():
+            self.memory = without_rows(self.memory, (self._num_tokens == 0) & ~self._seeded)
 
     def _remember_ids(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
         """Take [B, L] token ids into the hash of what was read, those where `real` [B, L] is False left out."""
@@ -445,14 +455,14 @@ class BakaCache(Cache):
     def _record_boundary(self, num_tokens: torch.Tensor, completes: torch.Tensor, pauses: torch.Tensor) -> None:
         """Keep the state just before the chunk of the rows `completes` [B] gives way to the next.
 
-        `num_tokens` [B] are the tokens each row has read by then.
+        `num_tokens` [B] are the tokens each row has read by then, and `pauses` [B, P] where its pauses stand, int64.
         """
         self._boundaries.append(
             {
                 "num_tokens": num_tokens.clone(),
                 "completes": completes,
                 "pauses": pauses,
-                "tensors": [tensor.detach().clone() for tensor in self._tensors()],
+                "tensors": {name: tensor.detach().clone() for name, tensor in self.tensors().items()},
             }
         )
         while len(self._boundaries) > 1 and bool(
@@ -466,10 +476,13 @@ class BakaCache(Cache):
         Free within the chunk in progress; across chunk boundaries it takes `activate_past_recording`.
 
         Raises:
-            ValueError: the number is positive, or goes back over padding, a reset, or a boundary not recorded. The
-                state is left as it was.
+            ValueError: no integer, a positive one, or one that goes back over padding, a reset, or a boundary not
+                recorded. The state is left as it was.
         """
-        count = -int(tokens_to_remove)  # transformers also counts with tensors
+        try:
+            count = -operator.index(tokens_to_remove)  # transformers also counts with tensors
+        except TypeError:
+            raise ValueError(f"`crop` takes an integer number of positions, got {tokens_to_remove!r}.") from None
         if count == 0:
             return
         if count < 0:
@@ -495,15 +508,14 @@ class BakaCache(Cache):
                 f"{RECORDED_POSITIONS} positions."
             )
 
+        tensors, pauses = self.tensors(), self._pauses
         for rows, boundary in restore:
-            kept = iter(boundary["tensors"])
-            self.memory = choose_rows(rows, next(kept), self.memory)
-            for layer in self.layers:
-                layer.keys = choose_rows(rows, next(kept), layer.keys)
-                layer.values = choose_rows(rows, next(kept), layer.values)
-                layer.is_shared = False
-            self._pauses = torch.where(rows[:, None], boundary["pauses"], self._pauses)
+            tensors = {name: choose_rows(rows, boundary["tensors"][name], tensor) for name, tensor in tensors.items()}
+            pauses = torch.where(rows[:, None], boundary["pauses"], pauses)
+        self._put(tensors)
+        self._pauses = pauses
         self._num_tokens = target
+        self._forget_what_was_not_read()
         self._aligned -= count
         for layer in self.layers:
             layer.seq_length -= count
@@ -515,9 +527,10 @@ class BakaCache(Cache):
         if self._history is None or recent is None or recent.shape[1] < count:
             self._history, self._recent_ids = None, None
             return
-        inverse = torch.tensor(_as_int64(HASH_INVERSE), device=recent.device)
-        for column in range(1, count + 1):
-            self._history = (self._history - recent[:, -column] - 1) * inverse
+        primes = _numbers(PRIMES, recent.device)
+        inverses = [pow(m, -count, prime) for m, prime in zip(MULTIPLIERS, PRIMES, strict=True)]
+        rest = self._history - hash_tokens(recent[:, recent.shape[1] - count :])
+        self._history = rest % primes * torch.tensor(inverses, device=recent.device) % primes
         self._recent_ids = recent[:, : recent.shape[1] - count]
 
     @property
@@ -526,48 +539,27 @@ class BakaCache(Cache):
 
     # Files
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, model: Any = None) -> None:
         """Write the state to `save_directory`/baka_cache.safetensors; resuming from it is bit-identical.
 
         The file appears under its name only when it is complete.
+
+        Args:
+            save_directory: the folder.
+            model (*optional*): the model that has read the texts. The file then has a fingerprint of its weights, see
+                `fingerprint_of`, by which `from_pretrained` can tell other weights.
+
+        Raises:
+            ValueError: the state is one process's share of another, or the weights are not whole and plain.
         """
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "memory": self.memory,
-            "num_tokens": self._num_tokens,
-            "seeded": self._seeded,
-            "pauses": self._pauses,
-        }
-        for index, layer in enumerate(self.layers):
-            tensors[f"layers.{index}.keys"] = layer.keys
-            tensors[f"layers.{index}.values"] = layer.values
+        rows = {"num_tokens": self._num_tokens, "seeded": self._seeded, "pauses": self._pauses}
         if self._history is not None:
-            tensors["history"] = self._history
+            rows["history"] = self._history
         if self._finished is not None:
-            tensors["finished"] = self._finished
-        metadata = {
-            "format": "pt",
-            "baka_cache_version": str(FORMAT_VERSION),
-            "seq_length": str(self.get_seq_length()),
-            "aligned": str(self._aligned),
-            "is_beam_search": str(int(self._is_beam_search)),
-            "config": json.dumps(self.signature, sort_keys=True),
-        }
-        handle, partial = tempfile.mkstemp(dir=directory, prefix=f".{CACHE_FILE}.")
-        os.close(handle)
-        try:
-            safe_save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, partial, metadata=metadata)
-            # A temporary file is its owner's alone; what is kept follows the folder's habits.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(partial, 0o666 & ~umask)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, directory / CACHE_FILE)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+            rows["finished"] = self._finished
+        numbers = self.get_seq_length(), self._aligned, int(self._is_beam_search)
+        state = SavedState(self.signature, self.tensors(), rows, *numbers)
+        write_state(Path(save_directory), state, None if model is None else fingerprint_of(model))
 
     @classmethod
     def from_pretrained(
@@ -576,6 +568,7 @@ class BakaCache(Cache):
         config: Any = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        model: Any = None,
     ) -> "BakaCache":
         """Read a state that `save_pretrained` wrote, by default to the CPU and in the dtype it was saved in.
 
@@ -583,103 +576,97 @@ class BakaCache(Cache):
             save_directory: the folder.
             config (`BakaConfig`, *optional*): the configuration the state must fit.
             device, dtype (*optional*): where to, in what precision.
+            model (*optional*): the model whose configuration and weights the state must be of. It takes a file that was
+                saved with `model`.
 
         Raises:
-            ValueError: no such file, a damaged or foreign one, a newer format, or another configuration's.
+            ValueError: no such file, a damaged or foreign one, a newer format, another configuration's, or another
+                model's.
         """
+        dtype = None if dtype is None else _floating(dtype)
         path = Path(save_directory) / CACHE_FILE
-        if not path.is_file():
-            raise ValueError(f"expected a saved state at {path}, found no such file.")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                # Copies: what the file maps into memory changes with the file, and lies at odd addresses, where
-                # vectorized arithmetic may round otherwise.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-        except Exception as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-        version = metadata.get("baka_cache_version", "")
-        if not version.isdecimal():
-            raise ValueError(f"{path} is a safetensors file but not a saved BakaCache.")
-        if int(version) > FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: upgrade baka-hf."
-            )
-        cache = cls.__new__(cls)
-        try:
-            signature = json.loads(metadata["config"])
-            if config is not None:
-                check_signature(signature, signature_of(config))
-            memory = tensors["memory"]
-            cache._allocate(signature, memory.shape[0], "meta", memory.dtype)
-            cache._load(tensors, metadata)
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{path} is damaged, its header or a tensor is not what was saved: {error}.") from error
-        return cache.to(device, dtype)
 
-    def _load(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-        def take(name: str, like: torch.Tensor) -> torch.Tensor:
-            tensor = tensors[name]
-            if tensor.shape != like.shape or tensor.is_floating_point() != like.is_floating_point():
+        def check(signature: dict[str, Any], fingerprint: str | None) -> None:
+            for each in (config, None if model is None else model.config):
+                if each is not None:
+                    check_signature(signature, signature_of(each))
+            if model is not None and fingerprint is None:
                 raise ValueError(
-                    f"the saved state's {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"expected shape {tuple(like.shape)}."
+                    f"{path} does not say which weights read it: save it with `model`, or load it without."
                 )
-            return tensor
+            if model is not None and fingerprint != fingerprint_of(model):
+                raise ValueError(f"the state in {path} was read by other weights than those of `model`.")
 
-        self.memory = take("memory", self.memory)
-        for index, layer in enumerate(self.layers):
-            layer.keys = take(f"layers.{index}.keys", layer.keys)
-            layer.values = take(f"layers.{index}.values", layer.values)
-            layer.seq_length = int(metadata["seq_length"])
-        self._num_tokens = take("num_tokens", self._num_tokens)
-        self._seeded = take("seeded", self._seeded)
-        self._pauses = take("pauses", self._pauses)
-        self._history = take("history", self._num_tokens) if "history" in tensors else None
-        self._finished = take("finished", self._seeded) if "finished" in tensors else None
-        self._aligned = int(metadata["aligned"])
-        self._is_beam_search = bool(int(metadata["is_beam_search"]))
-
-
-def signature_of(config: Any) -> dict[str, Any]:
-    """The fields of a `BakaConfig` that a state depends on."""
-    values = {name: getattr(config, name, None) for name in SIGNATURE_FIELDS}
-    values["rope_theta"] = float(config.rope_parameters["rope_theta"])
-    return values
+        saved = read_state(path, check)
+        state = cls.__new__(cls)
+        state._begin(saved.signature, saved.tensors)
+        for layer in state.layers:
+            layer.seq_length = saved.seq_length
+        state._num_tokens, state._seeded, state._pauses = (
+            saved.rows[name] for name in ("num_tokens", "seeded", "pauses")
+        )
+        state._history, state._finished = saved.rows.get("history"), saved.rows.get("finished")
+        state._aligned, state._is_beam_search = saved.aligned, bool(saved.is_beam_search)
+        return state.to(device, dtype)
 
 
-def check_signature(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise a `ValueError` that names the first field in which a state differs from what a model expects."""
-    for name in SIGNATURE_FIELDS:
-        if found.get(name) != expected[name]:
-            raise ValueError(
-                f"the state belongs to another configuration: expected {name}={expected[name]!r}, "
-                f"got {found.get(name)!r}."
-            )
+# What was read
 
 
-def hash_tokens(input_ids: torch.Tensor, real: torch.Tensor | None, start: torch.Tensor) -> torch.Tensor:
-    """Polynomial hash modulo 2^64 of the tokens of each row where `real` [B, L] is True, going on from `start` [B]."""
-    length = input_ids.shape[1]
+def hash_tokens(
+    input_ids: torch.Tensor, real: torch.Tensor | None = None, start: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[B, 3] int64, what stands for the tokens [B, L] of each row where `real` [B, L] is True.
+
+    It goes on from `start` [B, 3], that of what was read before. Texts of one length and one hash are met by nobody by
+    accident, whatever pattern they have; but who wants to can compute them.
+    """
+    batch_size, length = input_ids.shape
+    primes = _numbers(PRIMES, input_ids.device)
+    values = input_ids.long() + 1
+    start = hash_of_nothing(batch_size, input_ids.device) if start is None else start
     if length == 1 and real is None:
-        return start * HASH_MULTIPLIER + input_ids[:, 0] + 1
-    powers = _hash_powers(length, input_ids.device)
+        return (start * _numbers(MULTIPLIERS, input_ids.device) + values) % primes
+    powers = _powers(length, input_ids.device)
     if real is None:
-        return start * powers[length] + ((input_ids + 1) * powers[:length].flip(0)).sum(1)
+        return (start * powers[length] + (values[:, :, None] * powers[:length].flip(0) % primes).sum(1)) % primes
     after = real.flip(1).cumsum(1).flip(1) - real.long()
-    return start * powers[real.sum(1)] + ((input_ids + 1) * real * powers[after]).sum(1)
+    terms = (values * real)[:, :, None] * powers[after] % primes
+    return (start * powers[real.sum(1)] + terms.sum(1)) % primes
+
+
+def hash_of_nothing(batch_size: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(batch_size, NUM_HASHES, dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=8)
-def _hash_powers(length: int, device: torch.device) -> torch.Tensor:
+def _powers(length: int, device: torch.device) -> torch.Tensor:
+    """The multipliers' powers 0 … `length`, [length + 1, 3], in each step twice as many."""
     with torch.inference_mode(False):
-        factors = torch.full((length + 1,), HASH_MULTIPLIER, dtype=torch.int64)
-        factors[0] = 1
-        return factors.cumprod(0).to(device)
+        primes, factors = _numbers(PRIMES, device), _numbers(MULTIPLIERS, device)
+        powers = torch.ones_like(primes)[None]
+        while len(powers) <= length:
+            powers = torch.cat([powers, powers * factors % primes])
+            factors = factors * factors % primes
+        return powers[: length + 1]
 
 
-def _as_int64(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+@cache
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Constants that stay where CUDA graphs have met them."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
+
+
+def without_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`tensor` [B, …] with zeros in the rows where `rows` [B] is True."""
+    return tensor.masked_fill(rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), 0)
+
+
+def _floating(dtype: Any) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"expected a floating dtype for a state, got {dtype}.")
+    return dtype
 
 
 __all__ = ["BakaCache"]

@@ -40,6 +40,7 @@ class Call:
     seeded: torch.Tensor | None  # [B] bool, rows whose text began with another stream's memory
     num_aligned: int  # the last positions in which no row had padding
     restarts: bool  # a text has begun within a row
+    within_beam_search: bool
 
 
 class Results(NamedTuple):
@@ -89,8 +90,6 @@ def plan(
         use_cache = config.use_cache and not model.training
     if use_cache and cache is None:
         cache = model.new_cache(batch_size)
-    if cache is not None:
-        cache._is_beam_search = within_beam_search
 
     # Without a state every row begins here and nothing needs to be known on the host. With one, count.
     lengths: torch.Tensor | None = None
@@ -135,6 +134,7 @@ def plan(
         seeded=seeded,
         num_aligned=int(whole_columns.flip(0).cumprod(0).sum()),
         restarts=restarts is not None,
+        within_beam_search=within_beam_search,
     )
 
 
@@ -160,7 +160,8 @@ def _leave_state(cache: BakaCache, call: Call, results: Results) -> None:
     num_tokens = call.spans[-1].num_tokens if call.spans else cache._num_tokens
     pauses = results.pauses.expand(call.batch_size, -1).clone()
     assert call.seeded is not None
-    cache._advance(call.length, num_tokens, call.seeded, pauses, call.num_aligned, call.restarts)
+    counts = call.num_aligned, call.restarts, call.within_beam_search
+    cache._advance(call.length, num_tokens, call.seeded, pauses, *counts)
     if call.input_ids is None:
         cache._history = None
     else:

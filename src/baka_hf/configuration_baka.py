@@ -1,5 +1,6 @@
 """The configuration of BakaLLM: every variant of the architecture is a choice of these fields."""
 
+from difflib import get_close_matches
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -17,6 +18,48 @@ AUTO_MAP = {
 MEMORY_WRITES = ("carry", "tokens")
 MEMORY_SOLIDIFIERS = ("none", "glu", "gelephant", "mlp", "layer")
 PAUSE_PLACEMENTS = ("fixed", "random")
+ADDED = "If other code added it before the checkpoint was saved, that has to be done before loading too."
+
+# What models were before anybody could choose. A `config.json` that lacks a field means this, for a version wrote it
+# that did not have it yet, and the diary's rungs are made of it. Unlike the defaults below it never changes: it grows
+# with each new field. None: derived.
+ORIGINALLY: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "elephant",
+    "layer_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "rope_parameters": None,
+    "chunk_size": 512,
+    "num_memory_tokens": 16,
+    "memory_write": "carry",
+    "memory_solidifier": "none",
+    "separate_solidifiers": False,
+    "memory_norm": False,
+    "num_pause_tokens": 8,
+    "pause_placement": "fixed",
+    "use_xl_cache": True,
+    "bptt_chunks": None,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# The diary's ladder: what each rung says. A part that it does not name has a size, which may be any but 0.
+RUNGS: dict[str, dict[str, Any]] = {
+    "pristine": dict(hidden_act="silu", use_xl_cache=False, num_pause_tokens=0, num_memory_tokens=0),
+    "elephant": dict(hidden_act="elephant", use_xl_cache=False, num_pause_tokens=0, num_memory_tokens=0),
+    "xl": dict(hidden_act="elephant", use_xl_cache=True, num_pause_tokens=0, num_memory_tokens=0),
+    "pause": dict(hidden_act="elephant", use_xl_cache=True, num_memory_tokens=0),
+    "tokens": dict(hidden_act="elephant", use_xl_cache=True, memory_write="tokens"),
+    "carry": dict(hidden_act="elephant", use_xl_cache=True, memory_write="carry"),
+}
 
 
 class BakaConfig(PreTrainedConfig):
@@ -63,8 +106,11 @@ class BakaConfig(PreTrainedConfig):
         use_cache (`bool`, defaults to `True`): Return the recurrent state when not training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special token ids.
 
+    `config.json` holds every field, and one that it lacks is read as it was before there was a choice.
+
     Raises:
-        ValueError: a field has a value outside what is allowed; the message names the field and the value.
+        ValueError: a field has a value outside what is allowed; the message names the field and the value. Or the name
+            of a field is spelt almost like one of these; other names are kept, as with every config.
     """
 
     model_type = "baka"
@@ -108,7 +154,8 @@ class BakaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Every Auto class must find its model in a checkpoint, whichever of them was saved.
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        own = {"AutoConfig": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+        kwargs.setdefault("auto_map", AUTO_MAP | own)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and _is_int(self.hidden_size, 1) and _is_int(self.num_attention_heads, 1):
@@ -124,6 +171,78 @@ class BakaConfig(PreTrainedConfig):
             self.rope_parameters = dict(self.rope_parameters)  # transformers completes it in place
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    @classmethod
+    def rung(cls, name: str, /, **fields: Any) -> "BakaConfig":
+        """A rung of the diary's ladder, the same whatever the defaults have become.
+
+        Args:
+            name: "pristine", no memory, no pauses, no XL cache, a gate of silu; "elephant", the same with its gate;
+                "xl" adds the XL cache, "pause" the pauses, "tokens" memory that is written anew, and "carry" is the
+                formula of the Recurrent Memory Transformer.
+            fields: sizes, and whatever a rung does not speak of.
+
+        Raises:
+            ValueError: there is no such rung, or a field would make another one of it: one of those that `RUNGS` gives
+                it has another value, or a part that it has is given a size of 0.
+        """
+        if name not in RUNGS:
+            raise ValueError(f"`rung` must be one of {', '.join(RUNGS)}, got {name!r}.")
+        rung = RUNGS[name]
+        for field, value in fields.items():
+            if value != rung.get(field, value):
+                raise ValueError(f"`{field}` must be {rung[field]!r} on the rung {name!r}, got {value!r}.")
+            if value == 0 and field in ("num_memory_tokens", "num_pause_tokens") and field not in rung:
+                raise ValueError(f"`{field}` must be at least 1 on the rung {name!r}, got {value!r}.")
+        return cls(**ORIGINALLY | rung | fields)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As every config's; raises a `ValueError` for a config of another architecture or class."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"expected a checkpoint of model_type {cls.model_type!r}, got {model_type!r}: its weights are those of "
+                "another architecture, and none are converted on loading. Load it with the class of its own "
+                f"(AutoModelForCausalLM), or begin with new weights: a model made from a {cls.__name__}."
+            )
+        auto_map = config_dict.get("auto_map") or {}
+        found = auto_map.get("AutoConfig", cls.__name__).rpartition(".")[2]
+        if cls.__name__ == "BakaConfig" != found:
+            raise ValueError(
+                f"expected a checkpoint of BakaConfig, got one of {found}, which has code of its own. Load it with its "
+                "own classes, or with trust_remote_code=True in a process that has not imported baka_hf. Both get "
+                f"along in one process if {found} has a `model_type` of its own."
+            )
+        for name in kwargs:
+            cls._refuse_misspelt(name)
+        return super().from_dict(ORIGINALLY | config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What a file holds: all that differs from transformers' defaults, and every field of the architecture."""
+        return super().to_diff_dict() | {name: value for name, value in self.to_dict().items() if name in ORIGINALLY}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(type(self), name):
+            self._refuse_misspelt(name)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def _refuse_misspelt(cls, name: str) -> None:
+        """Raise a `ValueError` for a name that is almost a field's.
+
+        Ids of special tokens differ by a letter and are everybody's to name. No other name that transformers gives
+        comes as close to one of ours, but for those that mean the same in another architecture (`layer_norm_epsilon`).
+        """
+        if name.startswith("_") or name.endswith("_token_id") or hasattr(cls, name):
+            return
+        fields = [field for field in ORIGINALLY if not field.endswith("_token_id")]
+        for field in get_close_matches(name, fields, n=1, cutoff=0.85):
+            raise ValueError(f"there is no field `{name}` in {cls.__name__}. Did you mean `{field}`?")
 
     @property
     def stream_length(self) -> int:
@@ -166,11 +285,11 @@ class BakaConfig(PreTrainedConfig):
             ("pause_placement", PAUSE_PLACEMENTS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}. {ADDED}")
         if not isinstance(self.hidden_act, str) or (self.hidden_act != "elephant" and self.hidden_act not in ACT2FN):
             raise ValueError(
                 f"`hidden_act` must be 'elephant' or a name in transformers' ACT2FN ({', '.join(ACT2FN)}), "
-                f"got {self.hidden_act!r}."
+                f"got {self.hidden_act!r}. {ADDED}"
             )
 
         if self.head_dim % 2:
@@ -186,6 +305,11 @@ class BakaConfig(PreTrainedConfig):
             )
         if self.separate_solidifiers and self.memory_solidifier == "none":
             raise ValueError("`separate_solidifiers` must be False when `memory_solidifier` is 'none', got True.")
+        # Unless it is the default: who asks for no memory need not know all that is done with one.
+        for name, nothing in (("memory_solidifier", "none"), ("separate_solidifiers", False), ("memory_norm", False)):
+            value = getattr(self, name)
+            if not self.num_memory_tokens and value not in (nothing, getattr(type(self), name)):
+                raise ValueError(f"`{name}` must be {nothing!r} when `num_memory_tokens` is 0, got {value!r}.")
 
         self._validate_rope(self.rope_parameters)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cache_baka import HASH_MULTIPLIER, BakaCache
+from .cache_baka import BakaCache, hash_of_nothing, hash_tokens
 from .compile_baka import allow_programs
 from .configuration_baka import BakaConfig
 from .functions_baka import rotary_table_of
@@ -102,7 +102,7 @@ class StaticReader:
             self.num_tokens = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self.seeded = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
             self.reads = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
-            self.history = torch.zeros_like(self.num_tokens)
+            self.history = hash_of_nothing(self.batch_size, self.device)
             self.ids: dict[int, torch.Tensor] = {}
             self.states: dict[int, torch.Tensor] = {}
             for length in (1, config.chunk_size):
@@ -220,8 +220,8 @@ class StaticReader:
         states = self._read(model, cache, span, layout, view)
         self.states[1].copy_(states.masked_fill(~self.reads[:, None, None], 0))
         self.num_tokens.copy_(span.num_tokens)
-        hashed = self.history * HASH_MULTIPLIER + self.ids[1][:, 0] + 1
-        self.history.copy_(torch.where(self.reads, hashed, self.history))
+        hashed = hash_tokens(self.ids[1], start=self.history)
+        self.history.copy_(torch.where(self.reads[:, None], hashed, self.history))
 
     def _chunk(self, model: Any, cache: BakaCache, span: Span) -> None:
         key = span.first, span.has_previous

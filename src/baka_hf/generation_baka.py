@@ -91,14 +91,13 @@ class BakaGenerationMixin(GenerationMixin):
         return torch.cat([mask.new_ones(mask.shape[0], fed), mask], dim=1)
 
     def _is_history(self, cache: BakaCache, input_ids: torch.Tensor, mask: torch.Tensor) -> bool:
-        """Whether these are the tokens that the state has read, as far as a 64-bit hash can tell."""
+        """Whether these are the tokens that the state has read, as far as their hash can tell."""
         if input_ids.shape[1] != cache.get_seq_length() or cache._history is None:
             return False
         if cache.batch_size % input_ids.shape[0]:
             return False
-        start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
-        found = hash_tokens(input_ids, mask != 0, start)
-        found = found.repeat_interleave(cache.batch_size // input_ids.shape[0])
+        found = hash_tokens(input_ids, mask != 0)
+        found = found.repeat_interleave(cache.batch_size // input_ids.shape[0], 0)
         return bool((found.cpu() == cache._history.cpu()).all())
 
     def _prepare_cache_for_generation(

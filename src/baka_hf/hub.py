@@ -10,6 +10,7 @@ tells by itself, scores it finds in `results.db` in its output folder. A fact th
 The template is `model_card.md` at the top of the repository, a copy of which lies in the installed package.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.modelcard import TrainingSummary
 
 from .data import LaneDataset, StreamingLanes
-from .results import Result, curves_of, read_results, results_table, to_markdown
+from .results import Result, curves_of, one_line, read_results, results_table, to_markdown
 
 RESULTS_FILE = "results.db"  # in a Trainer's output folder
 TAGS = ("baka", "recurrent-memory", "long-context")
-SCORE_COLUMNS = ("run", "data", "loss", "perplexity", "bits/byte", "note")  # of `results_table`
+SCORE_COLUMNS = ("run", "seed", "data", "loss", "perplexity", "bits/byte", "note")  # of `results_table`
 # The last part of a model's class name, its Auto class and the Hub's name of what it does.
 TASKS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
@@ -101,30 +102,31 @@ def model_card(
     carried += ["the keys and values of the chunk before"] if config.use_xl_cache else []
     origin = None
     if base_model:
-        origin = f"fine-tuned from [{base_model}](https://huggingface.co/{base_model})"
+        base = one_line(base_model)
+        origin = f"fine-tuned from [{base}](https://huggingface.co/{base})"
     elif training:
         origin = "trained" if config.name_or_path else "trained from scratch"
     return ModelCard.from_template(
         card_data,
         template_path=str(template_path()),
-        name=name,
-        repository=repository or name,
+        name=one_line(name),
+        repository=json.dumps(repository or name, ensure_ascii=False),  # a string of Python's as well
         config=config,
         auto_class=auto_class,
         task=own_task,
         has_tokenizer=has_tokenizer,
         carried=" and ".join(carried),
         origin=origin,
-        dataset=" and ".join(_listed(dataset)),
+        dataset=one_line(" and ".join(_listed(dataset))),
         num_parameters=model.num_parameters(),
         state_bytes=model.new_cache(1).nbytes,
         dtype=str(model.dtype).removeprefix("torch."),
         depths=_depths_table(measured, config.chunk_size) if measured else None,
-        depths_of=f"{measured.dataset}/{measured.split}" if measured else None,
+        depths_of=one_line(f"{measured.dataset}/{measured.split}") if measured else None,
         deepest=_depth(measured) if measured else None,
-        training={label: _cell(value) for label, value in (training or {}).items()},
+        training={_cell(label): _cell(value) for label, value in (training or {}).items()},
         scores=_scores_table([*results, *others]),
-        losses=losses,
+        losses={one_line(split): loss for split, loss in (losses or {}).items()},
     )
 
 
@@ -142,9 +144,9 @@ def trainer_card(
 ) -> ModelCard:
     """The card of what a `Trainer` trains, now; the arguments are those of `Trainer.create_model_card`.
 
-    Scores are those in `results.db` of the output folder whose run has the name of the folder or of `args.run_name`, as
-    many steps as the Trainer has taken, and so are this model's. Last scores of all other runs in the file are shown
-    beside them.
+    Scores are those in `results.db` of the output folder whose run has the name of the folder or of `args.run_name`,
+    this seed or none, and as many steps as the Trainer has taken, and so are this model's. Last scores of all other
+    runs in the file are shown beside them.
 
     Args:
         finetuned_from: the model that training began with; if not given, the repository that it was loaded from.
@@ -152,7 +154,7 @@ def trainer_card(
     """
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     folder, step = Path(args.output_dir).absolute(), trainer.state.global_step
-    own, others = _results_of(folder / RESULTS_FILE, {folder.name, args.run_name}, step)
+    own, others = _results_of(folder / RESULTS_FILE, {folder.name, args.run_name}, args.seed, step)
     losses = {
         split.replace("_", " "): points[-1][1]
         for split, points in curves_of(trainer.state.log_history).items()
@@ -240,15 +242,16 @@ def _optimizer(optimizer: Any) -> str:
     return ", ".join([type(optimizer).__name__, *told])
 
 
-def _results_of(path: Path, runs: set[str | None], step: int) -> tuple[list[Result], list[Result]]:
-    """The results in a file, if there is one, of this model, and the last ones of other runs."""
+def _results_of(path: Path, runs: set[str | None], seed: int, step: int) -> tuple[list[Result], list[Result]]:
+    """The results in a file, if there is one, of this model, and the last ones of other runs and seeds."""
     if not path.is_file():
         return [], []
     own: dict[tuple[str, str], Result] = {}
-    others: dict[tuple[str, str, str], Result] = {}
-    for result in sorted(read_results(path), key=lambda result: result.steps):
-        if result.run_id not in runs:
-            others[result.run_id, result.dataset, result.split] = result
+    others: dict[tuple[str, int | None, str, str], Result] = {}
+    # Of two results of this model, one that tells no seed comes first and is replaced.
+    for result in sorted(read_results(path), key=lambda result: (result.steps, result.seed is not None)):
+        if result.run_id not in runs or result.seed not in (None, seed):
+            others[result.run_id, result.seed, result.dataset, result.split] = result
         elif result.steps == step:
             own[result.dataset, result.split] = result
     return list(own.values()), list(others.values()) if own else []
@@ -327,7 +330,7 @@ def _depths_table(result: Result, chunk_size: int) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return one_line(text).replace("|", "\\|")
 
 
 def _listed(values: str | Sequence[str] | None) -> list[str]:

@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_baka import BakaCache
 from .calls_baka import CACHE_NAME, Call, Results, close, plan
+from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
@@ -32,15 +33,16 @@ from .generation_baka import BakaGenerationMixin
 from .inputs_baka import can_look_at, check_cache, check_mask, check_text, either_name
 from .layers_baka import BakaDecoderLayer
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .memory_baka import MEMORY_UPDATES, SOLIDIFIERS
+from .memory_baka import MEMORY_UPDATES
 from .reading_baka import Reading
+from .solidifiers_baka import SOLIDIFIERS
 from .stream_baka import Memory, fixed_pauses
 from .training_graphs_baka import forget, recorder_of
 
 logger = logging.get_logger(__name__)
 
 
-class BakaPreTrainedModel(PreTrainedModel):
+class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
     config: BakaConfig
     config_class = BakaConfig
     base_model_prefix = "model"
@@ -53,18 +55,11 @@ class BakaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, tuple(SOLIDIFIERS.values())):
-            # A solidifier starts close to the identity.
-            for weight in module.output_weights:  # type: ignore[union-attr]
-                init.normal_(weight, std=self.config.initializer_range / self.config.hidden_size**0.5)
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.__module__.startswith("torch."):
-            # FSDP2 gives a sharded model a class of its own. What is saved with it is the code of the model's.
-            model_class = next(base for base in cls.__mro__[1:] if not base.__module__.startswith("torch."))
-            cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+        if isinstance(module, nn.Linear) and getattr(module, "starts_small", False):
+            # A thousandth of what comes in: that hardly changes even a small memory, which "mlp" and "layer" norm.
+            init.normal_(module.weight, std=0.001 / module.in_features**0.5)
+        else:
+            super()._init_weights(module)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
@@ -263,10 +258,10 @@ class BakaModel(BakaPreTrainedModel):
         reader = self._static_reader(cache) if bool(reads.any()) else None
         if reader is None:
             return None
-        cache._is_beam_search = within_beam_search
         states = reader.read_token(self, cache, input_ids, reads)
         num_aligned = int(bool(reads.all()))
-        cache._advance(1, cache._num_tokens + reads, cache._seeded, cache._pauses, num_aligned, False)
+        num_tokens = cache._num_tokens + reads
+        cache._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
         return states
 
     @on_host
@@ -301,7 +296,7 @@ class BakaModel(BakaPreTrainedModel):
 
     def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
         """The memory of rows that have read nothing, in the dtype and on the device of `like`: zeros."""
-        shapes = self.memory_update.state_shapes(self.config)
+        shapes = self.memory_update.state_shapes(self.config.num_memory_tokens, self.config.hidden_size)
         return {name: like.new_zeros(batch_size, *shape) for name, shape in shapes.items()}
 
     def anchor(self, like: torch.Tensor) -> torch.Tensor:

@@ -545,7 +545,8 @@ class Reading:
         S, batch_size = self.config.stream_length, self.call.batch_size
         if cache._is_recording:
             completes = torch.as_tensor(layout.completes).expand(batch_size)
-            cache._record_boundary(span.num_tokens, completes, torch.as_tensor(self.pauses).expand(batch_size, -1))
+            pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(batch_size, -1)
+            cache._record_boundary(span.num_tokens, completes, pauses)
         if not self.half:
             return
         for layer in cache.layers:

@@ -6,14 +6,17 @@
 
     python -m baka_hf.results results.db list
     python -m baka_hf.results results.db compare no-memory carry-16
+    python -m baka_hf.results results.db compare "carry-16, seed 0" "carry-16, seed 1"
     python -m baka_hf.results results.db export --format markdown
     python -m baka_hf.results results.db plot --kind depth -o depth.png
 
-A result is one row, known by its run, data set, split and optimizer steps. Written again, by a job that was resumed or
-ran twice, it takes the place of what was there. Losses by depth belong to the result, curves to the run.
+A result is one row, known by its run, seed, data set, split and optimizer steps. Written again, by a job that was
+resumed or ran twice, it takes the place of what was there. Losses by depth belong to the result, curves to the run with
+this seed.
 
 Any number of processes may write. A write is one transaction under SQLite's plain rollback journal: between writes the
-file is all there is and can be copied, and it needs no memory shared by its writers, as write-ahead logging does.
+file is all there is and can be copied, and it needs no memory shared by its writers, as write-ahead logging does. What
+a writer left that was killed, the next process that opens the file undoes, also if it comes to read.
 
 The file is read and written with the standard library alone, plots take matplotlib.
 """
@@ -29,13 +32,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x62616B61  # "baka": tells a file of results from other SQLite files
 SECONDS_TO_WAIT = 60.0  # for other writers
 SIDES = ("loss_by_chunk", "curves")  # fields of a result that have tables of their own
@@ -61,10 +64,11 @@ SCHEMA = (
         versions TEXT NOT NULL,     -- JSON
         git_revision TEXT,
         note TEXT NOT NULL,
-        written TEXT NOT NULL,      -- UTC
-        UNIQUE (run_id, dataset, split, steps)
+        written TEXT NOT NULL       -- UTC
     )
     """,
+    # In an index NULLs are all different. No seed is negative.
+    "CREATE UNIQUE INDEX one_result ON results (run_id, coalesce(seed, -1), dataset, split, steps)",
     """
     CREATE TABLE losses_by_chunk (
         result_id INTEGER NOT NULL REFERENCES results (id),
@@ -77,14 +81,31 @@ SCHEMA = (
     """
     CREATE TABLE curves (
         run_id TEXT NOT NULL,
+        seed INTEGER,
         split TEXT NOT NULL,
         step INTEGER NOT NULL,
-        loss REAL,
-        PRIMARY KEY (run_id, split, step)
-    ) WITHOUT ROWID
+        loss REAL
+    )
     """,
+    "CREATE UNIQUE INDEX one_point ON curves (run_id, coalesce(seed, -1), split, step)",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+# Version 1 had one result and one set of curves for all seeds of a run.
+FROM_VERSION_1 = (
+    "CREATE TEMP TABLE old_results AS SELECT * FROM results",
+    "CREATE TEMP TABLE old_losses AS SELECT * FROM losses_by_chunk",
+    "CREATE TEMP TABLE old_curves AS SELECT * FROM curves",
+    "DROP TABLE results",
+    "DROP TABLE losses_by_chunk",
+    "DROP TABLE curves",
+    *SCHEMA,
+    "INSERT INTO results SELECT * FROM old_results",
+    "INSERT INTO losses_by_chunk SELECT * FROM old_losses",
+    """
+    INSERT INTO curves SELECT run_id, seed, split, step, loss
+    FROM old_curves LEFT JOIN (SELECT DISTINCT run_id, seed FROM old_results) USING (run_id)
+    """,
 )
 
 
@@ -126,6 +147,15 @@ class Result:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"`{name}` must be a name, got {value!r}.")
+            _check_text(name, value)
+        _check_text("note", self.note)
+        for name in ("device", "git_revision", "written"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+        for name in ("model", "versions"):
+            _check_json(name, getattr(self, name))
+        for name, version in self.versions.items():
+            _check_text(f"versions: {name}", version)
         _check("loss", self.loss, float)
         for name in ("num_tokens", "steps"):
             _check(name, getattr(self, name), int)
@@ -146,7 +176,11 @@ class Result:
                 _check(f"loss_by_chunk: {name}", entry[name], kind)
             if not entry["num_tokens"]:
                 raise ValueError(f"`loss_by_chunk` must hold chunks with tokens, got {entry!r}.")
+        chunks = [entry["chunk"] for entry in self.loss_by_chunk]
+        if len(set(chunks)) < len(chunks):
+            raise ValueError(f"`loss_by_chunk` must hold each chunk once, got {chunks!r}.")
         for split, points in self.curves.items():
+            _check_text("curves: split", split)
             for point in points:
                 if len(point) != 2:
                     raise ValueError(f"`curves` must hold pairs of step and loss, got {point!r} for {split!r}.")
@@ -176,6 +210,25 @@ def _check(name: str, value: object, kind: type) -> None:
     if isinstance(value, bool) or not isinstance(value, allowed) or value < 0 or (kind is int and value >= 2**63):
         what = "an integer" if kind is int else "a number"
         raise ValueError(f"`{name}` must be {what} of at least 0, got {value!r}.")
+
+
+def _check_text(name: str, value: object) -> None:
+    """A text that SQLite can hold: half a surrogate pair is none, and bytes would come back as bytes."""
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` must be a text, got {value!r}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` must be a text that UTF-8 can hold, got {value!r}.") from error
+
+
+def _check_json(name: str, value: object) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"`{name}` must be a dict with names as keys, got {value!r}.")
+    try:
+        json.dumps(dict(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}` must hold what JSON can hold: {error}.") from error
 
 
 # What can be found out
@@ -244,29 +297,29 @@ def curves_of(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[
 def write_result(path: str | os.PathLike, result: Result) -> None:
     """Write a result, its losses by depth and its run's curves; the file is made if there is none.
 
-    A result with the same run, data set, split and steps is replaced, and so are points of the run's curves of the same
-    split and step; its other points stay.
+    A result with the same run, seed, data set, split and steps is replaced, and so are points of the curves of the same
+    run, seed, split and step; its other points stay.
 
     Raises:
-        ValueError: the file is something else, or of a newer version of this package.
+        ValueError: the file is something else, damaged, or of a newer version of this package.
         sqlite3.OperationalError: another process kept the file locked for a minute.
     """
     row = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in SIDES}
     row |= {name: json.dumps(dict(row[name]), sort_keys=True) for name in ("model", "versions")}
     row["perplexity"] = result.perplexity
     row["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
-    key = ("run_id", "dataset", "split", "steps")
+    key = ("run_id", "seed", "dataset", "split", "steps")
     columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
     changes = ", ".join(f"{name} = excluded.{name}" for name in row if name not in key)
+    unique = "run_id, coalesce(seed, -1), dataset, split, steps"
 
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with _opened(path, to_write=True) as file:
         file.execute(
-            f"INSERT INTO results ({columns}) VALUES ({values}) ON CONFLICT ({', '.join(key)}) DO UPDATE SET {changes}",
-            row,
+            f"INSERT INTO results ({columns}) VALUES ({values}) ON CONFLICT ({unique}) DO UPDATE SET {changes}", row
         )
         ((result_id,),) = file.execute(
-            f"SELECT id FROM results WHERE {' AND '.join(f'{name} = :{name}' for name in key)}", row
+            f"SELECT id FROM results WHERE {' AND '.join(f'{name} IS :{name}' for name in key)}", row
         )
         file.execute("DELETE FROM losses_by_chunk WHERE result_id = ?", (result_id,))
         file.executemany(
@@ -274,24 +327,28 @@ def write_result(path: str | os.PathLike, result: Result) -> None:
             [(result_id, entry["chunk"], entry["loss"], entry["num_tokens"]) for entry in result.loss_by_chunk],
         )
         file.executemany(
-            "INSERT OR REPLACE INTO curves VALUES (?, ?, ?, ?)",
-            [(result.run_id, split, *point) for split, points in result.curves.items() for point in points],
+            "INSERT OR REPLACE INTO curves VALUES (?, ?, ?, ?, ?)",
+            [
+                (result.run_id, result.seed, split, *point)
+                for split, points in result.curves.items()
+                for point in points
+            ],
         )
 
 
 def read_results(path: str | os.PathLike) -> list[Result]:
-    """All results of a file in the order in which they first came, each with all curves of its run.
+    """All results of a file in the order in which they first came, each with all curves of its run and seed.
 
     Raises:
-        ValueError: there is no such file, it is something else, or of a newer version of this package.
+        ValueError: there is no such file, it is something else, damaged, or of a newer version of this package.
     """
     if not Path(path).is_file():
         raise ValueError(f"expected a file of results at {path}, found none.")
     results = []
     with _opened(path, to_write=False) as file:
-        curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
-        for run_id, split, step, loss in file.execute("SELECT * FROM curves ORDER BY run_id, split, step"):
-            curves.setdefault(run_id, {}).setdefault(split, []).append((step, _number(loss)))
+        curves: dict[tuple[str, int | None], dict[str, list[tuple[int, float]]]] = {}
+        for run_id, seed, split, step, loss in file.execute("SELECT * FROM curves ORDER BY run_id, seed, split, step"):
+            curves.setdefault((run_id, seed), {}).setdefault(split, []).append((step, _number(loss)))
         chunks: dict[int, list[dict[str, Any]]] = {}
         for result_id, chunk, loss, num_tokens in file.execute("SELECT * FROM losses_by_chunk ORDER BY chunk"):
             entry = {"chunk": chunk, "loss": _number(loss), "num_tokens": num_tokens}
@@ -300,10 +357,14 @@ def read_results(path: str | os.PathLike) -> list[Result]:
         names = [column[0] for column in rows.description]
         for values in rows:
             row: dict[str, Any] = dict(zip(names, values, strict=True))
+            result_id = row.pop("id")
             del row["perplexity"]  # follows from the loss
-            row |= {"loss": _number(row["loss"])} | {name: json.loads(row[name]) for name in ("model", "versions")}
-            row |= {"loss_by_chunk": chunks.get(row.pop("id"), ()), "curves": curves.get(row["run_id"], {})}
-            results.append(Result(**row))
+            row |= {"loss_by_chunk": chunks.get(result_id, ()), "curves": curves.get((row["run_id"], row["seed"]), {})}
+            try:
+                row |= {"loss": _number(row["loss"])} | {name: json.loads(row[name]) for name in ("model", "versions")}
+                results.append(Result(**row))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path} is damaged, its result with id {result_id}: {error}") from error
     return results
 
 
@@ -314,37 +375,78 @@ def _number(loss: float | None) -> float:
 
 @contextmanager
 def _opened(path: str | os.PathLike, to_write: bool) -> Iterator[sqlite3.Connection]:
-    """One transaction on a file of results."""
-    uri = f"{Path(path).resolve().as_uri()}?mode={'rwc' if to_write else 'ro'}"
+    """One transaction on a file of results, in today's schema."""
+    # A reader may have to undo what a writer left that was killed, and changes nothing else.
+    uri = f"{Path(path).resolve().as_uri()}?mode={'rwc' if to_write else 'rw'}"
     connection = sqlite3.connect(uri, uri=True, timeout=SECONDS_TO_WAIT, isolation_level=None)
+    copy = sqlite3.connect(":memory:", isolation_level=None)
     try:
         # A writer takes its turn before it looks at anything, so that two never make the tables of one file.
         connection.execute("BEGIN IMMEDIATE" if to_write else "BEGIN")
-        _check_schema(connection, path, to_write)
-        yield connection
+        version = _check_schema(connection, path, to_write)
+        if version == SCHEMA_VERSION or to_write:
+            file = connection
+        else:
+            connection.backup(copy)
+            file = copy
+        if version < SCHEMA_VERSION:
+            for statement in FROM_VERSION_1 if version else SCHEMA:
+                file.execute(statement)
+        yield file
         connection.execute("COMMIT")
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorname not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
-            raise
-        raise ValueError(f"{path} is no SQLite file, or a damaged one: {error}.") from error
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", None)
+        if name == "SQLITE_READONLY_ROLLBACK":
+            raise ValueError(
+                f"a process that wrote {path} was killed, and what it left can only be undone by one that may write to "
+                "the file and its folder: read it once as somebody who may."
+            ) from error
+        if name in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+            raise ValueError(f"{path} is no SQLite file, or a damaged one: {error}.") from error
+        if name is None:  # not SQLite's, but of its module: a text that is not UTF-8
+            raise ValueError(f"{path} is damaged: {error}.") from error
+        raise
     finally:
+        copy.close()
         connection.close()  # undoes what was not committed
 
 
-def _check_schema(connection: sqlite3.Connection, path: str | os.PathLike, to_write: bool) -> None:
-    """See that the file is one of results that this code can read; make the tables of a new one."""
+def _check_schema(connection: sqlite3.Connection, path: str | os.PathLike, to_write: bool) -> int:
+    """The version of the schema, 0 of an empty file that is to be written. All others must be files of results."""
     ((application,),) = connection.execute("PRAGMA application_id")
     ((version,),) = connection.execute("PRAGMA user_version")
-    ((tables,),) = connection.execute("SELECT count(*) FROM sqlite_master")
-    if not application and not version and not tables and to_write:
-        for statement in SCHEMA:
-            connection.execute(statement)
-    elif application != APPLICATION_ID:
+    columns = _columns(connection)
+    if not application and not version and not columns and to_write:
+        return 0
+    if application != APPLICATION_ID:
         raise ValueError(f"{path} is an SQLite file, but not one of results.")
-    elif version > SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {version}, this code reads up to {SCHEMA_VERSION}: upgrade baka-hf."
         )
+    with closing(sqlite3.connect(":memory:")) as model:
+        for statement in SCHEMA:
+            model.execute(statement)
+        expected = _columns(model)
+    if version == 1:
+        expected["curves"].remove("seed")
+    for table, names in expected.items():
+        if columns.get(table) != names:
+            found = ", ".join(columns.get(table, ())) or "none"
+            raise ValueError(
+                f"{path} was changed: expected columns {', '.join(names)} in its table {table}, found {found}. What is "
+                "to be kept beside results has its place in another table."
+            )
+    return version
+
+
+def _columns(connection: sqlite3.Connection) -> dict[str, list[str]]:
+    """The names of all columns of all tables."""
+    tables = [table for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    return {
+        table: [name for (name,) in connection.execute("SELECT name FROM pragma_table_info(?)", (table,))]
+        for table in tables
+    }
 
 
 # Tables
@@ -381,6 +483,7 @@ def _duration(seconds: float | None) -> str:
 
 COLUMNS = (
     Column("run", lambda r: r.run_id),
+    Column("seed", lambda r: "" if r.seed is None else str(r.seed)),
     Column("data", lambda r: f"{r.dataset}/{r.split}"),
     Column("steps", lambda r: str(r.steps)),
     Column("loss", lambda r: _decimals(r.loss, 4)),
@@ -391,7 +494,7 @@ COLUMNS = (
     Column("trained on", lambda r: _count(r.tokens_seen)),
     Column("time", lambda r: _duration(r.wall_time)),
     Column("written", lambda r: (r.written or "")[:10]),
-    Column("note", lambda r: " ".join(r.note.split())),
+    Column("note", lambda r: r.note),
 )
 TEXTS = {"", "run", "data", "written", "note"}  # columns aligned to the left
 
@@ -406,8 +509,12 @@ def compare(results: Sequence[Result], a: str, b: str) -> list[list[str]]:
     """The header and rows of two runs side by side: the last score on each split, and all in which they differ.
 
     Raises:
-        ValueError: there is no such run.
+        ValueError: there is no such run, or there are several seeds of it and none is named.
     """
+    for run in (a, b):
+        seeds = sorted({_name(result, results) for result in _of_runs(results, [run])})
+        if len(seeds) > 1:
+            raise ValueError(f"run {run!r} has several seeds, name one of: {'; '.join(seeds)}.")
     first, second = ({(r.dataset, r.split): r for r in _last(_of_runs(results, [run]))} for run in (a, b))
     table = [["", a, b, "difference"]]
     for place in dict.fromkeys([*first, *second]):
@@ -437,26 +544,42 @@ def _facts(result: Result) -> dict[str, str]:
     return facts | {f"versions.{name}": version for name, version in result.versions.items()}
 
 
+def _name(result: Result, results: Iterable[Result]) -> str:
+    """What a run is called among these results: its seed belongs to the name if there is another one."""
+    seeds = {other.seed for other in results if other.run_id == result.run_id}
+    if len(seeds) == 1:
+        return result.run_id
+    return f"{result.run_id}, {'no seed' if result.seed is None else f'seed {result.seed}'}"
+
+
 def _of_runs(results: Sequence[Result], runs: Sequence[str] | None) -> list[Result]:
-    known = dict.fromkeys(result.run_id for result in results)
+    """The results of runs, each named with its seed or, for all of its seeds, without."""
+    names = [{result.run_id, _name(result, results)} for result in results]
     for run in runs or ():
-        if run not in known:
-            raise ValueError(f"no run {run!r}; there are: {', '.join(known) or 'none'}.")
-    return [result for result in results if runs is None or result.run_id in runs]
+        if not any(run in each for each in names):
+            known = dict.fromkeys(_name(result, results) for result in results)
+            raise ValueError(f"no run {run!r}; there are: {'; '.join(known) or 'none'}.")
+    return [result for result, each in zip(results, names, strict=True) if runs is None or each & {*runs}]
 
 
 def _last(results: Iterable[Result]) -> list[Result]:
-    """Of each run the result with the most steps on each split of each data set."""
-    last: dict[tuple[str, str, str], Result] = {}
+    """Of each run and seed the result with the most steps on each split of each data set."""
+    last: dict[tuple[str, int | None, str, str], Result] = {}
     for result in results:
-        place = (result.run_id, result.dataset, result.split)
+        place = (result.run_id, result.seed, result.dataset, result.split)
         if place not in last or result.steps >= last[place].steps:
             last[place] = result
     return list(last.values())
 
 
+def one_line(text: str) -> str:
+    """A text as a cell of a table or a heading can hold it."""
+    return " ".join(text.split())
+
+
 def to_text(table: Sequence[Sequence[str]]) -> str:
     """A table for a terminal."""
+    table = [[one_line(cell) for cell in row] for row in table]
     header = table[0]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     rule = ["-" * width for width in widths]
@@ -473,24 +596,34 @@ def to_text(table: Sequence[Sequence[str]]) -> str:
 def to_markdown(table: Sequence[Sequence[str]]) -> str:
     header = table[0]
     rule = [":--" if name in TEXTS else "--:" for name in header]
-    rows = [[cell.replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in table]
+    rows = [[one_line(cell).replace("\\", "\\\\").replace("|", "\\|") for cell in row] for row in table]
     return "".join(f"| {' | '.join(row)} |\n" for row in (rows[0], rule, *rows[1:]))
 
 
 def to_csv(results: Iterable[Result]) -> str:
-    """Everything but curves and losses by depth, in full; fields of the model in columns of their own."""
+    """Everything but curves and losses by depth, in full; fields of the model in columns of their own.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it, by which it takes it for a text.
+    """
     rows = []
     for result in results:
         row = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in SIDES}
         row["perplexity"] = result.perplexity
         for name in ("model", "versions"):
             row |= {f"{name}.{key}": value for key, value in row.pop(name).items()}
-        rows.append({k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()})
+        rows.append({_as_text(name): _as_text(value) for name, value in row.items()})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _as_text(value: Any) -> Any:
+    """Numbers stay numbers."""
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in tuple("=+-@") else value
 
 
 # Plots
@@ -542,7 +675,7 @@ def plot(results: Sequence[Result], kind: str, path: str | os.PathLike) -> None:
 
 def _draw_curves(axes: Any, results: Sequence[Result]) -> None:
     """A colour for each run; its training thin and pale, every other split with a dot at each point."""
-    runs = {result.run_id: result.curves for result in results if result.curves}
+    runs = {_name(result, results): result.curves for result in results if result.curves}
     if not runs:
         raise ValueError("no loss curves to draw: a `Result` takes them as `curves`.")
     shown = []
@@ -585,7 +718,7 @@ def _draw_depth(axes: Any, results: Sequence[Result]) -> None:
     for index, result in enumerate(results):
         scale = result.model.get("chunk_size") or 1 if len(sizes) > 1 else 1
         depths, losses = zip(*_merged(result.loss_by_chunk), strict=True)
-        name = result.run_id if len(places) == 1 else f"{result.run_id}, {result.dataset}/{result.split}"
+        name = _name(result, results) + ("" if len(places) == 1 else f", {result.dataset}/{result.split}")
         axes.plot(
             [depth * scale for depth in depths],
             losses,

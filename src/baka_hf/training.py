@@ -40,6 +40,7 @@ logger = logging.get_logger(__name__)
 
 STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process's lanes
 PLACES_FILE = "lanes.json"  # in that folder: which lanes these are, and where they stand
+PLACES_FIELDS = {"num_lanes", "num_groups", "num_processes", "places", "epoch"}
 
 # What the host has to know of a batch, and the name under which it stays there.
 KNOWN = {"position_ids": "positions", "document": "document"}
@@ -450,8 +451,15 @@ def _about_lanes(checkpoint: str, *ranks: int) -> dict[str, Any]:
     """What the first of these processes that is found has saved of its lanes in a checkpoint."""
     folders = [Path(checkpoint) / STATE_FOLDER.format(rank=rank) for rank in ranks]
     for folder in folders:
-        if (folder / PLACES_FILE).is_file():
-            return json.loads((folder / PLACES_FILE).read_text())
+        path = folder / PLACES_FILE
+        if path.is_file():
+            try:
+                about = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                about = None
+            if not isinstance(about, dict) or not set(about) >= PLACES_FIELDS:
+                raise ValueError(f"{path} is damaged: resume from an earlier checkpoint.")
+            return about
     raise ValueError(
         f"expected the state of lanes in {folders[0]}, found none: the checkpoint was not saved by a BakaTrainer that "
         "carried memory, or the folders of all its processes are not in one place."

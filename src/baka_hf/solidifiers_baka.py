@@ -1,0 +1,70 @@
+"""Solidifiers: what a memory passes through on its way into the next chunk. At first each is close to the identity."""
+
+import torch
+from torch import nn
+
+from .configuration_baka import BakaConfig
+from .functions_baka import ElephantActivation, rotary_table_of
+from .layers_baka import BakaDecoderLayer, BakaMLP
+from .stream_baka import Placement, View
+
+
+def start_small(*outputs: nn.Linear) -> None:
+    """Mark the layers whose outputs a solidifier adds to a memory: at first it is close to the identity.
+
+    The mark is on them, not on the solidifier, since transformers passes over modules without parameters of their own
+    when it initialises a model whose code is not its own.
+    """
+    for output in outputs:
+        output.starts_small = True  # type: ignore[assignment]
+
+
+class BakaGatedSolidifier(nn.Module):
+    """x + W x ⊙ gate(W_g x) on each memory vector: "glu" with a sigmoid, "gelephant" with elephant."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate = ElephantActivation() if config.memory_solidifier == "gelephant" else nn.Sigmoid()
+        start_small(self.proj)
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory + self.proj(memory) * self.gate(self.gate_proj(memory))
+
+
+class BakaMLPSolidifier(nn.Module):
+    """x + MLP(LN x) on each memory vector."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = BakaMLP(config)
+        start_small(self.mlp.down_proj)
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:
+        return memory + self.mlp(self.norm(memory))
+
+
+class BakaLayerSolidifier(BakaDecoderLayer):
+    """A block over the R memory vectors, all attending to all, in RoPE slots 0 … R-1."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__(config)
+        self.config = config
+        start_small(self.self_attn.o_proj, self.mlp.down_proj)
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        cos, sin = rotary_table_of(self.config, memory.device, memory.dtype)
+        length = memory.shape[1]
+        view = View((cos[:length], sin[:length]), None, Placement())
+        hidden_states, *_ = super().forward(memory, None, None, view)
+        return hidden_states
+
+
+SOLIDIFIERS: dict[str, type[nn.Module]] = {
+    "glu": BakaGatedSolidifier,
+    "gelephant": BakaGatedSolidifier,
+    "mlp": BakaMLPSolidifier,
+    "layer": BakaLayerSolidifier,
+}
