@@ -38,6 +38,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import __version__
+
 SCHEMA_VERSION = 2
 APPLICATION_ID = 0x62616B61  # "baka": tells a file of results from other SQLite files
 SECONDS_TO_WAIT = 60.0  # for other writers
@@ -243,8 +245,6 @@ def facts_about(model: Any) -> dict[str, Any]:
     """
     import torch
     import transformers
-
-    from . import __version__
 
     config = getattr(model, "config", model)
     inherited = {field.name for field in fields(transformers.PreTrainedConfig)}

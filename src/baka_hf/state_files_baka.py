@@ -113,7 +113,8 @@ def state_shapes(signature: dict[str, Any], batch_size: int) -> dict[str, tuple[
     """What the recurrent state of a configuration with this signature holds: floating tensors, all zero at first.
 
     What its memory declares, "memory" [B, R, D] first, and of each block "layers.0.keys" and "layers.0.values"
-    [B, H_kv, 2S, head_dim] (S slots without the XL cache). It is the one list: states are made by it, and files are checked by it.
+    [B, H_kv, 2S, head_dim] (S slots without the XL cache). It is the one list: states are made by it, and files are
+    checked by it.
     """
     memories = signature["num_memory_tokens"]
     stream_length = 2 * memories + signature["chunk_size"] + signature["num_pause_tokens"]
