@@ -153,7 +153,7 @@ class StaticReader:
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
         for index, layer in enumerate(cache.layers):
-            if layer.keys is not self.blocks[index].keys:
+            if layer.keys is not self.blocks[index].keys or layer.values is not self.blocks[index].values:
                 layer.keys, layer.values = (
                     own.copy_(theirs)
                     for own, theirs in (
@@ -179,6 +179,7 @@ class StaticReader:
             ((self.num_tokens, cache._num_tokens), (self.seeded, cache._seeded), (self.reads, reads))
         ):
             if not torch.equal(self.known[index], now):
+                self.known[index] = now.new_empty(0)  # unknown, should this be interrupted
                 own.copy_(now)
                 self.known[index] = now
         self.ids[1].copy_(input_ids)

@@ -15,6 +15,14 @@ def either_name(past_key_values: BakaCache | None, cache: BakaCache | None) -> B
     return past_key_values if cache is None else cache
 
 
+def state_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> BakaCache | None:
+    """The state among a call's arguments, by its own account: remote code has a class of its own."""
+    for value in (kwargs.get("past_key_values"), kwargs.get("cache"), *args):
+        if value is not None and hasattr(value, "go_back"):
+            return value
+    return None
+
+
 def check_text(
     config: BakaConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> tuple[int, int]:
@@ -61,6 +69,7 @@ def check_cache(model: Any, cache: BakaCache | None, batch_size: int, within_bea
     signature = getattr(cache, "signature", None)
     if signature is None or not hasattr(cache, "memory"):
         raise ValueError(f"expected `past_key_values` to be a BakaCache (see `new_cache`), got {type(cache).__name__}.")
+    cache.check_whole()
     if cache._reader is None or cache._reader.model() is not model:  # else it was looked at before
         check_signature(signature, signature_of(model.config))
     if cache.batch_size != batch_size:

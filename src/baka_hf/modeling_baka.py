@@ -29,7 +29,7 @@ from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
 from .functions_baka import gather_positions
 from .generation_baka import BakaGenerationMixin
-from .inputs_baka import can_look_at, check_cache, check_mask, check_text, either_name, find_restarts
+from .inputs_baka import can_look_at, check_cache, check_mask, check_text, either_name, find_restarts, state_among
 from .layers_baka import SOLIDIFIERS, BakaDecoderLayer
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
 from .reading_baka import CACHE_NAME, Reading, ReadingByBlocks
@@ -107,6 +107,18 @@ class BakaPreTrainedModel(PreTrainedModel):
                 module.records_training = enable
                 if not enable:
                     forget(module)
+
+    @runs_compiled_parts
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call is all or nothing, hooks included: whatever is raised, the state goes back to what it was before."""
+        state = state_among(args, kwargs)
+        before = None if state is None else state.__dict__
+        try:
+            return super().__call__(*args, **kwargs)
+        except BaseException:
+            if state is not None:
+                state.go_back(before)
+            raise
 
     def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None, static: bool = False) -> BakaCache:
         """An empty state of this model's own class, device and dtype.
@@ -290,11 +302,16 @@ class BakaModel(BakaPreTrainedModel):
             spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
 
         recomputes = self.checkpoints_chunks and self.training and torch.is_grad_enabled()
+        is_plain = inputs_embeds is None and not with_states and not with_weights
+        reader = self._static_reader(cache) if is_plain else None
+        draft = None if cache is None else cache.draft()
+        if draft is not None and restarts is not None:
+            for layer in draft.layers:
+                layer.is_shared = True  # a text that begins writes over what the state has of the one before
         kind = Reading if recomputes else ReadingByBlocks
-        reading = kind(self, cache, spans, batch_size, length, real, with_states, with_weights, recomputes)
+        reading = kind(self, draft, spans, batch_size, length, real, with_states, with_weights, recomputes)
+        reading.state, reading.reader = cache, reader
         reading.text = ids if inputs_embeds is None else inputs_embeds
-        if reading.in_place and inputs_embeds is None and not with_states and not with_weights:
-            reading.reader = self._static_reader(cache)
         if num_last_states is not None and not with_states and real is None and all(span.is_aligned for span in spans):
             reading.num_last_states = num_last_states
         if inputs_embeds is None and torch.is_grad_enabled() and not recomputes:
@@ -338,10 +355,12 @@ class BakaModel(BakaPreTrainedModel):
         reader = self._static_reader(cache) if bool(reads.any()) else None
         if reader is None:
             return None
+        following = cache.draft(with_layers=False)
+        cache._is_torn = True  # its tensors change where they are
         states = reader.read_token(self, cache, input_ids, reads)
-        num_aligned = int(bool(reads.all()))
-        num_tokens = cache._num_tokens + reads
-        cache._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
+        num_aligned, num_tokens = int(bool(reads.all())), cache._num_tokens + reads
+        following._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
+        cache.go_on(following)
         return states
 
     def _static_reader(self, cache: BakaCache | None) -> Any:

@@ -40,8 +40,12 @@ CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ e
 
 
 class Reading:
-    """One call of `BakaModel`: reads its spans one after another and collects what they give."""
+    """One call of `BakaModel`: reads its spans one after another and collects what they give.
 
+    `cache` is a draft of the state, and `state` what becomes it when all has been read.
+    """
+
+    state: BakaCache | None = None
     text: Any  # the call's ids [B, L], or its embeddings [B, L, D]
     embeddings: Any = None  # of all spans, one after another [·, D], if all rows read the same columns
     pieces: Any = None  # each span's part of them [B, T, D]
@@ -153,10 +157,9 @@ class Reading:
             else:
                 with allow_programs():
                     memory, after, states, weights = self._run(span.first, layout, *arguments, stream)
-            if self.in_place and self.cache is not None:
+            if self.in_place and self.cache is not None and any_rows(layout.completes):
                 self.cache.memory = self.cache.memory if memory is None else memory
-                if any_rows(layout.completes):
-                    self._roll_over(self.cache, span, layout)
+                self._roll_over(self.cache, span, layout)
             if depth == reach:
                 self.states.append([state[:, :0] for state in states] if self._is_skipped(span) else states)
                 self.weights.append(weights)
@@ -185,7 +188,8 @@ class Reading:
     @on_host
     def _read_chunk(self, span: Span) -> None:
         """Read a whole chunk from a static state."""
-        assert self.cache is not None
+        assert self.cache is not None and self.state is not None
+        self.state._is_torn = True  # its tensors change where they are
         self.cache.memory = self.streams[0].memory
         self.reader.take_in(self.cache)
         states = self.reader.read_chunk(self.model, self.cache, span, self.text[:, span.column :][:, : span.count])
@@ -469,32 +473,35 @@ class Reading:
 
     @on_host
     def _roll_over(self, cache: BakaCache, span: Span, layout: Layout) -> None:
-        """The own stream of the rows whose chunk is full becomes their previous one, in place."""
+        """The own stream of the rows whose chunk is full becomes their previous one, in tensors of its own."""
         S = self.config.stream_length
         if cache._is_recording:
             completes = torch.as_tensor(layout.completes).expand(self.batch_size)
             pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1)
             cache._record_boundary(span.num_tokens, completes, pauses)
-        if not self.half:
-            return
         for layer in cache.layers:
-            for buffer, own in (
-                (layer.keys, apply_rotary(layer.keys[:, :, S:], *self._backwards(layer.keys))),
-                (layer.values, layer.values[:, :, S:]),
-            ):
-                buffer[:, :, :S] = where_rows(layout.completes, own, buffer[:, :, :S])
+            if not self.half:
+                layer.is_shared = True  # to be copied before the next chunk is written over this one
+                continue
+            keys, values = layer.keys[:, :, S:], layer.values[:, :, S:]
+            turned = apply_rotary(keys, *self._backwards(keys))
+            past_keys = where_rows(layout.completes, turned, layer.keys[:, :, :S])
+            past_values = where_rows(layout.completes, values, layer.values[:, :, :S])
+            layer.keys, layer.values = torch.cat([past_keys, keys], 2), torch.cat([past_values, values], 2)
+            layer.is_shared = False
 
     @on_host
     def close(self, kept: list[tuple[torch.Tensor, torch.Tensor]]) -> BaseModelOutputWithPast:
         """Leave the state behind in the cache, `kept` for its keys and values, and put together what was read."""
         if self.spans and self.graph is None:
             self.anchor()
-        if self.cache is not None:
-            self._leave_state(self.cache, kept, *self.following)
         states, weights = self._outputs()
+        if self.cache is not None and self.state is not None:
+            self._leave_state(self.cache, kept, *self.following)
+            self.state.go_on(self.cache)
         return BaseModelOutputWithPast(
             last_hidden_state=states[-1],
-            **{CACHE_NAME: self.cache},
+            **{CACHE_NAME: self.state},
             hidden_states=tuple(states) if self.with_states else None,
             attentions=weights,
         )

@@ -228,8 +228,9 @@ class TrainingGraph:
         if self.flags is not None:
             flags = _inputs_of(reading)
             if not torch.equal(flags, self.known_flags):
-                self.known_flags = flags
+                self.known_flags = flags.new_empty(0)  # unknown, should this be interrupted
                 self.flags.copy_(flags.pin_memory() if self.flags.is_cuda else flags, non_blocking=True)
+                self.known_flags = flags
         if self.state is not None and reading.cache is not None:
             torch._foreach_copy_(_tensors(self.state), _tensors(reading.cache))
 
@@ -258,8 +259,8 @@ class TrainingGraph:
 
     @runs_compiled_parts
     def _run_forward(self, model: Any) -> None:
-        self._put(leaves=True)
         try:
+            self._put(leaves=True)
             with torch.enable_grad():
                 reading = self._open(model)
                 with reading.context():
