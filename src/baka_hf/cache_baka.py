@@ -370,6 +370,7 @@ class BakaCache(Cache):
 
     def detach_(self) -> "BakaCache":
         """Cut the autograd graph: gradients of later calls end here."""
+        self.check_whole()
         detached = self.draft()
         detached._put({name: tensor.detach() for name, tensor in self.tensors().items()})
         for layer in detached.layers:

@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .attention_baka import any_length, as_previous, can_attend_in_parts, place
 from .cache_baka import BakaCache
-from .compile_baka import allow_programs, on_host, runs_compiled_parts
+from .compile_baka import allow_programs, on_host, runs_compiled_parts, static_shapes
 from .functions_baka import (
     and_rows,
     any_rows,
@@ -97,6 +97,8 @@ class Reading:
     def context(self) -> Any:
         """What the spans are to be read in."""
         device = self.model.norm.weight.device.type
+        if device == "cpu" and self.config._attn_implementation == "flex_attention":
+            return static_shapes()  # PyTorch 2.13 cannot compile it for dynamic ones there
         if not self.is_recordable or not torch.is_autocast_enabled(device):
             return nullcontext()
         # What autocast keeps while recording would be found, and be stale, when all else is read. Programs are compiled
