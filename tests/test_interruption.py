@@ -136,7 +136,7 @@ def refuses_all_but_a_new_text(model: BakaForCausalLM, state: BakaCache, call: C
     for use in uses:
         with pytest.raises(ValueError, match=REFUSED):
             use()
-    fresh = model.new_cache(state.batch_size)
+    fresh = model.new_cache(state.batch_size, static=state.is_static)
     anew = state.draft()
     anew.reset_rows(rows >= 0)
     state.reset()

@@ -148,9 +148,19 @@ def find_restarts(
     positions = position_ids.expand(batch_size, length).long()
     columns = torch.arange(length, device=positions.device).expand(batch_size, -1)
     # The column of the real token before each, -1 for none. What is not in the stream may be counted, or not.
-    reals = columns if real is None else columns.masked_fill(~real.to(columns.device), -1)
+    reals = columns if real is None else columns.masked_fill(~real, -1)
     before = nn.functional.pad(reals.cummax(1).values[:, :-1], (1, 0), value=-1)
     step = positions - positions.gather(1, before.clamp(min=0))
     goes_on = (positions != 0) & ((step == 1) | (step == columns - before))
     restarts = (reals >= 0) & (before >= 0) & ~goes_on
     return restarts if bool(restarts.any()) else None
+
+
+def find_alone(restarts: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, L] bool, the texts of one token that another text follows in this call, or None if there are none."""
+    length = restarts.shape[1]
+    columns = torch.arange(length, device=restarts.device).expand(restarts.shape)
+    reals = columns if real is None else columns.masked_fill(~real, length)
+    following = nn.functional.pad(reals.flip(1).cummin(1).values.flip(1), (0, 1), value=length)[:, 1:]
+    alone = restarts & nn.functional.pad(restarts, (0, 1)).gather(1, following)
+    return alone if bool(alone.any()) else None

@@ -38,6 +38,7 @@ from .inputs_baka import (
     check_tensors,
     check_text,
     either_name,
+    find_alone,
     find_restarts,
     state_among,
 )
@@ -251,12 +252,13 @@ class BakaModel(BakaPreTrainedModel):
             kwargs.get("within_beam_search", False),
             kwargs.get("num_last_states"),
         )
-        if reading.graph is None:
-            with reading.context():
-                for index in range(len(reading.spans)):
-                    reading.read(index)
-        else:
-            reading.graph.read(reading)
+        for each in (reading, *reading.beside):
+            if each.graph is None:
+                with each.context():
+                    for index in range(len(each.spans)):
+                        each.read(index)
+            else:
+                each.graph.read(each)
         return reading.close(reading.kept_at_the_end())
 
     @on_host
@@ -293,6 +295,21 @@ class BakaModel(BakaPreTrainedModel):
         if use_cache and cache is None:
             cache = self.new_cache(batch_size)
 
+        input_ids = None if input_ids is None else input_ids.long()
+        if inputs_embeds is not None:
+            inputs_embeds = inputs_embeds.to(self.embed_tokens.weight.dtype)
+            if real is not None:  # whatever stands where there is no token: NaN would be seen through any mask
+                inputs_embeds = inputs_embeds.masked_fill(~real[:, :, None], 0)
+
+        # Texts of one token are read beside the stream, where they leave nothing behind, all at once: a row may end in
+        # a thousand, if a collator has padded its positions with 0.
+        beside, heard = None, real
+        alone = None if restarts is None else find_alone(restarts, real)
+        if alone is not None and restarts is not None:
+            beside = self._plan_beside(alone, input_ids, inputs_embeds, with_states, with_weights)
+            real = ~alone if real is None else real & ~alone
+            restarts = restarts & ~alone
+
         # Without a state every row begins here and nothing needs to be known on the host. With one, count.
         lengths: torch.Tensor | None = None
         whole_columns = torch.ones(length, dtype=torch.bool)
@@ -302,11 +319,7 @@ class BakaModel(BakaPreTrainedModel):
                 on_host = real.cpu()
                 lengths, whole_columns = on_host.sum(1), on_host.all(0)
                 real = None if bool(whole_columns.all()) else real
-        if inputs_embeds is not None:
-            inputs_embeds = inputs_embeds.to(self.embed_tokens.weight.dtype)
-            if real is not None:  # whatever stands where there is no token: NaN would be seen through any mask
-                inputs_embeds = inputs_embeds.masked_fill(~real.to(inputs_embeds.device)[:, :, None], 0)
-        ids = input_ids = None if input_ids is None else input_ids.long()
+        ids = input_ids
         if real is not None:
             # Tokens that are not in the stream go behind those that are, where nothing sees them.
             order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
@@ -333,6 +346,7 @@ class BakaModel(BakaPreTrainedModel):
         kind = Reading if recomputes else ReadingByBlocks
         reading = kind(self, draft, spans, batch_size, length, real, with_states, with_weights, recomputes)
         reading.state, reading.reader = cache, reader
+        reading.alone, reading.beside = (None, ()) if beside is None else beside
         reading.text = ids if inputs_embeds is None else inputs_embeds
         if num_last_states is not None and not with_states and real is None and all(span.is_aligned for span in spans):
             reading.num_last_states = num_last_states
@@ -345,8 +359,26 @@ class BakaModel(BakaPreTrainedModel):
         if cache is not None and seeded is not None:
             # What the state will know of itself after the call.
             num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
-            reading.following = input_ids, seeded, num_aligned, restarts is not None, within_beam_search
+            reading.following = input_ids, heard, seeded, num_aligned, restarts is not None, within_beam_search
         return reading
+
+    def _plan_beside(
+        self,
+        alone: torch.Tensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        with_states: bool,
+        with_weights: bool,
+    ) -> Any:
+        """For the texts of one token where `alone` [B, L] is True: that, and which row of another reading has each [K];
+        and that reading. What it gives depends on ids alone, so each is read once."""
+        options = (False, with_states, with_weights, False, None)
+        if input_ids is not None:
+            ids, index = input_ids[alone].unique(return_inverse=True)
+            return (alone, index), (self._plan(ids[:, None], None, None, None, None, *options),)
+        embeds = inputs_embeds[alone][:, None]
+        index = torch.arange(len(embeds), device=embeds.device)
+        return (alone, index), (self._plan(None, None, None, None, embeds, *options),)
 
     @on_host
     def _read_token(

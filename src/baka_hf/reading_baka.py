@@ -46,6 +46,9 @@ class Reading:
     """
 
     state: BakaCache | None = None
+    # The tokens [B, L] that are texts alone, and which row of another reading has each; and that reading, if there is.
+    alone: Any = None
+    beside: tuple["Reading", ...] = ()
     text: Any  # the call's ids [B, L], or its embeddings [B, L, D]
     embeddings: Any = None  # of all spans, one after another [·, D], if all rows read the same columns
     pieces: Any = None  # each span's part of them [B, T, D]
@@ -498,6 +501,14 @@ class Reading:
         if self.spans and self.graph is None:
             self.anchor()
         states, weights = self._outputs()
+        for reading in self.beside:
+            (alone, index), (others, other_weights) = self.alone, reading._outputs()
+            states = [into.index_put((alone,), x[index, 0].to(into)) for into, x in zip(states, others, strict=True)]
+            if weights is not None and other_weights is not None:
+                weights = tuple(
+                    into.transpose(1, 2).index_put((alone,), x[index, :, 0].to(into)).transpose(1, 2)
+                    for into, x in zip(weights, other_weights, strict=True)
+                )
         if self.cache is not None and self.state is not None:
             self._leave_state(self.cache, kept, *self.following)
             self.state.go_on(self.cache)
@@ -542,6 +553,7 @@ class Reading:
         cache: BakaCache,
         kept: list[tuple[torch.Tensor, torch.Tensor]],
         input_ids: torch.Tensor | None,
+        heard: torch.Tensor | None,
         seeded: torch.Tensor,
         num_aligned: int,
         restarted: bool,
@@ -558,7 +570,7 @@ class Reading:
         if input_ids is None:
             cache._history = None
         else:
-            cache._remember_ids(input_ids, self.real)
+            cache._remember_ids(input_ids, heard)
 
     def _outputs(self) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:
         """Hidden states [B, L, D] and weights [B, H, L, 2S] of the call's tokens, each in its own column."""
