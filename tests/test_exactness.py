@@ -529,11 +529,13 @@ def test_positions_that_do_not_go_on(start: int, masked: bool, ids: bool) -> Non
     for lengths in documents:
         lengths = [*lengths, 24 - 1 - sum(lengths) if masked else 24 - sum(lengths)]
         # Each from the last one's own first position on, and the fourth one from far ahead.
-        rows.append([start + step + 50 * (number == 3) for number, length in enumerate(lengths) for step in range(length)])
+        rows.append(
+            [start + step + 50 * (number == 3) for number, length in enumerate(lengths) for step in range(length)]
+        )
     mask = torch.ones(2, 24, dtype=torch.long)
     if masked:
         mask[:, 5] = 0
-        rows = [row[:5] + [7] + row[5:] for row in rows]
+        rows = [[*row[:5], 7, *row[5:]] for row in rows]
     given = dict(input_ids=tokens)
     if not ids:
         embeds = model.model.embed_tokens(tokens).detach()
@@ -583,7 +585,7 @@ def test_what_is_not_a_number_is_not_seen_behind_a_mask(pattern: list[str], pack
     with torch.enable_grad():
         logits = model(inputs_embeds=embeds, cache=states[0], **options).logits
     assert_close(logits, model(tokens, cache=states[1], **options).logits, **EXACT)
-    (gradient,) = torch.autograd.grad(logits.sum(), embeds)
+    (gradient,) = torch.autograd.grad(logits, embeds, torch.ones_like(logits))
     assert gradient.isfinite().all()
     more = random_tokens(model.config, len(mask), 7, seed=1)
     assert_close(model(more, cache=states[0]).logits, model(more, cache=states[1]).logits, **EXACT)

@@ -376,6 +376,7 @@ class BakaModel(BakaPreTrainedModel):
         if input_ids is not None:
             ids, index = input_ids[alone].unique(return_inverse=True)
             return (alone, index), (self._plan(ids[:, None], None, None, None, None, *options),)
+        assert inputs_embeds is not None
         embeds = inputs_embeds[alone][:, None]
         index = torch.arange(len(embeds), device=embeds.device)
         return (alone, index), (self._plan(None, None, None, None, embeds, *options),)
