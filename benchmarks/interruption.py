@@ -105,9 +105,8 @@ def main() -> None:
     args = settle(parser.parse_args())
     model = new_baka(args)
     n = model.config.chunk_size
-    print(
-        f"{args.size}, {args.dtype}, batch {args.batch}, {torch.cuda.get_device_name() if args.device != 'cpu' else 'CPU'}"
-    )
+    device = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{args.size}, {args.dtype}, batch {args.batch}, {device}")
     print("| ms | without | all or nothing | |\n| --- | ---: | ---: | ---: |")
     for static in (False, True) if args.device != "cpu" else (False,):
         compare(model, args, 1, args.steps or 2 * n, static)

@@ -558,6 +558,14 @@ def test_losses_without_logits(monkeypatch: pytest.MonkeyPatch, piece: int, name
         assert_close(actual, expected, **EXACT)
 
 
+def test_pieces_of_a_loss_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more logits at a time than its caches hold."""
+    model = tiny_model(tiny_config()).train()
+    tokens, pieces = random_tokens(model.config, 1, 600), recorded_calls(monkeypatch, loss_baka, "_cross_entropy")
+    model(tokens, labels=tokens, skip_logits=True)
+    assert [len(logits) for logits, *_ in pieces] == [256, 256, 88]
+
+
 @pytest.mark.parametrize("frozen", [(), ("lm_head.weight",), ("model",)], ids=str)
 @pytest.mark.parametrize("hooked", [False, True])
 def test_losses_without_logits_of_other_heads(
