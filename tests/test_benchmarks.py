@@ -56,3 +56,14 @@ def test_gradients_are_compared() -> None:
         [way, kind] for way in ("compiled", "eager") for kind in ("plain", "lanes", "plain")
     ]
     assert all(0 < float(mean) <= float(worst) < 0.05 for _, _, mean, worst in rows[2:])
+
+
+def test_what_interruptions_cost_is_measured() -> None:
+    command = [sys.executable, BENCHMARKS / "interruption.py", "--device", "cpu", "--quick"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    steps = [row for row in rows if len(row) == 4][2:]
+    assert [row[0].split(" of ")[0] for row in steps] == [
+        f"{work}, {name}" for work in ("a token", "a chunk") for name in ("mean", "median")
+    ]
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in steps)

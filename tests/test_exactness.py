@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
+from helpers import CONFIGS, naive_read, random_tokens, recorded_calls, tiny_config, tiny_model
 from naive import read
 from torch import Tensor
 from torch.testing import assert_close
 
-from baka_hf import BakaCache, BakaForCausalLM
+from baka_hf import BakaCache, BakaForCausalLM, reading_baka
 
 EXACT = dict(rtol=1e-9, atol=1e-9)
 # One call or many, float32 adds in another order.
@@ -284,9 +284,7 @@ def test_eager_equals_flex() -> None:
     model = tiny_model(
         tiny_config(**CONFIGS["grouped_queries"] | dict(hidden_size=64, num_hidden_layers=1)), torch.float32
     )
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # torch 2.13 miscompiles dynamic ones on the CPU
-        flex = ragged_logits(model, "flex_attention")
-    assert_close(flex, ragged_logits(model, "eager"), **SPLIT[torch.float32])
+    assert_close(ragged_logits(model, "flex_attention"), ragged_logits(model, "eager"), **SPLIT[torch.float32])
 
 
 # Contract 1: splits
@@ -520,6 +518,79 @@ def test_positions_of_a_calls_first_token_restart_nothing(overrides: dict[str, A
     positions = torch.tensor([[0, 0, 0, 1, 2, 0, 3, 4, 5, 6]])
     logits = model(scatter([tokens[7:]], mask), attention_mask=mask, position_ids=positions, cache=cache).logits
     assert_close(logits[0, mask[0].bool()], naive_logits(model, tokens)[7:], **EXACT)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "embeddings"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("start", [0, 2])
+def test_positions_that_do_not_go_on(start: int, masked: bool, ids: bool) -> None:
+    """They begin texts: numbered from 2, falling, standing still or jumping ahead; of one token, many in a row."""
+    model = tiny_model(tiny_config())
+    documents = [[8, 1, 1, 1, 7], [3, 9, 1, 1, 1, 1, 2]]
+    tokens, rows = random_tokens(model.config, 2, 24), []
+    for lengths in documents:
+        lengths = [*lengths, 24 - 1 - sum(lengths) if masked else 24 - sum(lengths)]
+        # Each from the last one's own first position on, and the fourth one from far ahead.
+        rows.append(
+            [start + step + 50 * (number == 3) for number, length in enumerate(lengths) for step in range(length)]
+        )
+    mask = torch.ones(2, 24, dtype=torch.long)
+    if masked:
+        mask[:, 5] = 0
+        rows = [[*row[:5], 7, *row[5:]] for row in rows]
+    given = dict(input_ids=tokens)
+    if not ids:
+        embeds = model.model.embed_tokens(tokens).detach()
+        given = dict(inputs_embeds=embeds.masked_fill(mask[:, :, None] == 0, float("nan")))
+    out = model(**given, position_ids=torch.tensor(rows), attention_mask=mask if masked else None, use_cache=True)
+    for row, lengths in enumerate(documents):
+        columns = mask[row].nonzero()[:, 0]
+        for part in columns.tensor_split(torch.tensor(lengths).cumsum(0)):
+            naive = naive_read(model, tokens[row, part])
+            assert_close(out.logits[row, part], naive.logits, **EXACT)
+        assert_close(out.past_key_values.memory[row], naive.memories[-1], **EXACT)
+        assert out.past_key_values.num_tokens[row] == len(part)
+
+
+def test_positions_that_count_what_is_not_there() -> None:
+    """Over a hole positions may go on by one, or by the columns passed."""
+    model = tiny_model(tiny_config())
+    mask = bits(["0011101101111"])
+    tokens = random_tokens(model.config, *mask.shape)
+    expected = model(tokens, attention_mask=mask).logits
+    for positions in (torch.arange(13)[None], mask.cumsum(1) - 1, (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)):
+        assert torch.equal(model(tokens, attention_mask=mask, position_ids=positions).logits, expected)
+
+
+def test_padded_positions_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collator's zeros behind a text are texts of one token: they are read side by side, each id once."""
+    model = tiny_model(tiny_config())
+    spans = recorded_calls(monkeypatch, reading_baka.Reading, "read")
+    tokens, positions = random_tokens(model.config, 2, 300), torch.arange(300).repeat(2, 1)
+    tokens[:, 20:], positions[:, 20:] = 0, 0
+    model(tokens, position_ids=positions)
+    assert len(spans) == 4 + 1 + 1  # chunks, the last text in its stream, and all others beside
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pattern", MASKS.values(), ids=MASKS)
+def test_what_is_not_a_number_is_not_seen_behind_a_mask(pattern: list[str], packed: bool) -> None:
+    """In embeddings, whatever stands where there is no token; nor does it get a gradient."""
+    model, mask = tiny_model(tiny_config()), bits(pattern)
+    tokens = random_tokens(model.config, *mask.shape)
+    options: dict[str, Any] = dict(attention_mask=mask)
+    if packed:
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) % 4
+    embeds = model.model.embed_tokens(tokens).detach().masked_fill(mask[:, :, None] == 0, float("nan"))
+    embeds.requires_grad_()
+    states = model.new_cache(len(mask)), model.new_cache(len(mask))
+    with torch.enable_grad():
+        logits = model(inputs_embeds=embeds, cache=states[0], **options).logits
+    assert_close(logits, model(tokens, cache=states[1], **options).logits, **EXACT)
+    (gradient,) = torch.autograd.grad(logits, embeds, torch.ones_like(logits))
+    assert gradient.isfinite().all()
+    more = random_tokens(model.config, len(mask), 7, seed=1)
+    assert_close(model(more, cache=states[0]).logits, model(more, cache=states[1]).logits, **EXACT)
 
 
 @state_configs

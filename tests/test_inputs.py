@@ -300,3 +300,105 @@ def test_classification_of_a_wrong_text() -> None:
     model = BakaForSequenceClassification(tiny_config()).eval()
     for arguments, said in TEXTS.values():
         refused(lambda arguments=arguments: model(**arguments), *said)
+
+
+# Values that are looked at before anything moves
+
+
+@modes
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (torch.tensor([[3, 19, 0], [0, 1, 2]]), ("labels from 0 to 18, or -100 for none", "got 19")),
+        (torch.tensor([[3, -1, 0], [0, 1, 2]]), ("labels from 0 to 18, or -100 for none", "got -1")),
+        (torch.ones(2, 3), ("labels to be token ids", "torch.float32")),
+        (torch.ones(2, 3).bool(), ("labels to be token ids", "torch.bool")),
+        ([[1, 2, 3]] * 2, ("labels` to be a tensor", "got list")),
+    ],
+    ids=str,
+)
+def test_wrong_labels(
+    model: BakaForCausalLM, cache: BakaCache, mode: Any, skip_logits: bool, name: str, targets: Any, said: Any
+) -> None:
+    """Found before the state has moved."""
+    with mode():
+        refused(lambda: model(ones(2, 3), cache=cache, skip_logits=skip_logits, **{name: targets}), *said)
+
+
+@pytest.mark.parametrize("labels", [None, ones(2, 3)], ids=["without labels", "with labels"])
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (torch.tensor([99]), ("from -3 to 2", "got 99")),
+        (torch.tensor([0, -4]), ("from -3 to 2", "got -4")),
+        (torch.tensor([[1]]), ("1-D tensor of positions", "[1, 1]")),
+        (torch.tensor([1.0]), ("1-D tensor of positions", "torch.float32")),
+        (-1, ("at least 0", "got -1")),
+        (1.5, ("an integer or a 1-D tensor", "got 1.5")),
+    ],
+    ids=str,
+)
+def test_logits_to_keep(model: BakaForCausalLM, cache: BakaCache, labels: Any, kept: Any, said: Any) -> None:
+    """Positions that are there."""
+    refused(lambda: model(ones(2, 3), cache=cache, labels=labels, logits_to_keep=kept), *said)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids", "inputs_embeds"])
+def test_lists(model: BakaForCausalLM, cache: BakaCache, name: str) -> None:
+    """Tensors only."""
+    arguments: dict[str, Any] = dict(input_ids=ones(2, 3)) | {name: [[1, 1, 1]] * 2}
+    refused(lambda: model(cache=cache, **arguments), f"expected `{name}` to be a tensor, got list")
+
+
+def test_a_state_that_is_not_to_be_used(model: BakaForCausalLM, cache: BakaCache) -> None:
+    """With `use_cache=False` a state would go forward all the same: forward refuses it as generate does."""
+    refused(lambda: model(ones(2, 3), cache=cache, use_cache=False), "no state with `use_cache=False`")
+    refused(generation(model, cache, ones(2, 3), use_cache=False), "`use_cache=False`")
+
+
+def test_traces(model: BakaForCausalLM) -> None:
+    """A trace would hold the chunks of one length."""
+    refused(lambda: torch.jit.trace(lambda ids: model(ids).logits, (ones(1, 7),)), "`torch.jit.trace`", "any other")
+
+
+# What is taken for what it means
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_integers_of_any_kind(model: BakaForCausalLM, dtype: torch.dtype) -> None:
+    """Ids, labels and positions."""
+    tokens, found = random_tokens(model.config, 2, 13), []
+    for each in (torch.int64, dtype):
+        state = model.new_cache(2)
+        ids, positions = tokens.to(each), (torch.arange(13)[None] % 7).to(each)
+        outputs = model(ids, labels=ids, position_ids=positions, cache=state)
+        loss = model(ids, labels=ids, skip_logits=True, cache=state).loss
+        generated = model.generate(ids[:1], max_new_tokens=3, do_sample=False).tolist()
+        found.append((outputs.logits.tolist(), outputs.loss.item(), loss.item(), generated, contents(state)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_embeddings_of_another_dtype(model: BakaForCausalLM, dtype: torch.dtype) -> None:
+    """They become what the model's own are."""
+    embeds = model.model.embed_tokens(random_tokens(model.config, 2, 9)).detach().to(dtype)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(inputs_embeds=embeds.double()).logits)
+
+
+def test_labels_and_logits_to_keep(model: BakaForCausalLM) -> None:
+    """The loss is that of all positions, whatever logits are asked for."""
+    tokens = random_tokens(model.config, 2, 9)
+    whole = model(tokens, labels=tokens)
+    for kept in (2, torch.tensor([0, 4])):
+        outputs = model(tokens, labels=tokens, logits_to_keep=kept)
+        assert torch.equal(outputs.loss, whole.loss)
+        assert torch.equal(outputs.logits, whole.logits[:, slice(-2, None) if isinstance(kept, int) else kept])
+
+
+def test_labels_that_are_a_view(model: BakaForCausalLM) -> None:
+    """Not contiguous in memory."""
+    tokens, wide = random_tokens(model.config, 2, 9), random_tokens(model.config, 2, 20, seed=1)
+    expected = model(tokens, shift_labels=wide[:, :9].contiguous()).loss
+    assert torch.equal(model(tokens, shift_labels=wide[:, :9]).loss, expected)

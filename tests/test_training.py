@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers import random_tokens, tiny_config, tiny_model
+from helpers import random_tokens, recorded_calls, tiny_config, tiny_model
 from test_trainer import CHECKPOINTING, tokenizer  # noqa: F401 - a fixture
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -566,6 +566,14 @@ def test_losses_without_logits(monkeypatch: pytest.MonkeyPatch, piece: int, name
             assert_close(model(tokens, **labels, skip_logits=skips, num_items_in_batch=number).loss, outputs.loss)
     for actual, expected in zip(*found, strict=True):
         assert_close(actual, expected, **EXACT)
+
+
+def test_pieces_of_a_loss_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more logits at a time than its caches hold."""
+    model = tiny_model(tiny_config()).train()
+    tokens, pieces = random_tokens(model.config, 1, 600), recorded_calls(monkeypatch, loss_baka, "_cross_entropy")
+    model(tokens, labels=tokens, skip_logits=True)
+    assert [len(logits) for logits, *_ in pieces] == [256, 256, 88]
 
 
 @pytest.mark.parametrize("frozen", [(), ("lm_head.weight",), ("model",)], ids=str)

@@ -52,7 +52,6 @@ class BakaCacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.is_initialized = True
-        self.seq_length = 0
         # An autograd graph may hold on to these very tensors: copy before writing in place.
         self.is_shared = False
 
@@ -76,7 +75,7 @@ class BakaCacheLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _writable(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        if buffer.shape[1] != like.shape[1] and self.seq_length == 0:
+        if buffer.shape[1] != like.shape[1] and not buffer.any():
             # Under tensor parallelism each process has its share of the heads.
             return like.new_zeros(buffer.shape[0], like.shape[1], *buffer.shape[2:])
         if buffer.device != like.device or buffer.dtype != like.dtype:
@@ -89,7 +88,8 @@ class BakaCacheLayer(CacheLayerMixin):
         return self.keys.shape[2], 0
 
     def get_seq_length(self) -> int:
-        return self.seq_length
+        """How many slots there are: how much was read is not a layer's to know, see `BakaCache.get_seq_length`."""
+        return self.keys.shape[2]
 
     def get_max_length(self) -> int:
         return -1
@@ -130,6 +130,8 @@ class BakaCache(Cache):
         self.signature, self._names = signature, tuple(state_shapes(signature, 1))
         self._put(tensors)
         batch_size = self.memory.shape[0]
+        self._seq_length = 0  # positions fed
+        self._is_torn = False  # in the middle of a call that changes its tensors, see `go_on`
 
         # On the host, so that the shape of the next step is known without waiting for the device:
         self._num_tokens = torch.zeros(batch_size, dtype=torch.int64)  # taken in since the row's text began
@@ -191,7 +193,7 @@ class BakaCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions fed so far, padding included: what `generate` slices its input by."""
-        return self.layers[0].seq_length
+        return self._seq_length
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The recurrent state, [B, …] each, by the names of `state_shapes`."""
@@ -224,6 +226,7 @@ class BakaCache(Cache):
 
         Nothing is replaced before all is there: whatever is raised in between leaves the state as it was.
         """
+        self.check_whole()
         on_host = rows or (lambda tensor: tensor)
         tensors = {name: change(tensor) for name, tensor in self.tensors().items()}
         others = {name: on_host(getattr(self, name)) for name in ("_num_tokens", "_seeded", "_pauses")}
@@ -235,8 +238,10 @@ class BakaCache(Cache):
             kept = {name: change(tensor) for name, tensor in boundary["tensors"].items()}
             counts = {name: on_host(boundary[name]) for name in ("num_tokens", "completes", "pauses")}
             boundaries.append({"tensors": kept, **counts})
-        self._put(tensors)
-        self.__dict__.update(others, _boundaries=boundaries)
+        changed = self.draft()
+        changed._put(tensors)
+        changed.__dict__.update(others, _boundaries=boundaries)
+        self.go_on(changed)
         return self
 
     def _select(self, indices: torch.Tensor) -> None:
@@ -287,6 +292,8 @@ class BakaCache(Cache):
         """
         if not states:
             raise ValueError("expected at least one state, got none.")
+        for state in states:
+            state.check_whole()
         kinds = [(state.signature, state.device, state.dtype, state.get_seq_length()) for state in states]
         for kind in kinds:
             check_signature(kind[0], kinds[0][0])
@@ -298,8 +305,7 @@ class BakaCache(Cache):
         joined = cls.__new__(cls)
         parts = [state.tensors() for state in states]
         joined._begin(states[0].signature, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        for layer, first in zip(joined.layers, states[0].layers, strict=True):
-            layer.seq_length = first.seq_length
+        joined._seq_length = states[0]._seq_length
         joined._num_tokens = torch.cat([state._num_tokens for state in states])
         joined._seeded = torch.cat([state._seeded for state in states])
         joined._pauses = torch.cat([state._pauses for state in states])
@@ -316,9 +322,10 @@ class BakaCache(Cache):
     def reset(self) -> None:
         """Forget everything: the state of rows that have read nothing. What was asked of it (to be static, to record
         for `crop`) it goes on doing."""
-        is_static, reader, is_recording = self.is_static, self._reader, self._is_recording
-        self._begin(self.signature, {name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()})
-        self.is_static, self._reader, self._is_recording = is_static, reader, is_recording
+        fresh = type(self).__new__(type(self))
+        fresh._begin(self.signature, {name: torch.zeros_like(tensor) for name, tensor in self.tensors().items()})
+        fresh.is_static, fresh._reader, fresh._is_recording = self.is_static, self._reader, self._is_recording
+        self.go_on(fresh)
 
     def reset_rows(self, mask: torch.Tensor) -> None:
         """Start a new text in the rows where `mask` [B] is True; the others go on.
@@ -329,13 +336,19 @@ class BakaCache(Cache):
         rows = self._as_mask(mask)
         if not rows.any():
             return
-        self._put({name: without_rows(tensor, rows) for name, tensor in self.tensors().items()})
-        self._num_tokens = self._num_tokens.masked_fill(rows, 0)
-        self._seeded = self._seeded & ~rows
+        if not rows.all():
+            self.check_whole()
+        anew = self.draft()
+        anew._put({name: without_rows(tensor, rows) for name, tensor in self.tensors().items()})
+        anew._num_tokens = self._num_tokens.masked_fill(rows, 0)
+        anew._seeded = self._seeded & ~rows
         if self._finished is not None:
-            self._finished = without_rows(self._finished, rows)
-        self._aligned = 0
-        self._boundaries = []
+            anew._finished = without_rows(self._finished, rows)
+        if self._is_torn:
+            anew._history, anew._is_torn = None, False
+        anew._aligned = 0
+        anew._boundaries = []
+        self.go_on(anew)
 
     def seed_memory(self, memory: torch.Tensor) -> "BakaCache":
         """Begin these texts with the `.memory` of another stream, [R, hidden_size] or [B, R, hidden_size].
@@ -355,17 +368,23 @@ class BakaCache(Cache):
                 f"expected a memory of shape {tuple(self.memory.shape)} or {tuple(self.memory.shape[1:])}, "
                 f"got {tuple(memory.shape)}."
             )
-        self.memory = memory.to(self.memory).expand_as(self.memory).clone()
-        self._seeded = torch.ones_like(self._seeded)
+        self.check_whole()
+        seeded = self.draft()
+        seeded.memory = memory.to(self.memory).expand_as(self.memory).clone()
+        seeded._seeded = torch.ones_like(self._seeded)
+        self.go_on(seeded)
         return self
 
     # What time does
 
     def detach_(self) -> "BakaCache":
         """Cut the autograd graph: gradients of later calls end here."""
-        self._put({name: tensor.detach() for name, tensor in self.tensors().items()})
-        for layer in self.layers:
+        self.check_whole()
+        detached = self.draft()
+        detached._put({name: tensor.detach() for name, tensor in self.tensors().items()})
+        for layer in detached.layers:
             layer.is_shared = True  # its tensors are views
+        self.go_on(detached)
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "BakaCache":
@@ -379,15 +398,41 @@ class BakaCache(Cache):
 
     def clone(self) -> "BakaCache":
         """A copy that shares nothing with this one (an autograd graph is kept)."""
-        other = type(self).__new__(type(self))
-        other.__dict__ = dict(self.__dict__)
-        other.layers = []
-        for layer in self.layers:
-            twin = BakaCacheLayer.__new__(BakaCacheLayer)
-            twin.__dict__ = dict(layer.__dict__)
-            other.layers.append(twin)
+        other = self.draft()
         other._reader = None
         return other._apply(torch.clone, torch.clone)
+
+    # All or nothing: whatever changes a state changes a draft of it, and the state becomes that in one statement. Until
+    # then it is what it was. A call writes into slots that are seen from there on only; what cannot wait, since tensors
+    # must stay where they are, is done while the state that they belong to says that it is torn.
+
+    def draft(self, with_layers: bool = True) -> "BakaCache":
+        """A twin of this state that has its tensors; `with_layers` it can be given others there as well."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = self.__dict__ | {"_boundaries": list(self._boundaries)}
+        if with_layers:
+            twin.layers = []
+            for layer in self.layers:
+                twin.layers.append(BakaCacheLayer.__new__(BakaCacheLayer))
+                twin.layers[-1].__dict__ = layer.__dict__.copy()
+        return twin
+
+    def go_on(self, draft: "BakaCache") -> None:
+        """Become what `draft` is."""
+        self.__dict__ = draft.__dict__
+
+    def go_back(self, before: dict[str, Any]) -> None:
+        """Become what this state was when its `__dict__` was `before`; torn, if its tensors may have changed."""
+        may_have = self._is_torn or self._seq_length != before["_seq_length"]
+        self.__dict__ = before | {"_is_torn": before["_is_torn"] or (before["_reader"] is not None and may_have)}
+
+    def check_whole(self) -> None:
+        """Raise a `ValueError` if a call has left this state torn."""
+        if self._is_torn:
+            raise ValueError(
+                "expected a state between two calls, got one in the middle of a call that was interrupted or has "
+                "failed, after a part of its tensors had changed: `reset` it, or go on from a `clone` or a saved state."
+            )
 
     def _release(self) -> None:
         """Let go of what reads these tensors in place: an autograd graph may hold on to them from now on."""
@@ -396,6 +441,7 @@ class BakaCache(Cache):
             self._reader = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.check_whole()
         return self.__dict__ | {"_reader": None}
 
     def __deepcopy__(self, memo: dict) -> "BakaCache":
@@ -416,8 +462,7 @@ class BakaCache(Cache):
         `num_tokens` [B] is what each row has read of its text by now; nobody can crop to before its beginning. If a
         text has `restarted`, the boundaries recorded may be those of the text before.
         """
-        for layer in self.layers:
-            layer.seq_length += num_positions
+        self._seq_length += num_positions
         aligned = num_aligned + (self._aligned if num_aligned == num_positions else 0)
         self._aligned = min(aligned, int(num_tokens.min()))
         self._num_tokens, self._seeded, self._pauses = num_tokens, seeded, pauses
@@ -483,6 +528,7 @@ class BakaCache(Cache):
             count = -operator.index(tokens_to_remove)  # transformers also counts with tensors
         except TypeError:
             raise ValueError(f"`crop` takes an integer number of positions, got {tokens_to_remove!r}.") from None
+        self.check_whole()
         if count == 0:
             return
         if count < 0:
@@ -512,15 +558,17 @@ class BakaCache(Cache):
         for rows, boundary in restore:
             tensors = {name: choose_rows(rows, boundary["tensors"][name], tensor) for name, tensor in tensors.items()}
             pauses = torch.where(rows[:, None], boundary["pauses"], pauses)
-        self._put(tensors)
-        self._pauses = pauses
-        self._num_tokens = target
-        self._forget_what_was_not_read()
-        self._aligned -= count
-        for layer in self.layers:
-            layer.seq_length -= count
-        self._boundaries = [b for b in self._boundaries if bool((b["completes"] & (b["num_tokens"] <= target)).any())]
-        self._unread_ids(count)
+        cropped = self.draft()
+        cropped._put(tensors)
+        cropped._pauses = pauses
+        cropped._num_tokens = target
+        cropped._forget_what_was_not_read()
+        cropped._aligned -= count
+        cropped._seq_length -= count
+        is_kept = lambda b: bool((b["completes"] & (b["num_tokens"] <= target)).any())  # noqa: E731
+        cropped._boundaries = list(filter(is_kept, self._boundaries))
+        cropped._unread_ids(count)
+        self.go_on(cropped)
 
     def _unread_ids(self, count: int) -> None:
         recent = self._recent_ids
@@ -552,6 +600,7 @@ class BakaCache(Cache):
         Raises:
             ValueError: the state is one process's share of another, or the weights are not whole and plain.
         """
+        self.check_whole()
         rows = {"num_tokens": self._num_tokens, "seeded": self._seeded, "pauses": self._pauses}
         if self._history is not None:
             rows["history"] = self._history
@@ -600,8 +649,7 @@ class BakaCache(Cache):
         saved = read_state(path, check)
         state = cls.__new__(cls)
         state._begin(saved.signature, saved.tensors)
-        for layer in state.layers:
-            layer.seq_length = saved.seq_length
+        state._seq_length = saved.seq_length
         state._num_tokens, state._seeded, state._pauses = (
             saved.rows[name] for name in ("num_tokens", "seeded", "pauses")
         )

@@ -3,7 +3,7 @@
 What happens in between, reading, is in `reading_baka` and in the graphs. Nothing in here depends on weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .cache_baka import BakaCache
 from .compile_baka import on_host
 from .functions_baka import gather_positions
-from .inputs_baka import check_cache, check_mask, check_text, find_restarts
+from .inputs_baka import check_cache, check_mask, check_text, find_alone, find_restarts
 from .stream_baka import Memory, Span, columns_of, in_columns, plan_aligned, plan_spans
 
 logger = logging.get_logger(__name__)
@@ -31,16 +31,40 @@ class Call:
     text: torch.Tensor  # ids [B, L], or embeddings [B, L, D]; tokens that are not in the stream stand behind the others
     real: torch.Tensor | None  # [B, L] bool, which are in it; None: all
     spans: list[Span]
-    cache: BakaCache | None
+    state: BakaCache | None
+    cache: BakaCache | None  # that state; while it is read, a draft of it, which the state becomes when all is read
     with_states: bool
     with_weights: bool
     num_last_states: int | None  # how many columns' states are asked for, from the last one back; None: all
     # What a state will know of itself:
     input_ids: torch.Tensor | None  # as they came
+    heard: torch.Tensor | None  # [B, L] bool, which of them are in the stream; None: all
     seeded: torch.Tensor | None  # [B] bool, rows whose text began with another stream's memory
     num_aligned: int  # the last positions in which no row had padding
     restarts: bool  # a text has begun within a row
     within_beam_search: bool
+    beside: "Beside | None" = None
+
+    def on_draft(self) -> "Call":
+        """The same call, to be read into a draft of its state."""
+        if self.state is None:
+            return self
+        draft = self.state.draft()
+        if self.restarts:
+            for layer in draft.layers:
+                layer.is_shared = True  # a text that begins writes over what the state has of the one before
+        return replace(self, cache=draft)
+
+
+class Beside(NamedTuple):
+    """Texts of one token, which leave nothing behind: all are read at once, in rows of their own.
+
+    A row may end in a thousand of them, if a collator has padded its positions with 0.
+    """
+
+    tokens: torch.Tensor  # [B, L] bool, where they stand
+    rows: torch.Tensor  # [K] int64, which row of `call` has each
+    call: Call
 
 
 class Results(NamedTuple):
@@ -91,6 +115,19 @@ def plan(
     if use_cache and cache is None:
         cache = model.new_cache(batch_size)
 
+    input_ids = None if input_ids is None else input_ids.long()
+    if inputs_embeds is not None:
+        inputs_embeds = inputs_embeds.to(model.embed_tokens.weight.dtype)
+        if real is not None:  # whatever stands where there is no token: NaN would be seen through any mask
+            inputs_embeds = inputs_embeds.masked_fill(~real[:, :, None], 0)
+
+    beside, heard = None, real
+    alone = None if restarts is None else find_alone(restarts, real)
+    if alone is not None and restarts is not None:
+        beside = _plan_beside(model, alone, input_ids, inputs_embeds, with_states, with_weights, embeds)
+        real = ~alone if real is None else real & ~alone
+        restarts = restarts & ~alone
+
     # Without a state every row begins here and nothing needs to be known on the host. With one, count.
     lengths: torch.Tensor | None = None
     whole_columns = torch.ones(length, dtype=torch.bool)
@@ -126,27 +163,62 @@ def plan(
         text=text,
         real=real,
         spans=spans,
+        state=cache,
         cache=cache,
         with_states=with_states,
         with_weights=with_weights,
         num_last_states=num_last_states,
         input_ids=input_ids,
+        heard=heard,
         seeded=seeded,
         num_aligned=int(whole_columns.flip(0).cumprod(0).sum()),
         restarts=restarts is not None,
         within_beam_search=within_beam_search,
+        beside=beside,
     )
 
 
+def _plan_beside(
+    model: Any,
+    alone: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    with_states: bool,
+    with_weights: bool,
+    embeds: bool,
+) -> Beside:
+    """Of a call whose tokens `alone` [B, L] are texts of one token."""
+    if input_ids is not None:
+        # What a token gives depends on its id alone, so each is read once.
+        ids, rows = input_ids[alone].unique(return_inverse=True)
+        input_ids = ids[:, None]
+    else:
+        assert inputs_embeds is not None
+        inputs_embeds = inputs_embeds[alone][:, None]
+        rows = torch.arange(len(inputs_embeds), device=inputs_embeds.device)
+    text = input_ids, None, None, None, inputs_embeds
+    return Beside(alone, rows, plan(model, *text, False, with_states, with_weights, embeds=embeds))
+
+
 @on_host
-def close(model: Any, call: Call, results: Results) -> BaseModelOutputWithPast:
-    """Leave the state behind in the cache, and put together what was read."""
-    if call.cache is not None:
-        _leave_state(call.cache, call, results)
+def close(model: Any, call: Call, results: Results, beside: Results | None = None) -> BaseModelOutputWithPast:
+    """Put together what was read, `beside` of `call.beside`, and have the state become what is left behind."""
     states, weights = _outputs(model, call, results)
+    if call.beside is not None and beside is not None:
+        tokens, rows, _ = call.beside
+        others, other_weights = _outputs(model, call.beside.call, beside)
+        states = [into.index_put((tokens,), x[rows, 0].to(into)) for into, x in zip(states, others, strict=True)]
+        if weights is not None and other_weights is not None:
+            weights = tuple(
+                into.transpose(1, 2).index_put((tokens,), x[rows, :, 0].to(into)).transpose(1, 2)
+                for into, x in zip(weights, other_weights, strict=True)
+            )
+    if call.state is not None and call.cache is not None:
+        _leave_state(call.cache, call, results)
+        call.state.go_on(call.cache)
     return BaseModelOutputWithPast(
         last_hidden_state=states[-1],
-        **{CACHE_NAME: call.cache},
+        **{CACHE_NAME: call.state},
         hidden_states=tuple(states) if call.with_states else None,
         attentions=weights,
     )
@@ -165,7 +237,7 @@ def _leave_state(cache: BakaCache, call: Call, results: Results) -> None:
     if call.input_ids is None:
         cache._history = None
     else:
-        cache._remember_ids(call.input_ids, call.real)
+        cache._remember_ids(call.input_ids, call.heard)
 
 
 def _outputs(model: Any, call: Call, results: Results) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...] | None]:

@@ -17,6 +17,7 @@ runs_compiled_parts = torch.compiler.disable(recursive=False)
 # One program for each kind of chunk, and again for other batch sizes. torch gives up compiling at 8 of them by default.
 # Under DDP it would cut every program in two, to send the gradients of one half early: blocks are small enough.
 allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimize_ddp=False)
+static_shapes = partial(allow_programs, automatic_dynamic_shapes=False)
 
 
 def recompute(function: Callable, *arguments: Any) -> Any:

@@ -154,7 +154,7 @@ class StaticReader:
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
         for layer, slots in zip(cache.layers, self.slots, strict=True):
-            if layer.keys is not slots[0]:
+            if layer.keys is not slots[0] or layer.values is not slots[1]:
                 layer.keys, layer.values = slots[0].copy_(layer.keys), slots[1].copy_(layer.values)
                 layer.is_shared = False
         carried = cache.carried
@@ -175,6 +175,7 @@ class StaticReader:
             ((self.num_tokens, cache._num_tokens), (self.seeded, cache._seeded), (self.reads, reads))
         ):
             if not torch.equal(self.known[index], now):
+                self.known[index] = now.new_empty(0)  # unknown, should this be interrupted
                 own.copy_(now)
                 self.known[index] = now
         self.ids[1].copy_(input_ids)

@@ -1,5 +1,6 @@
 """What `generate` asks of a recurrent model."""
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from transformers.generation import GenerationMixin
 
 from .cache_baka import BakaCache, hash_tokens
 from .calls_baka import CACHE_NAME
-from .inputs_baka import check_cache, either_name
+from .inputs_baka import check_cache, either_name, state_among
 
 
 class BakaGenerationMixin(GenerationMixin):
@@ -18,6 +19,20 @@ class BakaGenerationMixin(GenerationMixin):
     long as the tokens for the whole history, longer by what was fed before for new tokens. Without a mask, or with one
     for the tokens alone, the state itself knows what it has read.
     """
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        state = state_among((), kwargs)
+        if state is None:
+            return super().generate(*args, **kwargs)
+        # All or nothing, as a call is.
+        draft, before = state.draft(), state.__dict__
+        try:
+            state.go_on(draft)
+            return super().generate(*args, **kwargs)
+        except BaseException:
+            state.go_back(before)
+            raise
 
     def _prepare_model_inputs(
         self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]

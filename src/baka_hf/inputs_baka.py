@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from .cache_baka import BakaCache, check_signature, signature_of
 from .configuration_baka import BakaConfig
@@ -15,10 +16,30 @@ def either_name(past_key_values: BakaCache | None, cache: BakaCache | None) -> B
     return past_key_values if cache is None else cache
 
 
+def state_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> BakaCache | None:
+    """The state among a call's arguments, by its own account: remote code has a class of its own."""
+    for value in (kwargs.get("past_key_values"), kwargs.get("cache"), *args):
+        if value is not None and hasattr(value, "go_back"):
+            return value
+    return None
+
+
+def check_tensors(**arguments: Any) -> None:
+    """Raise a `ValueError` if one of a call's arguments is something else than a tensor."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"expected `{name}` to be a tensor, got {type(value).__name__}.")
+
+
 def check_text(
     config: BakaConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> tuple[int, int]:
     """B and L of a call's text."""
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "expected a call, got `torch.jit.trace`: how a text is cut into chunks depends on its length, and a trace "
+            "would give wrong logits at any other. `torch.compile` knows it."
+        )
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`.")
     if input_ids is not None:
@@ -31,9 +52,10 @@ def check_text(
     else:
         assert inputs_embeds is not None
         shape = inputs_embeds.shape
-        if len(shape) != 3 or shape[2] != config.hidden_size:
+        if len(shape) != 3 or shape[2] != config.hidden_size or not inputs_embeds.is_floating_point():
             raise ValueError(
-                f"expected `inputs_embeds` of shape [batch, length, {config.hidden_size}], got {tuple(shape)}."
+                f"expected `inputs_embeds` to be floats of shape [batch, length, {config.hidden_size}], got "
+                f"{inputs_embeds.dtype} of shape {tuple(shape)}."
             )
     if shape[0] == 0 or shape[1] == 0:
         raise ValueError(f"expected at least one row and one token, got an input of shape {tuple(shape)}.")
@@ -50,7 +72,34 @@ def can_look_at(tensor: torch.Tensor) -> bool:
     """Looking costs nothing on the CPU; on an accelerator it waits for the device, so only for prompts."""
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or (tensor.shape[1] > 1 and not torch.is_grad_enabled())
+    return tensor.device.type == "cpu" or (tensor.shape[-1] > 1 and not torch.is_grad_enabled())
+
+
+def check_targets(targets: torch.Tensor, vocab_size: int, ignored: int) -> None:
+    """That labels are token ids or `ignored`; their values are looked at where that does not wait for a device."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"expected labels to be token ids, integers, got {targets.dtype}.")
+    if targets.device.type == "cpu" and can_look_at(targets):
+        wrong = targets[(targets != ignored) & ((targets < 0) | (targets >= vocab_size))]
+        if len(wrong):
+            raise ValueError(f"expected labels from 0 to {vocab_size - 1}, or {ignored} for none, got {int(wrong[0])}.")
+
+
+def check_kept(logits_to_keep: Any, length: int) -> None:
+    """That `logits_to_keep` is a number of positions, or a tensor of some of the `length` there are."""
+    if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise ValueError(f"expected `logits_to_keep` of at least 0, got {logits_to_keep}.")
+        return
+    is_tensor = isinstance(logits_to_keep, torch.Tensor)
+    if not is_tensor or logits_to_keep.ndim != 1 or logits_to_keep.dtype not in (torch.int32, torch.int64):
+        got = f"{logits_to_keep.dtype} of shape {list(logits_to_keep.shape)}" if is_tensor else repr(logits_to_keep)
+        raise ValueError(f"expected `logits_to_keep` to be an integer or a 1-D tensor of positions, int64, got {got}.")
+    if len(logits_to_keep) and can_look_at(logits_to_keep):
+        least, most = (int(value) for value in torch.aminmax(logits_to_keep))
+        if least < -length or most >= length:
+            wrong = least if least < -length else most
+            raise ValueError(f"expected `logits_to_keep` from {-length} to {length - 1}, got {wrong}.")
 
 
 def check_cache(model: Any, cache: BakaCache | None, batch_size: int, within_beam_search: bool = False) -> None:
@@ -61,6 +110,7 @@ def check_cache(model: Any, cache: BakaCache | None, batch_size: int, within_bea
     signature = getattr(cache, "signature", None)
     if signature is None or not hasattr(cache, "memory"):
         raise ValueError(f"expected `past_key_values` to be a BakaCache (see `new_cache`), got {type(cache).__name__}.")
+    cache.check_whole()
     if cache._reader is None or cache._reader.model() is not model:  # else it was looked at before
         check_signature(signature, signature_of(model.config))
     if cache.batch_size != batch_size:
@@ -95,10 +145,22 @@ def find_restarts(
         raise ValueError(f"expected `position_ids` of shape [{batch_size}, {length}], got {list(position_ids.shape)}.")
     if length == 1:
         return None
-    zeros = (position_ids == 0).expand(batch_size, length)
-    if real is None:
-        restarts = zeros.clone()
-        restarts[:, 0] = False
-    else:
-        restarts = zeros & real & (real.cumsum(1) > 1)
+    positions = position_ids.expand(batch_size, length).long()
+    columns = torch.arange(length, device=positions.device).expand(batch_size, -1)
+    # The column of the real token before each, -1 for none. What is not in the stream may be counted, or not.
+    reals = columns if real is None else columns.masked_fill(~real, -1)
+    before = nn.functional.pad(reals.cummax(1).values[:, :-1], (1, 0), value=-1)
+    step = positions - positions.gather(1, before.clamp(min=0))
+    goes_on = (positions != 0) & ((step == 1) | (step == columns - before))
+    restarts = (reals >= 0) & (before >= 0) & ~goes_on
     return restarts if bool(restarts.any()) else None
+
+
+def find_alone(restarts: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, L] bool, the texts of one token that another text follows in this call, or None if there are none."""
+    length = restarts.shape[1]
+    columns = torch.arange(length, device=restarts.device).expand(restarts.shape)
+    reals = columns if real is None else columns.masked_fill(~real, length)
+    following = nn.functional.pad(reals.flip(1).cummin(1).values.flip(1), (0, 1), value=length)[:, 1:]
+    alone = restarts & nn.functional.pad(restarts, (0, 1)).gather(1, following)
+    return alone if bool(alone.any()) else None

@@ -15,10 +15,15 @@ from .functions_baka import at_least_float32, dtype_of_products
 
 IGNORED = -100  # a label that is no target
 
-# Without logits, the loss is computed for so many tokens at a time.
-LOSS_PIECE = 8192
+# Without logits, the loss is computed for so many tokens at a time. A GPU needs many at once; a CPU is faster with what
+# its caches hold, and needs the less memory.
+LOSS_PIECE, LOSS_PIECE_ON_CPU = 8192, 256
 # Compiled, a token's weights are summed for so many logits at a time, a multiple of 8.
 LOSS_BLOCK = 1024
+
+
+def _piece_on(device: torch.device) -> int:
+    return min(LOSS_PIECE, LOSS_PIECE_ON_CPU) if device.type == "cpu" else LOSS_PIECE
 
 
 def computes_losses(head: nn.Module) -> bool:
@@ -61,8 +66,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(states) if needs_hidden else None
         grad_weight = torch.zeros_like(matrix) if needs_weight and not len(states) else None
         with torch.autocast(device.type, enabled=False):
-            for begin in range(0, len(states), LOSS_PIECE):
-                piece = slice(begin, begin + LOSS_PIECE)
+            length = _piece_on(device)
+            for begin in range(0, len(states), length):
+                piece = slice(begin, begin + length)
                 loss, gradient = _cross_entropy(
                     states[piece] @ matrix.T, targets[piece], vocab_size, needs_hidden or needs_weight
                 )
@@ -185,7 +191,8 @@ def _loss_of_head(
             logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets, num_items_in_batch=1
         )
 
-    pieces = zip(hidden_states.split(LOSS_PIECE), targets.split(LOSS_PIECE), strict=True)
+    length = _piece_on(hidden_states.device)
+    pieces = zip(hidden_states.split(length), targets.split(length), strict=True)
     if torch.is_grad_enabled():
         losses = [checkpoint(total, *piece, use_reentrant=False) for piece in pieces]
     else:

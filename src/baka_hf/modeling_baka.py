@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -30,7 +31,16 @@ from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
 from .generation_baka import BakaGenerationMixin
-from .inputs_baka import can_look_at, check_cache, check_mask, check_text, either_name
+from .inputs_baka import (
+    check_cache,
+    check_kept,
+    check_mask,
+    check_targets,
+    check_tensors,
+    check_text,
+    either_name,
+    state_among,
+)
 from .layers_baka import BakaDecoderLayer
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
 from .memory_baka import MEMORY_UPDATES
@@ -103,6 +113,19 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
                 module.records_training = enable
                 if not enable:
                     forget(module)
+
+    @runs_compiled_parts
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call is all or nothing, hooks included: whatever is raised, the state goes back to what it was before."""
+        state = state_among(args, kwargs)
+        if state is None:
+            return super().__call__(*args, **kwargs)
+        before = state.__dict__
+        try:
+            return super().__call__(*args, **kwargs)
+        except BaseException:
+            state.go_back(before)
+            raise
 
     def new_cache(self, batch_size: int = 1, memory: torch.Tensor | None = None, static: bool = False) -> BakaCache:
         """An empty state of this model's own class, device and dtype.
@@ -177,10 +200,11 @@ class BakaModel(BakaPreTrainedModel):
             input_ids: [B, L] int64 token ids; or `inputs_embeds`, [B, L, D].
             attention_mask: [B, L], or [B, P + L] after P positions fed to the state; 0 means "not in the stream",
                 wherever it stands.
-            position_ids: [B, L]. A 0 at a real token, other than a row's first of this call, begins a new text there;
-                other values do not matter.
+            position_ids: [B, L]. A real token whose position does not go on from the one before, and 0 never does,
+                begins a new text there; a row's first one in this call does not.
             past_key_values, cache: the state to go on from, under either of its names. It is changed in place.
-            use_cache: return the state; by default `config.use_cache`, and no when training.
+            use_cache: return the state; by default `config.use_cache`, and no when training. False with a state is
+                refused: it goes forward.
             output_hidden_states: also return the embeddings and each block's output over the text, [B, L, D] each,
                 the last one normed.
             output_attentions: also return each block's weights (eager attention only), [B, heads, L, 2S]: over
@@ -194,6 +218,11 @@ class BakaModel(BakaPreTrainedModel):
             ValueError: an argument does not fit the others, the model or the state, which is left as it was.
         """
         cache = either_name(past_key_values, cache)
+        check_tensors(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
+        if cache is not None and use_cache is False:
+            raise ValueError("expected no state with `use_cache=False`: a state can only go forward.")
         for name in ("cu_seq_lens_q", "seq_idx"):
             if position_ids is None and kwargs.get(name) is not None:
                 raise ValueError(
@@ -210,19 +239,21 @@ class BakaModel(BakaPreTrainedModel):
         embeds = torch.is_grad_enabled() and not recomputes
         text = input_ids, attention_mask, position_ids, cache, inputs_embeds
         call = plan(self, *text, use_cache, *outputs, embeds=embeds, **kwargs)
-        return close(self, call, self._read(call, recomputes))
+        reader = None
+        if not (call.text.is_floating_point() or call.with_states or call.with_weights):
+            reader = self._static_reader(call.state)
+        call = call.on_draft()
+        beside = None if call.beside is None else self._read(call.beside.call, None, recomputes)
+        return close(self, call, self._read(call, reader, recomputes), beside)
 
     @runs_compiled_parts
-    def _read(self, call: Call, recomputes: bool) -> Results:
-        """Read a call in one of three ways: recorded, as training calls are; by graphs of whole chunks, as static
-        states are; or span by span."""
+    def _read(self, call: Call, reader: Any, recomputes: bool) -> Results:
+        """Read a call in one of three ways: recorded, as training calls are; by graphs of whole chunks, as a `reader`
+        of static states does; or span by span."""
         recorder = recorder_of(self, call) if self.records_training else None
         turn = None if recorder is None else recorder.find(self, call)
         if turn is not None:
             return turn.graph.read(self, call, turn)
-        reader = None
-        if not (call.text.is_floating_point() or call.with_states or call.with_weights):
-            reader = self._static_reader(call.cache)
         # What autocast keeps while recording would be found, and be stale, when all else is read. Programs are compiled
         # for the one or the other, so the first call of a kind does without as well.
         reading = Reading(self, call, reader, recomputes, keeps_casts=recorder is None)
@@ -258,10 +289,12 @@ class BakaModel(BakaPreTrainedModel):
         reader = self._static_reader(cache) if bool(reads.any()) else None
         if reader is None:
             return None
+        following = cache.draft(with_layers=False)
+        cache._is_torn = True  # its tensors change where they are
         states = reader.read_token(self, cache, input_ids, reads)
-        num_aligned = int(bool(reads.all()))
-        num_tokens = cache._num_tokens + reads
-        cache._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
+        num_aligned, num_tokens = int(bool(reads.all())), cache._num_tokens + reads
+        following._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
+        cache.go_on(following)
         return states
 
     @on_host
@@ -360,14 +393,29 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
             ValueError: as `BakaModel.forward`; or labels have another shape than the text; or `skip_logits` has
                 none or, on a CPU, one that is no token id.
         """
-        text = input_ids if input_ids is not None else inputs_embeds
         # No parameter of its own: transformers takes every one with "label" in its name for one that must be there.
         shift_labels = kwargs.get("shift_labels")
+        check_tensors(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            shift_labels=shift_labels,
+        )
+        text = input_ids if input_ids is not None else inputs_embeds
         for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
             if targets is not None and text is not None and targets.shape != text.shape[:2]:
                 raise ValueError(f"expected `{name}` of shape {list(text.shape[:2])}, got {list(targets.shape)}.")
-        if skip_logits:
-            self._check_targets(labels if shift_labels is None else shift_labels)
+            if targets is not None and (skip_logits or self.loss_function is ForCausalLMLoss):
+                check_targets(targets, self.config.vocab_size, kwargs.get("ignore_index", IGNORED))
+        if shift_labels is not None:
+            shift_labels = kwargs["shift_labels"] = shift_labels.long().contiguous()
+        elif labels is not None:
+            labels = labels.long()
+        elif skip_logits:
+            raise ValueError("expected `labels` or `shift_labels` with `skip_logits=True`: there is nothing to return.")
+        if text is not None and text.ndim > 1:
+            check_kept(logits_to_keep, text.shape[1])
         if labels is None and shift_labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
             kwargs["num_last_states"] = logits_to_keep
         cache = either_name(past_key_values, cache)
@@ -396,9 +444,12 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
             )
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
-            if labels is not None or shift_labels is not None:
+            if labels is None and shift_labels is None:
+                logits = self.lm_head(hidden_states[:, kept])
+            else:  # the loss is that of all positions
+                logits = self.lm_head(hidden_states)
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                logits = logits[:, kept]
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -409,17 +460,6 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
 
     # `generate` asks for it in every step, and to find it out takes longer than all else that is done here on the host.
     forward.__signature__ = inspect.signature(forward)
-
-    @on_host
-    def _check_targets(self, targets: torch.Tensor | None) -> None:
-        if targets is None:
-            raise ValueError("expected `labels` or `shift_labels` with `skip_logits=True`: there is nothing to return.")
-        # On an accelerator one would have to wait for the device.
-        if targets.device.type == "cpu" and can_look_at(targets):
-            wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= self.config.vocab_size))]
-            if len(wrong):
-                most = self.config.vocab_size - 1
-                raise ValueError(f"expected targets from 0 to {most}, or {IGNORED} for none, got {int(wrong[0])}.")
 
 
 class BakaForSequenceClassification(BakaPreTrainedModel):

@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .attention_baka import any_length, can_attend_in_parts, place
 from .cache_baka import BakaCache, BakaCacheLayer
 from .calls_baka import Call, Results
-from .compile_baka import allow_programs, on_host, runs_compiled_parts
+from .compile_baka import allow_programs, on_host, runs_compiled_parts, static_shapes
 from .functions_baka import (
     and_rows,
     any_rows,
@@ -198,14 +198,10 @@ class ChunkPass:
             return keys, values
         if layout.in_step:
             keys, values = (pad_slots(x, placement.first, half + S - placement.stop) for x in (keys, values))
-        rolled = rolled_over(keys, values, *backwards(self.config, keys))
+        angles = backwards(self.config, keys)
         if layout.completes is True:
-            return rolled
-        keys, values = (
-            torch.cat([where_rows(layout.completes, new, x[:, :, :S]), x[:, :, S:]], dim=2)
-            for new, x in zip(rolled, (keys, values), strict=True)
-        )
-        return keys, values
+            return rolled_over(keys, values, *angles)
+        return with_previous(keys, values, angles, layout.completes)
 
 
 def is_chunk(layout: Layout) -> bool:
@@ -225,6 +221,18 @@ def rolled_over(
     """The own half of keys and values [..., 2S, head_dim] as a previous stream's: keys turned back, see `backwards`."""
     own_keys, own_values = keys.chunk(2, dim=-2)[1], values.chunk(2, dim=-2)[1]
     return apply_rotary(own_keys, cos, sin), own_values
+
+
+def with_previous(
+    keys: torch.Tensor, values: torch.Tensor, angles: Angles, completes: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, H, 2S, head_dim] whose own half is their previous one too, in the rows that `completes`."""
+    rolled, S = rolled_over(keys, values, *angles), keys.shape[2] // 2
+    keys, values = (
+        torch.cat([where_rows(completes, new, x[:, :, :S]), x[:, :, S:]], dim=2)
+        for new, x in zip(rolled, (keys, values), strict=True)
+    )
+    return keys, values
 
 
 class BlockwisePass(ChunkPass):
@@ -318,6 +326,8 @@ class Reading:
     def context(self) -> Any:
         """What the spans are to be read in."""
         device = self.model.norm.weight.device.type
+        if device == "cpu" and self.config._attn_implementation == "flex_attention":
+            return static_shapes()  # PyTorch 2.13 cannot compile it for dynamic ones there
         if self.keeps_casts or not torch.is_autocast_enabled(device):
             return nullcontext()
         return torch.autocast(device, dtype=torch.get_autocast_dtype(device), cache_enabled=False)
@@ -373,10 +383,9 @@ class Reading:
     @on_host
     def _run_in_place(self, span: Span, layout: Layout, view: View, text: torch.Tensor, stream: Stream) -> Passed:
         passed = self._run(span.first, layout, view, text, stream)
-        assert self.call.cache is not None
-        if passed.memory is not None:
-            self.call.cache.carried = passed.memory
         if any_rows(layout.completes):
+            assert self.call.cache is not None
+            self.call.cache.carried = passed.memory or self.call.cache.carried
             self._roll_over(self.call.cache, span, layout)
         return passed
 
@@ -407,9 +416,9 @@ class Reading:
     @on_host
     def _read_by_graph(self, span: Span) -> None:
         """Read a whole chunk from a static state."""
-        cache = self.call.cache
-        memory = self.streams[0].memory
-        assert cache is not None and memory is not None
+        cache, state, memory = self.call.cache, self.call.state, self.streams[0].memory
+        assert cache is not None and state is not None and memory is not None
+        state._is_torn = True  # its tensors change where they are
         cache.carried = memory
         self.reader.take_in(cache)
         text = self.call.text[:, span.column :][:, : span.count]
@@ -541,18 +550,18 @@ class Reading:
 
     @on_host
     def _roll_over(self, cache: BakaCache, span: Span, layout: Layout) -> None:
-        """The own stream of the rows whose chunk is full becomes their previous one, in place."""
-        S, batch_size = self.config.stream_length, self.call.batch_size
+        """The own stream of the rows whose chunk is full becomes their previous one, in tensors of its own."""
+        batch_size = self.call.batch_size
         if cache._is_recording:
             completes = torch.as_tensor(layout.completes).expand(batch_size)
             pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(batch_size, -1)
             cache._record_boundary(span.num_tokens, completes, pauses)
-        if not self.half:
-            return
         for layer in cache.layers:
-            rolled = rolled_over(layer.keys, layer.values, *backwards(self.config, layer.keys))
-            for buffer, own in zip((layer.keys, layer.values), rolled, strict=True):
-                buffer[:, :, :S] = where_rows(layout.completes, own, buffer[:, :, :S])
+            # Without the XL cache: to be copied before the next chunk is written over this one.
+            layer.is_shared = not self.half
+            if self.half:
+                angles = backwards(self.config, layer.keys)
+                layer.keys, layer.values = with_previous(layer.keys, layer.values, angles, layout.completes)
 
     @on_host
     def results(self) -> Results:

@@ -239,8 +239,9 @@ class TrainingGraph:
         if self.flags is not None:
             flags = _inputs_of(call)
             if not torch.equal(flags, self.known_flags):
-                self.known_flags = flags
+                self.known_flags = flags.new_empty(0)  # unknown, should this be interrupted
                 self.flags.copy_(flags.pin_memory() if self.flags.is_cuda else flags, non_blocking=True)
+                self.known_flags = flags
         if self.call.cache is not None and call.cache is not None:
             torch._foreach_copy_(_tensors(self.call.cache), _tensors(call.cache))
 
@@ -269,8 +270,8 @@ class TrainingGraph:
 
     @runs_compiled_parts
     def _run_forward(self, model: Any) -> None:
-        self._put(leaves=True)
         try:
+            self._put(leaves=True)
             with torch.enable_grad():
                 reading = Reading(model, self.call, keeps_casts=False)
                 reading.read()
