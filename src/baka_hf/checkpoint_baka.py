@@ -50,8 +50,9 @@ class BakaCheckpointMixin:
         others = tuple(f"{head}." for head in HEADS if not hasattr(model, head))
         lost = sorted(name for name in info["unexpected_keys"] if not name.startswith(others))
         if lost:
+            names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
             raise ValueError(
-                f"expected no learned parameters but those that the configuration asks for, got {', '.join(lost)}. "
+                f"expected no learned parameters but those that the configuration asks for, got {names}. "
                 "Load the checkpoint with the fields that it was saved with. To leave something out on purpose, make a "
                 f"{cls.__name__} of a configuration without it, and give the rest to `load_state_dict`."
             )
