@@ -20,6 +20,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
@@ -30,7 +31,7 @@ from .decoding_graphs_baka import reader_of
 from .functions_baka import gather_positions
 from .generation_baka import BakaGenerationMixin
 from .inputs_baka import can_look_at, check_cache, check_mask, check_text, either_name, find_restarts
-from .layers_baka import SOLIDIFIERS, BakaDecoderLayer
+from .layers_baka import SOLIDIFIERS, BakaDecoderLayer, BakaPauseDropout
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
 from .reading_baka import CACHE_NAME, Reading, ReadingByBlocks
 from .stream_baka import fixed_pauses, plan_aligned, plan_spans
@@ -64,6 +65,9 @@ class BakaPreTrainedModel(PreTrainedModel):
             # FSDP2 gives a sharded model a class of its own. What is saved with it is the code of the model's.
             model_class = next(base for base in cls.__mro__[1:] if not base.__module__.startswith("torch."))
             cls.__module__, cls.__name__ = model_class.__module__, model_class.__name__
+        if issubclass(cls, BakaGenerationMixin):
+            # Trainer finds by a class's name, and here, whether label smoothing has to shift labels.
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
@@ -146,6 +150,8 @@ class BakaModel(BakaPreTrainedModel):
                 self.write_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
             elif config.memory_solidifier != "none":
                 self.solidifier = SOLIDIFIERS[config.memory_solidifier](config)
+        if config.uses_random_pauses:
+            self.pause_dropout = BakaPauseDropout()
         self.layers = nn.ModuleList([BakaDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -394,6 +400,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
 
     def __init__(self, config: BakaConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # also of a subclass with another name: by it Trainer counts targets
         self.model = BakaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = BakaHead(config.hidden_size, config.vocab_size, bias=False)
@@ -494,6 +501,8 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
 
 class BakaForSequenceClassification(BakaPreTrainedModel):
     """BakaLLM that reads a document of any length, memory carried through, and judges it at its last token."""
+
+    accepts_loss_kwargs = False  # its loss is a mean, so Trainer has to divide by the number of accumulated batches
 
     def __init__(self, config: BakaConfig):
         super().__init__(config)
