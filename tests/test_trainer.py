@@ -152,18 +152,18 @@ def with_remote_code(folder: Path) -> Any:
     return code.from_pretrained(folder)
 
 
-def with_adapter(folder: Path) -> Any:
+def with_adapter(name: str, **fields: Any) -> Any:
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
-    torch.manual_seed(1)
-    return peft.get_peft_model(new_model(), config)
+    model = new_model()
+    return peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **fields))
 
 
 KINDS: dict[str, Callable[[Path], Any]] = {
     "plain": lambda _: new_model(),
     "subclass": lambda _: Renamed(new_model().config),
     "remote code": with_remote_code,
-    "adapter": with_adapter,
+    "adapter": lambda _: with_adapter("LoraConfig", target_modules="all-linear", init_lora_weights=False),
+    "virtual tokens": lambda _: with_adapter("PromptTuningConfig", num_virtual_tokens=3),
 }
 
 
@@ -173,9 +173,11 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("trainer_class", [Trainer, BakaTrainer])
 def test_label_smoothing(tmp_path: Path, trainer_class: Any, kind: str) -> None:
     """Over the next token, in training and evaluation; and with next to no smoothing it is the plain loss."""
+    if trainer_class is Trainer and kind == "virtual tokens":
+        pytest.skip("of any model the stock Trainer takes the virtual tokens' logits for the text's")
     samples, model = with_holes(), KINDS[kind](tmp_path / "model")
     tokens, labels = (torch.stack([sample[key] for sample in samples]) for key in ("input_ids", "labels"))
-    logits, targets = model(tokens).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    logits, targets = model(tokens).logits[:, -LENGTH:-1].flatten(0, 1), labels[:, 1:].flatten()
     for smoothing in (0.3, 1e-12):
         expected = F.cross_entropy(logits, targets, label_smoothing=smoothing).item()
         trained = trainer(

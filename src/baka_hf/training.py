@@ -556,7 +556,8 @@ class _SmootherOfTargets(LabelSmoother):
     """Label smoothing over `_targets`, which Trainer would shift or not by the name of the model's outermost class."""
 
     def __call__(self, model_output: Any, labels: Any, shift_labels: bool = False, **kwargs: Any) -> torch.Tensor:
-        return super().__call__(model_output, labels, **kwargs)
+        logits = model_output["logits"][:, -labels.shape[1] :]  # after PEFT's virtual tokens
+        return super().__call__({"logits": logits}, labels, **kwargs)
 
 
 def _complete(function: Any, outputs: Any, labels: Any, **kwargs: Any) -> Any:
