@@ -70,7 +70,7 @@ class TaskArguments:
     compare: bool = field(default=False, metadata={"help": "Also train the model without its memory tokens."})
 
 
-@dataclass
+@dataclass(repr=False)  # transformers' own hides tokens
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's own, with defaults that suit the default task."""
 

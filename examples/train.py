@@ -146,7 +146,7 @@ class DataArguments:
         return f"the sources of the standard library of Python {platform.python_version()}"
 
 
-@dataclass
+@dataclass(repr=False)  # transformers' own hides tokens
 class TrainingArguments(BakaTrainingArguments):
     """The Trainer's own, with defaults that suit the default model and data on two CPU cores."""
 

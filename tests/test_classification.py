@@ -9,9 +9,10 @@ from helpers import CONFIGS, random_tokens, tiny_config
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from baka_hf import BakaForCausalLM, BakaForSequenceClassification
+from baka_hf.training import BakaTrainer
 
 CLOSE = dict(rtol=1e-9, atol=1e-9)
 
@@ -151,6 +152,53 @@ def test_loss(overrides: dict[str, Any], labels: Tensor) -> None:
     assert_close(outputs.loss, expected, **CLOSE)
     outputs.loss.backward()
     assert model.model.embed_tokens.weight.grad.any()
+
+
+class FirstGradients(TrainerCallback):
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        self.found = [parameter.grad.clone() for parameter in trained]
+
+
+# PEFT 0.21 asks `is_gradient_checkpointing`, the old name, of every model.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("trainer_class", [Trainer, BakaTrainer])
+@pytest.mark.parametrize("kind", [*LABELS, "adapter"])
+def test_accumulated_steps_are_one_step(tmp_path: Path, trainer_class: Any, kind: str) -> None:
+    """Eight rows at once, in two batches or one by one: the loss and gradient of all."""
+    overrides, labels = LABELS["single label" if kind == "adapter" else kind]
+    labels = labels.repeat(4, *[1] * (labels.ndim - 1))
+    rows = [dict(input_ids=text, labels=label) for text, label in zip(texts(*[13] * 8), labels, strict=True)]
+    found = []
+    for accumulated in (1, 2, 8):
+        torch.manual_seed(0)
+        model: Any = BakaForSequenceClassification(tiny_config(initializer_range=0.2, **overrides))
+        if kind == "adapter":
+            peft = pytest.importorskip("peft")
+            config = dict(task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            model = peft.get_peft_model(model, peft.LoraConfig(**config))
+        gradients = FirstGradients()
+        args = TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            per_device_train_batch_size=8 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            max_steps=1,
+            max_grad_norm=0,
+            logging_steps=1,
+            dataloader_pin_memory=False,
+        )
+        trained = trainer_class(model, args, train_dataset=rows, callbacks=[gradients])
+        expected = model(torch.stack([row["input_ids"] for row in rows]), labels=labels).loss.item()
+        trained.train()
+        assert trained.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+        found.append(gradients.found)
+    for others in found[1:]:
+        for actual, gradient in zip(others, found[0], strict=True):
+            assert_close(actual, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_fine_tuning_learns_what_only_memory_can_tell() -> None:

@@ -15,9 +15,11 @@ from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from helpers import random_tokens, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from transformers import PreTrainedTokenizerFast
 from transformers.testing_utils import CaptureLogger
 
 from baka_hf import data
@@ -95,6 +97,19 @@ def assert_same_rows(actual: Sequence[Row], expected: Sequence[Row]) -> None:
             assert tensor.dtype == torch.int64 and torch.equal(tensor, expected_row[name]), name
 
 
+def assert_places(rows: Sequence[Row], documents: Sequence[list[int]], num_lanes: int) -> None:
+    """Where a lane stands: by the tokens that its rows have held until then."""
+    for lane in range(num_lanes):
+        read: list[int] = []
+        for row in rows[lane::num_lanes]:
+            read += row["labels"][row["labels"] >= 0].tolist()
+            document, consumed = row["document"].tolist()
+            if not read:
+                assert (document, consumed) == (-1, 0)
+            else:
+                assert documents[document][consumed - 1] == read[-1]
+
+
 def rows_of(lanes: LaneDataset | StreamingLanes) -> list[Row]:
     if isinstance(lanes, LaneDataset):
         return [lanes[index] for index in range(len(lanes))]
@@ -119,7 +134,9 @@ def test_every_document_is_read_once_per_pass(size: dict[str, Any], shuffle: boo
     dataset = LaneDataset(documents, **size, shuffle=shuffle, num_epochs=num_epochs, pad_token_id=PAD)
     dataset.set_epoch(epoch)
     rows = rows_of(dataset)
-    assert {tuple(tensor.shape) for row in rows for tensor in row.values()} == {(size["chunks_per_step"] * n,)}
+    length = size["chunks_per_step"] * n
+    assert {tuple(tensor.shape) for row in rows for name, tensor in row.items() if name != "document"} == {(length,)}
+    assert_places(rows, documents, num_lanes)
     lanes, counts = read_back(rows, num_lanes, n)
     assert dataset.stats == LaneStats(**counts, num_lanes=num_lanes, num_steps=dataset.num_steps)
     assert len(dataset) == len(rows) == dataset.num_steps * num_lanes
@@ -330,17 +347,7 @@ def test_a_stream_goes_to_the_lane_that_is_free_first(size: dict[str, Any]) -> N
     assert len(rows) == num_lanes * math.ceil(max(loads) / size["chunks_per_step"])
     assert stream.stats == LaneStats(**counts, num_lanes=num_lanes, num_steps=len(rows) // num_lanes)
 
-    # Where a lane stands: by the tokens that its rows have held until then.
-    for lane in range(num_lanes):
-        read: list[int] = []
-        for row in rows[lane::num_lanes]:
-            read += row["labels"][row["labels"] >= 0].tolist()
-            document, consumed = row.pop("document").tolist()
-            if not read:
-                assert (document, consumed) == (-1, 0)
-            else:
-                assert documents[document][consumed - 1] == read[-1]
-
+    assert_places(rows, documents, num_lanes)
     assert_same_rows(rows, rows_of(LaneDataset(documents, **size, shuffle=False, pad_token_id=PAD)))
 
 
@@ -398,6 +405,13 @@ def test_a_stream_holds_documents_in_progress_only() -> None:
     assert taken_by_row[::2] == [2, 2, 3, 3, 5, 5]
 
 
+def numbers_tokenizer() -> PreTrainedTokenizerFast:
+    """A number, written out, is the token."""
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(sum(LENGTHS))}))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
 def test_a_stream_of_dicts_texts_and_a_tokenizer_that_gives_dicts() -> None:
     documents = documents_of(LENGTHS)
     expected = rows_of(StreamingLanes(documents, 3, 5))
@@ -409,6 +423,8 @@ def test_a_stream_of_dicts_texts_and_a_tokenizer_that_gives_dicts() -> None:
         (texts, lambda text: [int(token) for token in text.split()]),
         (texts, lambda text: {"input_ids": np.array(text.split(), int)}),
         ([{"text": text} for text in texts], lambda example: torch.tensor([*map(int, example["text"].split())])),
+        (texts, numbers_tokenizer()),
+        (datasets.Dataset.from_dict({"title": texts, "text": texts}).to_iterable_dataset(), numbers_tokenizer()),
     ]
     for source, tokenize in sources:
         assert_same_rows(rows_of(StreamingLanes(source, 3, 5, tokenize=tokenize)), expected)
@@ -511,6 +527,8 @@ def test_a_stream_may_be_empty_and_its_dicts_may_not() -> None:
     assert rows_of(StreamingLanes([], 2, 5)) == []
     with pytest.raises(ValueError, match=r"document 1: expected a dict with \"input_ids\", got \['text'\]"):
         rows_of(StreamingLanes([{"input_ids": [1]}, {"text": "x"}], 2, 5))
+    with pytest.raises(ValueError, match=r"document 0: expected a dict with \"text\", got \['title'\]"):
+        rows_of(StreamingLanes([{"title": "x"}], 2, 5, tokenize=numbers_tokenizer()))
 
 
 def test_rows_out_of_range() -> None:

@@ -234,11 +234,19 @@ def known_names() -> set[str]:
     return names
 
 
-# Arguments of PEFT, and what `forward` and transformers' `from_pretrained` find in their `kwargs`.
-ELSEWHERE = {"target_modules", "modules_to_save", "shift_labels", "distributed_config", "tp_plan"}
+# Arguments of PEFT and of Trainer, and what `forward` and transformers' `from_pretrained` find in their `kwargs`.
+ELSEWHERE = {
+    "target_modules",
+    "modules_to_save",
+    "compute_loss_func",
+    "shift_labels",
+    "num_items_in_batch",
+    "distributed_config",
+    "tp_plan",
+}
 # Arguments of the Hub's client, TRL, lm-eval and torchao or bitsandbytes.
 ELSEWHERE |= {"code_revision", "hub_token", "packing_strategy", "max_length", "max_batch_size", "batch_size"}
-ELSEWHERE |= {"quantization_config", "device_map", "exist_ok"}
+ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -179,7 +179,7 @@ def test_half_precision_is_scored_in_float32(model: BakaForCausalLM, expected: d
 
 
 def test_modes_are_restored_and_nothing_is_learned(model: BakaForCausalLM) -> None:
-    config = tiny_config(pause_placement="random")  # which shows whether eval mode was on
+    config = tiny_config(pause_placement="random")  # which are not drawn
     model = tiny_model(config).train()
     model.model.norm.eval()
     modes = {name: module.training for name, module in model.named_modules()}

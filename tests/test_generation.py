@@ -74,6 +74,15 @@ def test_the_model_is_worth_testing(model: BakaForCausalLM) -> None:
     assert not torch.equal(found, other)
 
 
+def test_greedy_in_training_mode() -> None:
+    """What it says in eval mode, where pauses are random too."""
+    model = tiny_model(tiny_config(pause_placement="random", num_pause_tokens=3), seed=5)
+    expected = model.generate(prompt(2, 9), **GREEDY)
+    model.train()
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(prompt(2, 9), use_cache=use_cache, **GREEDY), expected)
+
+
 # With and without a state
 
 

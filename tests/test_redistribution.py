@@ -76,7 +76,8 @@ def test_what_states_say_of_their_rows(tmp_path: Path) -> None:
     tokens = random_tokens(model.config, 3, 8)
     for seed, (state, part) in enumerate(zip(states, (tokens[:2], tokens[2:]), strict=True)):
         torch.manual_seed(seed)
-        logits_of(model, part, state)
+        model(part, cache=state, use_cache=True)  # with gradients, where pauses are random
+        state.detach_()
     mask = torch.ones(2, 2).index_fill(1, torch.tensor([0]), 0).long()
     logits_of(model, tokens[:2, :2], states[0], attention_mask=mask)  # after padding one position can be taken back
     logits_of(model, tokens[2:, :2], states[1])

@@ -48,8 +48,9 @@ def test_resume_from_a_file_is_bit_identical(dtype: torch.dtype, stage: str, tmp
 def test_resume_of_every_kind_of_state(overrides: dict[str, Any], tmp_path: Path) -> None:
     """States with little in them (no memory, no keys of a previous chunk) or random pauses are files as well."""
     model = tiny_model(tiny_config(**overrides))
-    model.train()  # where pauses are random
     _, cache = rows_out_of_phase(model, 4, 13)
+    model.train()(random_tokens(model.config, 2, 8), cache=cache, use_cache=True)  # where pauses are random
+    cache.detach_()
     cache.save_pretrained(str(tmp_path / "deep" / "er"))
     resumed = BakaCache.from_pretrained(str(tmp_path / "deep" / "er"), config=model.config)
     assert contents(resumed) == contents(cache)

@@ -1,6 +1,7 @@
 """The stock Trainer: nothing of it is overridden, and what it promises holds for a recurrent model."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from baka_hf import BakaForCausalLM
+from baka_hf.training import BakaTrainer
 
 Samples = list[dict[str, Tensor]]
 LENGTH = 18  # three chunks of 5 and a rest
@@ -42,7 +45,7 @@ def counting(number: int = 32) -> Samples:
 
 def trainer(folder: Path, model: BakaForCausalLM, samples: Any, **arguments: Any) -> Trainer:
     collator, callbacks = arguments.pop("data_collator", None), arguments.pop("callbacks", None)
-    evaluated = arguments.pop("eval_dataset", None)
+    evaluated, trainer_class = arguments.pop("eval_dataset", None), arguments.pop("trainer_class", Trainer)
     defaults = dict(
         output_dir=str(folder),
         use_cpu=True,
@@ -56,7 +59,7 @@ def trainer(folder: Path, model: BakaForCausalLM, samples: Any, **arguments: Any
         logging_steps=1,
         dataloader_pin_memory=False,
     )
-    return Trainer(
+    return trainer_class(
         model=model,
         args=TrainingArguments(**defaults | arguments),
         train_dataset=samples,
@@ -135,6 +138,77 @@ def test_accumulated_steps_are_one_step(tmp_path: Path) -> None:
         assert abs(reported - loss.item()) < 1e-4
         for name, parameter in model.named_parameters():
             assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Renamed(BakaForCausalLM):
+    """A subclass, as of a user's."""
+
+
+def with_remote_code(folder: Path) -> Any:
+    """The model of its own folder's code."""
+    new_model().save_pretrained(folder)
+    code: Any = get_class_from_dynamic_module("modeling_baka.BakaForCausalLM", str(folder))
+    assert code is not BakaForCausalLM
+    return code.from_pretrained(folder)
+
+
+def with_adapter(name: str, **fields: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    model = new_model()
+    return peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **fields))
+
+
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "plain": lambda _: new_model(),
+    "subclass": lambda _: Renamed(new_model().config),
+    "remote code": with_remote_code,
+    "adapter": lambda _: with_adapter("LoraConfig", target_modules="all-linear", init_lora_weights=False),
+    "virtual tokens": lambda _: with_adapter("PromptTuningConfig", num_virtual_tokens=3),
+}
+
+
+# PEFT 0.21 asks `is_gradient_checkpointing`, the old name, of every model.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trainer_class", [Trainer, BakaTrainer])
+def test_label_smoothing(tmp_path: Path, trainer_class: Any, kind: str) -> None:
+    """Over the next token, in training and evaluation; and with next to no smoothing it is the plain loss."""
+    if trainer_class is Trainer and kind == "virtual tokens":
+        pytest.skip("of any model the stock Trainer takes the virtual tokens' logits for the text's")
+    samples, model = with_holes(), KINDS[kind](tmp_path / "model")
+    tokens, labels = (torch.stack([sample[key] for sample in samples]) for key in ("input_ids", "labels"))
+    logits, targets = model(tokens).logits[:, -LENGTH:-1].flatten(0, 1), labels[:, 1:].flatten()
+    for smoothing in (0.3, 1e-12):
+        expected = F.cross_entropy(logits, targets, label_smoothing=smoothing).item()
+        trained = trainer(
+            tmp_path,
+            model,
+            samples,
+            trainer_class=trainer_class,
+            eval_dataset=samples,
+            label_smoothing_factor=smoothing,
+            gradient_accumulation_steps=2,
+            per_device_eval_batch_size=8,
+            max_steps=1,
+            learning_rate=0,
+        )
+        assert trained.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        trained.train()
+        assert losses(trained)[0] == pytest.approx(expected, abs=1e-4)
+    assert expected == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
+
+
+def test_label_smoothing_of_a_compiled_model(tmp_path: Path) -> None:
+    """The stock Trainer finds no model's name in what `torch.compile` makes of it. `BakaTrainer` needs none."""
+    samples, model = with_holes(), new_model()
+    expected = trainer(tmp_path, model, samples, eval_dataset=samples, label_smoothing_factor=0.3).evaluate()
+    found = trainer(
+        tmp_path, model, samples, trainer_class=BakaTrainer, eval_dataset=samples, label_smoothing_factor=0.3
+    )
+    found.model_wrapped = torch.compile(model, backend="eager")
+    batch = found.data_collator(samples)
+    loss = found.compute_loss(found.model_wrapped.eval(), batch)
+    assert loss.item() == pytest.approx(expected["eval_loss"], rel=1e-5)
 
 
 def test_gradient_checkpointing(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,10 @@ from train_worker import (
     trainer,
     weights_of,
 )
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers.testing_utils import CaptureLogger
 
-from baka_hf import BakaCache, BakaForCausalLM, loss_baka
+from baka_hf import BakaCache, BakaForCausalLM, BakaForSequenceClassification, loss_baka, training
 from baka_hf.data import LaneDataset
 from baka_hf.evaluation import evaluate_documents
 from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum, _about_lanes
@@ -42,8 +46,8 @@ EXACT = dict(rtol=1e-5, atol=1e-6)  # of float64: transformers takes losses in f
 class NaiveReader:
     """Reads lanes one document at a time, chunk by chunk and without padding, each with a state of its own."""
 
-    def __init__(self, model: BakaForCausalLM, num_lanes: int):
-        self.model = model.train()
+    def __init__(self, model: BakaForCausalLM, num_lanes: int, smoothing: float = 0):
+        self.model, self.smoothing = model.train(), smoothing
         self.states: list[BakaCache] = [model.new_cache() for _ in range(num_lanes)]
 
     def read(self, lane: int, row: Row, span: int) -> tuple[Tensor, int]:
@@ -59,7 +63,7 @@ class NaiveReader:
             if real.any():
                 ids, targets = row["input_ids"][part][real], row["shift_labels"][part][real]
                 logits = self.model(input_ids=ids[None], cache=self.states[lane], use_cache=True).logits
-                total = total + F.cross_entropy(logits[0], targets, reduction="sum")
+                total = total + F.cross_entropy(logits[0], targets, reduction="sum", label_smoothing=self.smoothing)
                 count += int((targets >= 0).sum())
         return total, count
 
@@ -96,11 +100,12 @@ def assert_is_naive(
     epochs: int = 1,
     spans: Iterable[int] | None = None,
     carries: bool = True,
+    smoothing: float = 0,
 ) -> None:
     """Step by step, losses and gradients of the recorded weights are those of naive reading; `spans` for each step."""
     dataset = LaneDataset(documents(), lanes, 5, chunks_per_step)
     model = tiny_model(tiny_config(memory_solidifier="glu"))
-    reader = NaiveReader(model, lanes)
+    reader = NaiveReader(model, lanes, smoothing)
     steps = list(steps_of(dataset, epochs, accumulation))
     assert len(record.losses) == len(record.gradients) == len(steps)
     spans = [chunks_per_step] * len(steps) if spans is None else spans
@@ -336,10 +341,29 @@ def test_a_curriculum(tmp_path: Path) -> None:
     assert_resumed(resumed, record)
 
 
+SMOOTHING = 0.3
+
+
+def shifting_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A loss as Trainer's documentation has it, from labels that are not shifted."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=SMOOTHING)
+    return total / ((targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+# The same loss in two ways: the settings of a trainer.
+SMOOTHED: dict[str, dict[str, Any]] = {
+    "smoothing": dict(label_smoothing_factor=SMOOTHING),
+    "function": dict(trainer_class=partial(BakaTrainer, compute_loss_func=shifting_loss)),
+}
+
+
 @pytest.mark.parametrize("chunks", [1, 2, 3, None])
 @pytest.mark.parametrize("padded", [False, True])
-def test_chunks_per_backward_of_ordinary_samples(tmp_path: Path, chunks: int | None, padded: bool) -> None:
+@pytest.mark.parametrize("loss", ["plain", *SMOOTHED])
+def test_chunks_per_backward_of_ordinary_samples(tmp_path: Path, chunks: int | None, padded: bool, loss: str) -> None:
     """Samples with labels alone, or padded left: the gradients of each read alone, cut where the batch is."""
+    settings, smoothing = SMOOTHED.get(loss, {}), SMOOTHING * (loss != "plain")
     batch, lengths = [], (13, 4, 9, 13, 11, 7)
     for sample, length in zip(samples(), lengths if padded else [13] * 6, strict=True):
         padding = torch.arange(13) < 13 - length
@@ -348,7 +372,8 @@ def test_chunks_per_backward_of_ordinary_samples(tmp_path: Path, chunks: int | N
         mask = dict(attention_mask=(~padding).long()) if padded else {}
         batch.append(dict(input_ids=ids, labels=labels, **mask))
     record = Record()
-    trained = trainer(tmp_path, record, chunks_per_backward=chunks, max_steps=2, per_device_train_batch_size=3)
+    settings = settings | dict(max_steps=2, per_device_train_batch_size=3)
+    trained = trainer(tmp_path, record, chunks_per_backward=chunks, **settings)
     trained.train_dataset, trained.args.train_sampling_strategy = batch, "sequential"
     trained.train()
 
@@ -363,12 +388,66 @@ def test_chunks_per_backward_of_ordinary_samples(tmp_path: Path, chunks: int | N
                 part = slice(start, start + 5 * chunks if chunks else 13)
                 if real[part].any():
                     ids = sample["input_ids"][part][real[part]]
-                    logits = model(input_ids=ids[None], cache=state.detach_(), use_cache=True).logits
-                    total = total + F.cross_entropy(logits[0], targets[part][real[part]], reduction="sum")
+                    logits = model(input_ids=ids[None], cache=state.detach_(), use_cache=True).logits[0]
+                    expected = targets[part][real[part]]
+                    total = total + F.cross_entropy(logits, expected, reduction="sum", label_smoothing=smoothing)
             count += int((targets >= 0).sum())
-        expected = torch.autograd.grad(total / count, list(model.parameters()))
+        found = torch.autograd.grad(total / count, list(model.parameters()))
         names = [name for name, _ in model.named_parameters()]
-        assert_same(gradients, dict(zip(names, expected, strict=True)), **EXACT)
+        assert_same(gradients, dict(zip(names, found, strict=True)), **EXACT)
+
+
+@pytest.mark.parametrize("chunks", [None, 1])
+@pytest.mark.parametrize("loss", SMOOTHED)
+def test_smoothed_losses_of_lanes(tmp_path: Path, chunks: int | None, loss: str) -> None:
+    """Over targets that may lie in the next piece or the next step, and never in the next document."""
+    record = train(tmp_path, chunks_per_backward=chunks, gradient_accumulation_steps=2, **SMOOTHED[loss])
+    spans = [chunks or 2] * len(record.losses)
+    assert_is_naive(record, 3, accumulation=2, spans=spans, smoothing=SMOOTHING)
+
+
+@pytest.mark.parametrize("loss", SMOOTHED)
+def test_smoothed_evaluation_of_lanes(tmp_path: Path, loss: str) -> None:
+    evaluated = trainer(tmp_path, Record(), **SMOOTHED[loss])
+    total, count, model = 0.0, 0, evaluated.model
+    with torch.no_grad():
+        for document in documents():
+            ids = torch.tensor(document)
+            logits = model(ids[None]).logits[0, :-1]
+            total += F.cross_entropy(logits, ids[1:], reduction="sum", label_smoothing=SMOOTHING).item()
+            count += len(ids) - 1
+    assert evaluated.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [None, 1])
+@pytest.mark.parametrize("loss", ["plain", *SMOOTHED])
+def test_targets_without_labels(tmp_path: Path, chunks: int | None, loss: str) -> None:
+    """`shift_labels` alone are counted over all batches of a step, as labels are."""
+    batch = [{"input_ids": row["input_ids"], "shift_labels": row["labels"].roll(-1)} for row in samples()]
+    batch[0]["shift_labels"][3:] = -100
+    record, settings = Record(), dict(per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=1)
+    settings |= dict(chunks_per_backward=chunks, remove_unused_columns=False) | SMOOTHED.get(loss, {})
+    trained = trainer(tmp_path, record, **settings)
+    trained.train_dataset = batch
+    ids, targets = (torch.stack([sample[name] for sample in batch]) for name in ("input_ids", "shift_labels"))
+    with torch.no_grad():
+        logits = trained.model(ids).logits.flatten(0, 1)
+    smoothing = SMOOTHING * (loss != "plain")
+    trained.train()
+    assert record.losses[0] == pytest.approx(
+        F.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing).item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_pieces_of_a_classifier(tmp_path: Path, chunks: int) -> None:
+    """Its loss comes once a text, wherever that ends: not in every piece."""
+    model = BakaForSequenceClassification(tiny_config())
+    rows = [dict(input_ids=sample["input_ids"], labels=torch.tensor(1)) for sample in samples()]
+    args = BakaTrainingArguments(str(tmp_path), use_cpu=True, report_to=[], chunks_per_backward=chunks)
+    message = f"a target at every token for chunks_per_backward={chunks}, got BakaForSequenceClassification"
+    with pytest.raises(ValueError, match=message):
+        BakaTrainer(model, args, train_dataset=rows).train()
 
 
 def test_a_packed_document_that_begins_with_a_piece(tmp_path: Path) -> None:
@@ -383,6 +462,11 @@ def test_a_packed_document_that_begins_with_a_piece(tmp_path: Path) -> None:
         trained.train_dataset = [sample]
         trained.train()
     assert_same(records[1].gradients[0], records[0].gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_are_not_shown(tmp_path: Path) -> None:
+    arguments = BakaTrainingArguments(str(tmp_path), hub_token="hf_secret")
+    assert "hf_secret" not in repr(arguments) + str(arguments) and "hub_token=<HUB_TOKEN>" in repr(arguments)
 
 
 @pytest.mark.parametrize("chunks", [0, -1, 1.0, True, "2"])
@@ -514,6 +598,59 @@ def test_the_example_configurations() -> None:
 # What does not fit
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_lanes_cut_for_another_model(tmp_path: Path, stream: bool) -> None:
+    other = trainer(tmp_path, Record(), stream=stream, max_steps=1, model=dict(chunk_size=7))
+    trained = trainer(tmp_path, Record())
+    message = "cut for the model's chunk_size=5, got chunk_size=7"
+    with pytest.raises(ValueError, match=message):
+        trained.evaluate(other.eval_dataset)
+    trained.train_dataset = other.train_dataset
+    with pytest.raises(ValueError, match=message):
+        trained.train()
+
+
+@dataclass
+class Spoil(TrainerCallback):
+    """Puts NaN into the memory of a lane before a step."""
+
+    trained: BakaTrainer
+    step: int
+    lane: int
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            self.trained._groups[0].state.memory[self.lane] = math.nan
+
+
+@pytest.mark.parametrize(("step", "tokens"), [(2, 10), (4, 30)])
+def test_a_state_that_is_not_finite(tmp_path: Path, step: int, tokens: int) -> None:
+    """The step stops, with weights and optimizer as they were, and says where; also if the document ends in it."""
+    record = Record()
+    trained = trainer(tmp_path, record)
+    trained.add_callback(Spoil(trained, step, lane=1))
+    with pytest.raises(
+        ValueError, match=rf"infinity in lane 1 in document 5 after {tokens} tokens\. Nothing was learned"
+    ):
+        trained.train()
+    assert trained.state.global_step == len(record.losses) == step
+    assert all(weight.isfinite().all() for weight in weights_of(trained.model).values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chunks", [None, 1])
+def test_a_text_that_overflows(tmp_path: Path, stream: bool, chunks: int | None) -> None:
+    """A token of one document that gives infinity, in the very step that reads it, and in evaluation."""
+    trained = trainer(tmp_path, Record(), stream=stream, chunks_per_backward=chunks, max_steps=9)
+    with torch.no_grad():
+        trained.model.model.embed_tokens.weight[18] = math.inf
+    before = weights_of(trained.model)
+    for read in (trained.train, trained.evaluate):
+        with pytest.raises(ValueError, match=r"expected finite memory.* got NaN or infinity in lane \d in document "):
+            read()
+    assert_same(weights_of(trained.model), before)
+
+
 def test_as_many_lanes_as_rows(tmp_path: Path) -> None:
     for rows, message in (
         (2, "expected 2 lanes, one for each of the 2 rows of 1 process.*got num_lanes=3"),
@@ -542,6 +679,48 @@ def test_checkpoints_of_other_lanes_or_without_a_state(tmp_path: Path, stream: b
     with pytest.raises(ValueError, match=r"the state of lanes in .*lanes-rank-0, found none: .* not saved by a BakaT"):
         train(tmp_path / "2", checkpoint, **settings)
     train(tmp_path / "2", checkpoint, carry_memory=False, **settings)  # needs none
+
+
+class Stopped(BakaTrainer):
+    """Is killed as it writes its third checkpoint, the lanes' state being there."""
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        super().save_model(*args, **kwargs)
+
+
+def test_killed_while_it_saves(tmp_path: Path) -> None:
+    """The last complete checkpoint is found, and one that is not is named if asked for."""
+    settings = dict(max_steps=5, save_strategy="steps", save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, Record(), trainer_class=Stopped, **settings).train()
+    torn = tmp_path / "checkpoint-3"
+    assert [path.name for path in torn.iterdir()] == ["lanes-rank-0"]
+    with pytest.raises(ValueError, match=r"expected a complete checkpoint, got .*checkpoint-3 without"):
+        train(tmp_path, torn, **settings)
+    record = Record()
+    with CaptureLogger(training.logger) as log:
+        trainer(tmp_path, record, **settings).train(resume_from_checkpoint=True)
+    assert "checkpoint-3 is not complete" in log.out and "checkpoint-2 is" not in log.out
+    assert record.losses == train(tmp_path / "whole", max_steps=5).losses[2:]
+
+    (torn / "trainer_state.json").write_text("{")  # half of it
+    for path in tmp_path.glob("checkpoint-*"):
+        if path != torn:
+            shutil.rmtree(path)
+    with pytest.raises(ValueError, match=r"expected a complete checkpoint in .*, found none"):
+        trainer(tmp_path, Record(), **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_written_over_is_not_complete(tmp_path: Path) -> None:
+    """A run in the folder of an earlier one, whose third checkpoint is complete."""
+    settings = dict(max_steps=3, save_strategy="steps", save_steps=3)
+    train(tmp_path, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, Record(), trainer_class=Stopped, **settings).train()
+    with pytest.raises(ValueError, match=r"expected a complete checkpoint in .*, found none"):
+        trainer(tmp_path, Record(), **settings).train(resume_from_checkpoint=True)
 
 
 # Losses without logits

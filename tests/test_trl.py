@@ -1,5 +1,6 @@
 """TRL's `SFTTrainer` as it comes: chats are learned with memory, and packed ones as if each were alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from baka_hf import BakaForCausalLM
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
+from trl.trainer.utils import disable_dropout_in_model  # noqa: E402
+
 # TRL 1.16 and PEFT 0.21 still call activation checkpointing by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -230,3 +233,72 @@ def test_a_checkpoint_folder_is_trained_with_an_adapter(tokenizer: PreTrainedTok
     assert (merged.model.memory_tokens.weight - before).abs().max() > 0.01
     ids = tokenizer("<u>hi0<a>", return_tensors="pt").input_ids
     assert_close(merged(ids).logits, trained.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def preferences() -> Any:
+    pairs = [("who is there?", "a friend", "nobody at all"), ("what is it?", "a very small thing", "none")]
+    return datasets.Dataset.from_list([dict(prompt=p, chosen=c, rejected=r) for p, c, r in pairs])
+
+
+def preference_settings(folder: Path, **settings: Any) -> dict[str, Any]:
+    defaults = dict(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        per_device_train_batch_size=2,
+        max_steps=1,
+        logging_steps=1,
+        dataloader_pin_memory=False,
+    )
+    return defaults | settings
+
+
+def randomly_paused(folder: Path, tokenizer: PreTrainedTokenizerFast) -> BakaForCausalLM:
+    """A checkpoint in `folder`, loaded."""
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    tiny_model(config(pause_placement="random", num_pause_tokens=3, **special), torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return BakaForCausalLM.from_pretrained(folder)
+
+
+def test_random_pauses_are_a_kind_of_dropout() -> None:
+    """They are drawn in training mode, and not where dropout is switched off as TRL does, or nothing is trained."""
+    model = tiny_model(config(pause_placement="random", num_pause_tokens=3))
+    ids = torch.arange(20)[None]
+    expected = model(ids).logits
+    model.train()
+    assert not torch.equal(model(ids).logits, expected)
+    with torch.no_grad():
+        assert_close(model(ids).logits, expected)
+    disable_dropout_in_model(model)
+    assert_close(model(ids).logits, expected)
+
+
+def test_preferences_begin_with_a_policy_that_is_its_reference(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """DPO switches dropout off by itself: the first loss is log 2, with random pauses too."""
+    policy, reference = (randomly_paused(tmp_path, tokenizer) for _ in range(2))
+    args = trl.DPOConfig(**preference_settings(tmp_path))
+    trained = trl.DPOTrainer(policy, reference, args, train_dataset=preferences(), processing_class=tokenizer)
+    trained.train()
+    assert trained.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_rewards_begin_with_a_policy_that_is_its_reference(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """GRPO's divergence is 0 in the first step if dropout is switched off, which is not its default."""
+    policy = randomly_paused(tmp_path, tokenizer)
+    settings = dict(beta=0.1, num_generations=2, max_completion_length=12, disable_dropout=True)
+    args = trl.GRPOConfig(**preference_settings(tmp_path, **settings))
+    trained = trl.GRPOTrainer(
+        policy,
+        lambda completions, **_: [float(len(set(text))) for text in completions],
+        args,
+        train_dataset=preferences().select_columns("prompt"),
+        processing_class=tokenizer,
+    )
+    trained.train()
+    assert abs(trained.state.log_history[0]["kl"]) < 1e-6

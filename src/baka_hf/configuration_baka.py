@@ -98,7 +98,7 @@ class BakaConfig(PreTrainedConfig):
         memory_norm (`bool`, defaults to `False`): LayerNorm on each new memory.
         num_pause_tokens (`int`, defaults to 8): Pauses in a chunk (arXiv 2310.02226), at most `chunk_size`.
         pause_placement (`str`, defaults to `"fixed"`): `"fixed"`, before every (n // P)-th token, or `"random"`
-            while training.
+            while training, unless dropout is switched off.
         use_xl_cache (`bool`, defaults to `True`): Attend to the previous chunk's keys and values.
         bptt_chunks (`int`, *optional*): Gradients reach exactly this many chunks before the one a loss stands in, and
             none from before the call; each chunk is then read up to `bptt_chunks` times. `None` for all chunks.

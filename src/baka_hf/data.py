@@ -7,13 +7,15 @@
 A lane is a row of the batch. Where one of its documents ends, the next begins at the following chunk boundary, inside
 the same step, so all rows stay in step, which is the model's fast path. `LaneDataset` knows all documents beforehand
 and balances the lanes; `StreamingLanes` takes them as they come. Both yield one lane's share of one step, L =
-`chunks_per_step` · `chunk_size` positions, as a dict of [L] int64 tensors:
+`chunks_per_step` · `chunk_size` positions, as a dict of int64 tensors, [L] but for the last:
 
     input_ids       the tokens. Padding fills up a document's last chunk and nothing else
     position_ids    counted from 0 at a document's first token, also from row to row. A row that begins with 0 begins a
                     document, and the state of its lane starts anew there
     labels          `input_ids`, -100 where there is no document
     shift_labels    the next token of the same document, which may lie in the lane's next row; -100 where there is none
+    document        [2] where the lane stands when the row ends: the index of its last document, and how many tokens of
+                    that were read, all of them if it is finished; (-1, 0) before the first
 
 A lane without documents idles: each chunk of it is a document of padding without labels, so that every process reads
 as much as every other. There is no attention mask, because nothing ever sees the padding: it comes after all tokens of
@@ -29,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_datasets_available, logging
 
 from .loss_baka import IGNORED
@@ -109,6 +112,7 @@ class _Lanes:
             "position_ids": torch.arange(self.row_length) % self.chunk_size,
             "labels": torch.full((self.row_length,), IGNORED),
             "shift_labels": torch.full((self.row_length,), IGNORED),
+            "document": torch.tensor([-1, 0]),
         }
 
     def _write(self, row: Row, offset: int, tokens: torch.Tensor, position: int) -> int:
@@ -249,10 +253,14 @@ class LaneDataset(_Lanes, Dataset[Row]):
         row, offset = self._idle_row(), 0
         chunk, stop = self._bounds[lane] + step * self.chunks_per_step, self._bounds[lane + 1]
         slot = ends.searchsorted(chunk, side="right")
+        if self._bounds[lane] < stop <= chunk:  # all is read
+            document = int(documents[ends.searchsorted(stop - 1, side="right")])
+            row["document"] = torch.tensor([document, len(self.documents[document])])
         while offset < self.row_length and chunk < stop:
             document = int(documents[slot])
             position = int(chunk - ends[slot] + self._num_chunks[document]) * self.chunk_size
             piece = self.documents[document][position : position + self.row_length - offset + 1]
+            row["document"] = torch.tensor([document, position + min(len(piece), self.row_length - offset)])
             offset = self._write(row, offset, check_document(piece, document, self.vocab_size), position)
             chunk = ends[slot]
             slot += 1
@@ -262,16 +270,14 @@ class LaneDataset(_Lanes, Dataset[Row]):
 class StreamingLanes(_Lanes, IterableDataset[Row]):
     """Documents read as they come: the lane that is free first takes the next one, like `LaneDataset` unshuffled.
 
-    Only the documents in progress are held. Rows are in the same order, and end when all documents have been read. They
-    have one more key, by which a lane's place is saved and `resume` goes on:
-
-        document    [2] int64: the index of the last document that the lane has taken, and how many tokens of it were
-                    read when the row ends, all of them if it is finished; (-1, 0) before the first
+    Only the documents in progress are held. Rows are in the same order, and end when all documents have been read. By
+    their "document" a lane's place is saved, and `resume` goes on.
 
     Args:
         documents: sequences of token ids, or dicts with "input_ids". Iterated anew in every epoch; a
             `datasets.IterableDataset` is shuffled anew by `set_epoch`.
-        tokenize: gives the token ids (or a dict with "input_ids", so a tokenizer will do) of what `documents` yields.
+        tokenize: gives the token ids (or a dict with "input_ids") of what `documents` yields. A tokenizer will do, for
+            texts and for dicts with "text".
         num_lanes, chunk_size, chunks_per_step, pad_token_id, vocab_size: as for `LaneDataset`.
 
     Raises:
@@ -372,12 +378,11 @@ class StreamingLanes(_Lanes, IterableDataset[Row]):
 
     def _take(self, document: int, item: Any, consumed: int = 0) -> "_Lane":
         """A lane that has read `consumed` tokens of a document."""
+        if isinstance(self.tokenize, PreTrainedTokenizerBase):
+            item = _column(item, "text", document)  # a function may want another one, and gets all of them
         if self.tokenize is not None:
             item = self.tokenize(item)
-        if isinstance(item, Mapping):
-            if "input_ids" not in item:
-                raise ValueError(f'document {document}: expected a dict with "input_ids", got {list(item)}.')
-            item = item["input_ids"]
+        item = _column(item, "input_ids", document)
         tokens = check_document(item, document, self.vocab_size)
         if consumed > len(tokens):
             raise ValueError(
@@ -458,6 +463,15 @@ class _ArrowDocuments:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.dataset[index]["input_ids"].chunk(0).flatten().to_numpy(zero_copy_only=False)
+
+
+def _column(item: Any, name: str, document: int) -> Any:
+    """What a document is, alone or among the columns of a data set."""
+    if isinstance(item, Mapping):
+        if name not in item:
+            raise ValueError(f'document {document}: expected a dict with "{name}", got {list(item)}.')
+        return item[name]
+    return item
 
 
 def _lengths(documents: Any) -> np.ndarray:

@@ -43,7 +43,7 @@ def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
     weight, config = model.norm.weight, model.config
     if weight.device.type not in DEVICES or config._attn_implementation != "sdpa" or cache._is_recording:
         return None
-    if torch.is_autocast_enabled(weight.device.type) or (model.training and config.uses_random_pauses):
+    if torch.is_autocast_enabled(weight.device.type):
         return None
     reader = cache._reader
     if reader is None or not reader.fits(cache, model):

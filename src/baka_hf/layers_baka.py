@@ -65,3 +65,18 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
 
     def combine(self, hidden_states: torch.Tensor, attended: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
         return hidden_states + attended + transformed
+
+
+class BakaPauseDropout(nn.Dropout):
+    """Whether random pauses are drawn: never called, a switch for whoever looks for dropout to turn off.
+
+    So preference training (DPO, GRPO) compares a model with its reference as if it had no dropout. Without gradients
+    nothing is trained, and `generate` gives in training mode what it gives in eval mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(p=1.0)
+
+    @property
+    def acts(self) -> bool:
+        return self.training and self.p > 0 and torch.is_grad_enabled()

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
@@ -41,7 +42,7 @@ from .inputs_baka import (
     either_name,
     state_among,
 )
-from .layers_baka import BakaDecoderLayer
+from .layers_baka import BakaDecoderLayer, BakaPauseDropout
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
 from .memory_baka import MEMORY_UPDATES
 from .reading_baka import Reading
@@ -70,6 +71,12 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
             init.normal_(module.weight, std=0.001 / module.in_features**0.5)
         else:
             super()._init_weights(module)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, BakaGenerationMixin):
+            # Trainer finds by a class's name, and here, whether label smoothing has to shift labels.
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
@@ -166,6 +173,8 @@ class BakaModel(BakaPreTrainedModel):
                 self.write_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
             elif config.memory_solidifier != "none":
                 self.solidifier = SOLIDIFIERS[config.memory_solidifier](config)
+        if config.uses_random_pauses:
+            self.pause_dropout = BakaPauseDropout()
         self.layers = nn.ModuleList([BakaDecoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -357,6 +366,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
 
     def __init__(self, config: BakaConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # also of a subclass with another name: by it Trainer counts targets
         self.model = BakaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = BakaHead(config.hidden_size, config.vocab_size, bias=False)
@@ -464,6 +474,8 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
 
 class BakaForSequenceClassification(BakaPreTrainedModel):
     """BakaLLM that reads a document of any length, memory carried through, and judges it at its last token."""
+
+    accepts_loss_kwargs = False  # its loss is a mean, so Trainer has to divide by the number of accumulated batches
 
     def __init__(self, config: BakaConfig):
         super().__init__(config)

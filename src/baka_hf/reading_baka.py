@@ -454,7 +454,7 @@ class Reading:
         if config.uses_random_pauses:
             kept = torch.as_tensor(pauses).expand(self.call.batch_size, -1)
             drawn = torch.tensor(self.fixed_pauses)
-            if self.model.training:
+            if self.model.pause_dropout.acts:
                 others = torch.randperm(config.chunk_size - 1)[: config.num_pause_tokens - 1].sort().values + 1
                 drawn = torch.cat([torch.zeros(1, dtype=torch.int64), others])
             begins = torch.as_tensor((span.start == 0) & (span.count > 0)).expand(self.call.batch_size)

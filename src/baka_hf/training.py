@@ -15,8 +15,9 @@ import random
 import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
-from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import LabelSmoother, safe_globals
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
 from .cache_baka import BakaCache
@@ -41,6 +43,7 @@ logger = logging.get_logger(__name__)
 STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process's lanes
 PLACES_FILE = "lanes.json"  # in that folder: which lanes these are, and where they stand
 PLACES_FIELDS = {"num_lanes", "num_groups", "num_processes", "places", "epoch"}
+TRAINER_STATE = "trainer_state.json"  # of a checkpoint: what Trainer writes last
 
 # What the host has to know of a batch, and the name under which it stays there.
 KNOWN = {"position_ids": "positions", "document": "document"}
@@ -62,11 +65,13 @@ def lanes_of(rank: int, num_processes: int, num_lanes: int, num_groups: int = 1)
 class _Group:
     """Lanes that one process reads in the same batch."""
 
+    lanes: list[int] = field(default_factory=list)  # one for each row
     state: BakaCache | None = None
-    places: list[list[int]] | None = None  # of StreamingLanes: where each row stands
+    places: list[list[int]] | None = None  # where each row stands: a document and how many tokens of it were read
+    began: Any = None  # which rows began a batch with a finite state [B], and where they stood
 
 
-@dataclass
+@dataclass(repr=False)  # Trainer's own hides tokens
 class BakaTrainingArguments(TrainingArguments):
     """`TrainingArguments`, and what a recurrent model has beside."""
 
@@ -102,6 +107,9 @@ class BakaTrainingArguments(TrainingArguments):
 class BakaTrainer(Trainer):
     """A `Trainer` that carries memory from step to step when it is given `LaneDataset` or `StreamingLanes`.
 
+    Label smoothing, or a `compute_loss_func`, sees the same targets as the plain loss: those of lanes, of pieces of
+    `chunks_per_backward` and of any model that shifts its labels, whatever wraps it.
+
     Data sets of lanes are read in order, one row per lane: `num_lanes` is the batch size per device times the number of
     processes, or that times k, which reads a step of the lanes in k batches; gradients are then accumulated over a
     multiple of k batches. Their batches need no collator. While training no logits are kept, the loss is computed piece
@@ -112,12 +120,15 @@ class BakaTrainer(Trainer):
 
     Takes what `Trainer` takes; `args` may be any `TrainingArguments`. `train` and `evaluate` raise
 
-        ValueError: the number of lanes does not fit the rows; more than one device in one process; the checkpoint to
-            resume from was saved with other lanes or does not hold their state; a document does not go on where the
-            state of its lane stands; memory would be carried past virtual tokens.
+        ValueError: the number of lanes does not fit the rows, or their `chunk_size` the model's; more than one device
+            in one process; the checkpoint to resume from was saved with other lanes or does not hold their state; a
+            document does not go on where the state of its lane stands; a lane's state is not finite, before anything is
+            learned from it; memory would be carried past virtual tokens; `chunks_per_backward` for a classifier.
     """
 
     _signature_columns: Any
+    label_smoother: Any
+    compute_loss_func: Any
     push_in_progress: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -125,6 +136,10 @@ class BakaTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if given is None and (_is_lanes(self.train_dataset) or _is_lanes(self.eval_dataset)):
             self.data_collator = default_data_collator  # not a tokenizer's, which would add a mask
+        if self.label_smoother is not None and self._loss_shifts_labels:
+            self.label_smoother = _SmootherOfTargets(self.label_smoother.epsilon)
+        if self.compute_loss_func is not None:
+            self.compute_loss_func = partial(_complete, self.compute_loss_func)
         self._records(self.model)
         self._groups = deque([_Group()])  # of lanes; the one to be read next comes first
         self._lanes: LaneDataset | StreamingLanes | None = None  # what is being read
@@ -166,6 +181,11 @@ class BakaTrainer(Trainer):
         """One for each of the batches that a step of the lanes comes in."""
         if self._lanes is None:
             return deque([_Group()])
+        chunk_size = getattr(self.model.config, "chunk_size", self._lanes.chunk_size)  # other models have none
+        if self._lanes.chunk_size != chunk_size:
+            raise ValueError(
+                f"expected lanes cut for the model's chunk_size={chunk_size}, got chunk_size={self._lanes.chunk_size}."
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"expected one device per process, got {self.args.n_gpu} (nn.DataParallel): start with "
@@ -178,7 +198,8 @@ class BakaTrainer(Trainer):
                 f"expected {batch_size * processes} lanes, one for each of the {batch_size} rows of {processes} "
                 f"process(es), or a multiple, got num_lanes={self._lanes.num_lanes}."
             )
-        return deque(_Group() for _ in range(number))
+        own = lanes_of(self.args.process_index, self.args.world_size, self._lanes.num_lanes, number)
+        return deque(_Group(lanes) for lanes in own)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -217,20 +238,48 @@ class BakaTrainer(Trainer):
             waits = index + 1 < len(pieces) and self.accelerator.sync_gradients
             with self.accelerator.no_sync(model) if waits else nullcontext():
                 losses.append(super().training_step(model, piece, num_items_in_batch))
+        self._check_state()
         self._groups.rotate(-1)
         return torch.stack(losses).sum()
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # Trainer counts the targets of batches with labels alone. Those of `shift_labels` are counted by these.
+        batches = [{"labels": None, **batch} if "shift_labels" in batch else batch for batch in batch_samples]
+        return super()._get_num_items_in_batch(batches, device)
+
+    def _check_state(self) -> None:
+        """Refuse rows whose state is not finite: when the device has its work, before the optimizer does its own."""
+        group = self._groups[0]
+        if group.began is None:
+            return
+        (began_finite, began_places), group.began = group.began, None
+        wrong = []
+        for row in (~(began_finite & _finite_rows(group.state))).nonzero()[:, 0].tolist():
+            places = group.places if began_finite[row] else began_places
+            where = "" if places is None else " in document {} after {} tokens".format(*places[row])
+            wrong.append(f"lane {group.lanes[row]}{where}")
+        if wrong:
+            raise ValueError(
+                f"expected finite memory, keys and values, got NaN or infinity in {', '.join(wrong)}. Nothing was "
+                "learned from this step: go on from the last checkpoint, without the document or with smaller steps."
+            )
 
     def _cut(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """A batch in pieces of `chunks_per_backward` chunks."""
         chunks = getattr(self.args, "chunks_per_backward", None)
         if chunks is None:
             return [inputs]
+        if not self._loss_shifts_labels:
+            raise ValueError(
+                f"expected a model with a target at every token for chunks_per_backward={chunks}, got "
+                f"{type(self.model).__name__}, whose loss comes at the end of a text: cut its gradients by "
+                "`bptt_chunks` of the configuration."
+            )
         length, size = inputs["input_ids"].shape[1], chunks * self.model.config.chunk_size
         if length <= size:
             return [inputs]
-        if "labels" in inputs and "shift_labels" not in inputs:  # the last position of a piece has a target too
-            shifted = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
-            inputs = {**inputs, "shift_labels": shifted}
+        if "labels" in inputs:  # the last position of a piece has a target too
+            inputs = {**inputs, "shift_labels": _targets(inputs)}
         return [
             {key: value[:, start : start + size] if key != "document" else value for key, value in inputs.items()}
             for start in range(0, length, size)
@@ -255,14 +304,15 @@ class BakaTrainer(Trainer):
             if not self.args.average_tokens_across_devices:
                 num_items_in_batch /= self.args.world_size
         self._set_signature_columns_if_needed()
-        if (
-            self._skips_logits
-            and "skip_logits" in self._signature_columns
-            and ("labels" in inputs or "shift_labels" in inputs)
-            and self.label_smoother is None
-            and self.compute_loss_func is None
-        ):
-            inputs["skip_logits"] = True
+        if "labels" in inputs or "shift_labels" in inputs:
+            if self.compute_loss_func is not None:
+                if "shift_labels" in inputs:  # as such a function shifts labels, these come after the first token's
+                    inputs["labels"] = nn.functional.pad(inputs.pop("shift_labels"), (1, 0), value=IGNORED)
+            elif isinstance(self.label_smoother, _SmootherOfTargets):
+                inputs["labels"] = _targets(inputs)
+                inputs.pop("shift_labels", None)
+            elif self.label_smoother is None and self._skips_logits and "skip_logits" in self._signature_columns:
+                inputs["skip_logits"] = True
         state = self._state_for(inputs, positions)
         if state is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -299,6 +349,8 @@ class BakaTrainer(Trainer):
                     "per step and the steps of lanes per optimizer step that the checkpoint was saved with."
                 )
             group.state.reset_rows(starts == 0)
+        if self._carries and group.began is None:
+            group.began = _finite_rows(group.state), group.places
         return group.state
 
     # Evaluation has a state of its own
@@ -313,6 +365,7 @@ class BakaTrainer(Trainer):
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         outcome = super().prediction_step(*args, **kwargs)
+        self._check_state()
         self._groups.rotate(-1)
         return outcome
 
@@ -326,11 +379,23 @@ class BakaTrainer(Trainer):
 
     # Checkpoints
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _last_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint and not _is_complete(Path(resume_from_checkpoint)):
+            raise ValueError(
+                f"expected a complete checkpoint, got {resume_from_checkpoint} without a {TRAINER_STATE} that can be "
+                "read: the run that wrote it was stopped. `resume_from_checkpoint=True` takes the last complete one."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the rest: a checkpoint whose Trainer state is there is complete.
+        # A checkpoint whose Trainer state is there is complete: everything else is written before, by all processes.
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (checkpoint / TRAINER_STATE).unlink(missing_ok=True)  # of an earlier run
         states = [group.state for group in self._groups if group.state is not None]
         if self._carries and states and not self.args.save_only_model:
-            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder = checkpoint / STATE_FOLDER.format(rank=self.args.process_index)
             whole = states[0] if len(states) == 1 else type(states[0]).cat(states)
             whole.save_pretrained(folder)
@@ -343,6 +408,7 @@ class BakaTrainer(Trainer):
                 "epoch": self._lanes.epoch,
             }
             (folder / PLACES_FILE).write_text(json.dumps(about))
+            self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -359,7 +425,7 @@ class BakaTrainer(Trainer):
             )
         # By the model's own class: a checkpoint loaded with remote code brought one.
         cache_class = type(self.model.new_cache())
-        own = lanes_of(self.args.process_index, self.args.world_size, lanes.num_lanes, len(self._groups))
+        own = [group.lanes for group in self._groups]
         states, saved, places = [], [], []
         for rank in range(about["num_processes"]):
             held = list(chain(*lanes_of(rank, about["num_processes"], about["num_lanes"], about["num_groups"])))
@@ -369,8 +435,8 @@ class BakaTrainer(Trainer):
                 folder = Path(checkpoint) / STATE_FOLDER.format(rank=rank)
                 states.append(cache_class.from_pretrained(folder, config=self.model.config, device="cpu"))
         whole = cache_class.cat(states)
-        for group, numbers in zip(self._groups, own, strict=True):
-            indices = [saved.index(lane) for lane in numbers]
+        for group in self._groups:
+            indices = [saved.index(lane) for lane in group.lanes]
             group.state = whole.clone()
             group.state.batch_select_indices(torch.tensor(indices))
             group.state.to(self.args.device)
@@ -464,6 +530,56 @@ def _about_lanes(checkpoint: str, *ranks: int) -> dict[str, Any]:
         f"expected the state of lanes in {folders[0]}, found none: the checkpoint was not saved by a BakaTrainer that "
         "carried memory, or the folders of all its processes are not in one place."
     )
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether all of a checkpoint is there, which is when its last file can be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return bool(TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)))
+    return False
+
+
+def _last_checkpoint(folder: str) -> str:
+    """The last complete checkpoint of a run, which may have been stopped while it wrote another.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [path for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
+    for checkpoint in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if _is_complete(checkpoint):
+            return str(checkpoint)
+        logger.warning(f"{checkpoint} is not complete: the run that wrote it was stopped. It is passed over.")
+    raise ValueError(f"expected a complete checkpoint in {folder}, found none.")
+
+
+def _targets(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B, L] what each position of a batch is to predict."""
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    return nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+
+
+class _SmootherOfTargets(LabelSmoother):
+    """Label smoothing over `_targets`, which Trainer would shift or not by the name of the model's outermost class."""
+
+    def __call__(self, model_output: Any, labels: Any, shift_labels: bool = False, **kwargs: Any) -> torch.Tensor:
+        logits = model_output["logits"][:, -labels.shape[1] :]  # after PEFT's virtual tokens
+        return super().__call__({"logits": logits}, labels, **kwargs)
+
+
+def _complete(function: Any, outputs: Any, labels: Any, **kwargs: Any) -> Any:
+    """A `compute_loss_func` of labels that are one more than the logits, which get another one, without a target."""
+    if labels is not None and labels.shape[1:] == (outputs["logits"].shape[1] + 1,):
+        logits = nn.functional.pad(outputs["logits"], (0, 0, 0, 1))
+        outputs = type(outputs)(**dict(outputs) | {"logits": logits})
+    return function(outputs, labels, **kwargs)
+
+
+def _finite_rows(state: Any) -> torch.Tensor:
+    """[B] bool: rows of a state without NaN or infinity."""
+    tensors = [state.memory, *(tensor for layer in state.layers for tensor in (layer.keys, layer.values))]
+    return torch.stack([tensor.isfinite().flatten(1).all(1).to(state.device) for tensor in tensors]).all(0)
 
 
 class _Secret(str):
