@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers import random_tokens, tiny_config, tiny_model
+from helpers import random_tokens, recorded_calls, tiny_config, tiny_model
 from test_trainer import CHECKPOINTING, tokenizer  # noqa: F401 - a fixture
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
@@ -621,7 +621,7 @@ def test_losses_of_what_is_no_token(label: int) -> None:
     tokens = random_tokens(model.config, 1, 5)
     labels = tokens.clone()
     labels[0, 2] = label
-    with pytest.raises(ValueError, match=f"targets from 0 to 18, or -100 for none, got {label}"):
+    with pytest.raises(ValueError, match=f"labels from 0 to 18, or -100 for none, got {label}"):
         model(tokens, labels=labels, skip_logits=True)
 
 
