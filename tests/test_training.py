@@ -810,7 +810,7 @@ def test_losses_of_what_is_no_token(label: int) -> None:
     tokens = random_tokens(model.config, 1, 5)
     labels = tokens.clone()
     labels[0, 2] = label
-    with pytest.raises(ValueError, match=f"targets from 0 to 18, or -100 for none, got {label}"):
+    with pytest.raises(ValueError, match=f"labels from 0 to 18, or -100 for none, got {label}"):
         model(tokens, labels=labels, skip_logits=True)
 
 
