@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import Cache
 
 from baka_hf import BakaCache, BakaForCausalLM, calls_baka
-from baka_hf.cache_baka import MULTIPLIERS, PRIMES, hash_tokens
+from baka_hf.history_baka import MULTIPLIERS, PRIMES, hash_tokens
 
 FILE = "baka_cache.safetensors"
 CLOSE = dict(rtol=1e-9, atol=1e-9)

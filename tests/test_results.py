@@ -19,12 +19,11 @@ import transformers
 from helpers import random_tokens, tiny_config, tiny_model
 from PIL import Image
 
-from baka_hf import BakaModel, results
+from baka_hf import BakaModel, results, results_db
 from baka_hf.evaluation import evaluate_documents
 from baka_hf.results import Result, curves_of, facts_about, git_revision, main, read_results, write_result
 
-# The module needs the standard library alone, and runs without the package as well.
-SCRIPT = Path(results.__file__)
+PROGRAM = ("-m", "baka_hf.results")
 
 
 def a_result(**changes: Any) -> Result:
@@ -82,7 +81,7 @@ def test_every_field_has_a_column(tmp_path: Path) -> None:
     write_result(tmp_path / "results.db", a_result())
     connection = sqlite3.connect(tmp_path / "results.db")
     columns = {row[1] for row in connection.execute("PRAGMA table_info (results)")}
-    names = {field.name for field in dataclasses.fields(Result)} - set(results.SIDES)
+    names = {field.name for field in dataclasses.fields(Result)} - set(results_db.SIDES)
     assert columns == names | {"id", "perplexity"}
     assert connection.execute("SELECT perplexity FROM results").fetchall() == [(math.exp(2.5),)]
     connection.close()
@@ -178,16 +177,15 @@ def test_a_run_that_diverged_is_a_result(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-sys.path.insert(0, sys.argv[1])
-from results import Result, write_result
+from baka_hf.results import Result, write_result
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(30):
     chunks = [{"chunk": c, "loss": 1.0, "num_tokens": 1} for c in range(20)]
     curves = {"train": [(s, 1.0) for s in range(50)]}
-    for run in ("both", sys.argv[3]):
+    for run in ("both", sys.argv[2]):
         values = dict(run_id=run, dataset="d", split="s", steps=i, loss=1.0, num_tokens=1)
-        write_result(sys.argv[2], Result(**values, loss_by_chunk=chunks, curves=curves))
+        write_result(sys.argv[1], Result(**values, loss_by_chunk=chunks, curves=curves))
 """
 
 
@@ -196,7 +194,7 @@ def test_processes_may_write_at_once(tmp_path: Path) -> None:
     path = tmp_path / "results.db"
     writers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, SCRIPT.parent, path, name],
+            [sys.executable, "-c", WRITER, path, name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -223,7 +221,7 @@ def test_a_writer_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_result(path, a_result())
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    monkeypatch.setattr(results, "SECONDS_TO_WAIT", 0.1)
+    monkeypatch.setattr(results_db, "SECONDS_TO_WAIT", 0.1)
     with pytest.raises(sqlite3.OperationalError, match="locked"):
         write_result(path, a_result(run_id="b"))
     assert len(read_results(path)) == 1  # readers need not wait
@@ -447,13 +445,15 @@ def test_curves_of_a_trainer() -> None:
 # ---- the command line ----
 
 
-def run(*arguments: object, program: tuple[object, ...] = (SCRIPT,)) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, (*program, *arguments))], capture_output=True, text=True)
+def run(
+    *arguments: object,
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *PROGRAM, *map(str, arguments)], capture_output=True, text=True)
 
 
 @pytest.mark.smoke
 def test_the_module_is_a_program(file: Path) -> None:
-    done = run(file, "list", program=("-m", "baka_hf.results"))
+    done = run(file, "list")
     assert (done.returncode, done.stderr) == (0, "")
     header, rule, *rows = done.stdout.splitlines()
     names = "run seed data steps loss perplexity bits/byte parameters w/o emb. trained on time written note"

@@ -9,7 +9,6 @@ memory vectors and, on the host, what tells one row's phase from another's: how 
 import operator
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .functions_baka import choose_rows
+from .history_baka import hash_before, hash_of_nothing, hash_tokens
 from .state_files_baka import (
     CACHE_FILE,
-    NUM_HASHES,
     SavedState,
     check_signature,
     fingerprint_of,
@@ -32,11 +31,6 @@ from .stream_baka import Placement
 
 # While recording, `crop` may go back this many positions across chunk boundaries.
 RECORDED_POSITIONS = 128
-
-# What was read is known by its polynomials modulo the largest primes below 2^31, so that products fit into 64 bits, at
-# primitive roots drawn at random. (Modulo 2^64 every odd number makes a Thue-Morse text equal to its complement.)
-PRIMES = (2147483647, 2147483629, 2147483587)
-MULTIPLIERS = (1240014341, 754875954, 1984295915)
 
 
 class BakaCacheLayer(CacheLayerMixin):
@@ -575,10 +569,7 @@ class BakaCache(Cache):
         if self._history is None or recent is None or recent.shape[1] < count:
             self._history, self._recent_ids = None, None
             return
-        primes = _numbers(PRIMES, recent.device)
-        inverses = [pow(m, -count, prime) for m, prime in zip(MULTIPLIERS, PRIMES, strict=True)]
-        rest = self._history - hash_tokens(recent[:, recent.shape[1] - count :])
-        self._history = rest % primes * torch.tensor(inverses, device=recent.device) % primes
+        self._history = hash_before(self._history, recent[:, recent.shape[1] - count :])
         self._recent_ids = recent[:, : recent.shape[1] - count]
 
     @property
@@ -658,63 +649,15 @@ class BakaCache(Cache):
         return state.to(device, dtype)
 
 
-# What was read
-
-
-def hash_tokens(
-    input_ids: torch.Tensor, real: torch.Tensor | None = None, start: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[B, 3] int64, what stands for the tokens [B, L] of each row where `real` [B, L] is True.
-
-    It goes on from `start` [B, 3], that of what was read before. Texts of one length and one hash are met by nobody by
-    accident, whatever pattern they have; but who wants to can compute them.
-    """
-    batch_size, length = input_ids.shape
-    primes = _numbers(PRIMES, input_ids.device)
-    values = input_ids.long() + 1
-    start = hash_of_nothing(batch_size, input_ids.device) if start is None else start
-    if length == 1 and real is None:
-        return (start * _numbers(MULTIPLIERS, input_ids.device) + values) % primes
-    powers = _powers(length, input_ids.device)
-    if real is None:
-        return (start * powers[length] + (values[:, :, None] * powers[:length].flip(0) % primes).sum(1)) % primes
-    after = real.flip(1).cumsum(1).flip(1) - real.long()
-    terms = (values * real)[:, :, None] * powers[after] % primes
-    return (start * powers[real.sum(1)] + terms.sum(1)) % primes
-
-
-def hash_of_nothing(batch_size: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros(batch_size, NUM_HASHES, dtype=torch.int64, device=device)
-
-
-@lru_cache(maxsize=8)
-def _powers(length: int, device: torch.device) -> torch.Tensor:
-    """The multipliers' powers 0 … `length`, [length + 1, 3], in each step twice as many."""
-    with torch.inference_mode(False):
-        primes, factors = _numbers(PRIMES, device), _numbers(MULTIPLIERS, device)
-        powers = torch.ones_like(primes)[None]
-        while len(powers) <= length:
-            powers = torch.cat([powers, powers * factors % primes])
-            factors = factors * factors % primes
-        return powers[: length + 1]
-
-
-@cache
-def _numbers(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Constants that stay where CUDA graphs have met them."""
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)
+def _floating(dtype: Any) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"expected a floating dtype for a state, got {dtype}.")
+    return dtype
 
 
 def without_rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`tensor` [B, …] with zeros in the rows where `rows` [B] is True."""
     return tensor.masked_fill(rows.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), 0)
-
-
-def _floating(dtype: Any) -> torch.dtype:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"expected a floating dtype for a state, got {dtype}.")
-    return dtype
 
 
 __all__ = ["BakaCache"]

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cache_baka import BakaCache, hash_of_nothing, hash_tokens
+from .cache_baka import BakaCache
 from .compile_baka import allow_programs
 from .configuration_baka import BakaConfig
 from .functions_baka import rotary_table_of
 from .graphs_baka import PlainWeights, recording
+from .history_baka import hash_of_nothing, hash_tokens
 from .reading_baka import ChunkPass, backwards, rolled_over
 from .stream_baka import Layout, Placement, Span, Stream, View, compare_slots, fixed_pauses, lay_out
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from transformers.generation import GenerationMixin
 
-from .cache_baka import BakaCache, hash_tokens
+from .cache_baka import BakaCache
 from .calls_baka import CACHE_NAME
+from .history_baka import hash_tokens
 from .inputs_baka import check_cache, either_name, state_among
 
 
