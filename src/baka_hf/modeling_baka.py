@@ -299,7 +299,7 @@ class BakaModel(BakaPreTrainedModel):
         if inputs_embeds is not None:
             inputs_embeds = inputs_embeds.to(self.embed_tokens.weight.dtype)
             if real is not None:  # whatever stands where there is no token: NaN would be seen through any mask
-                inputs_embeds = inputs_embeds.masked_fill(~real[:, :, None], 0)
+                inputs_embeds = inputs_embeds.masked_fill(~real.to(inputs_embeds.device)[:, :, None], 0)
 
         # Texts of one token are read beside the stream, where they leave nothing behind, all at once: a row may end in
         # a thousand, if a collator has padded its positions with 0.
