@@ -18,7 +18,7 @@ from helpers import random_tokens, tiny_config, tiny_model
 from test_cache import contents, rows_out_of_phase
 from torch import Tensor
 
-from baka_hf import BakaCache, BakaForCausalLM, decoding_graphs_baka
+from baka_hf import BakaCache, BakaForCausalLM, decoding_graphs_baka, training_graphs_baka
 
 CODE = str(Path(decoding_graphs_baka.__file__).parent)
 REFUSED = "in the middle of a call that was interrupted"
@@ -278,3 +278,23 @@ def test_static_states(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, call in calls.items():
         found = break_off(lines, model, make, call, other, tries=12)
         assert found["as before"] > 1 and (found["refused"] > 1) == (name != "a piece"), name
+
+
+def test_training_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph is given it is given anew after a call that was broken off."""
+    monkeypatch.setattr(training_graphs_baka, "DEVICES", ("cpu",))
+    model = tiny_model(tiny_config()).train()
+    model.cuda_graphs_enable()
+    tokens, state = random_tokens(model.config, 2, 9, seed=2), in_step(model)
+
+    def call(state: BakaCache) -> Tensor:
+        return model(tokens, cache=state, use_cache=True).logits.detach()
+
+    def other(state: BakaCache) -> Tensor:
+        with torch.no_grad():
+            return model(tokens[:, 3:5], cache=state).logits
+
+    call(state.clone())  # read as ever; recorded from here on
+    found = break_off(lines, model, state.clone, call, other, tries=15)
+    assert found["as before"] >= 15 and not found["refused"]
+    assert training_graphs_baka._recorders[model.model].graphs

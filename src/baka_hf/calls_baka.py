@@ -119,7 +119,7 @@ def plan(
     if inputs_embeds is not None:
         inputs_embeds = inputs_embeds.to(model.embed_tokens.weight.dtype)
         if real is not None:  # whatever stands where there is no token: NaN would be seen through any mask
-            inputs_embeds = inputs_embeds.masked_fill(~real[:, :, None], 0)
+            inputs_embeds = inputs_embeds.masked_fill(~real.to(inputs_embeds.device)[:, :, None], 0)
 
     beside, heard = None, real
     alone = None if restarts is None else find_alone(restarts, real)
