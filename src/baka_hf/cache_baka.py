@@ -46,6 +46,9 @@ SIGNATURE_FIELDS = (
 # While recording, `crop` may go back this many positions across chunk boundaries.
 RECORDED_POSITIONS = 128
 
+# Of each row's text so many ids are kept, from its beginning on: `generate` tells by them a text that begins again.
+OPENING = 32
+
 # Multiplier of the polynomial hash of the tokens read, odd and so invertible modulo 2^64 (Knuth's for 64 bits).
 HASH_MULTIPLIER = 6364136223846793005
 HASH_INVERSE = pow(HASH_MULTIPLIER, -1, 2**64)
@@ -151,9 +154,14 @@ class BakaCache(Cache):
         self._pauses = torch.zeros(batch_size, pauses, dtype=torch.int64)  # where those of the chunk in progress stand
         self._aligned = 0  # trailing positions at which every row took a token: `crop` can count back over them
 
-        # For generate: the hash of the tokens read (None: unknown, as when embeddings were fed), the rows that met EOS,
-        # and the prompt still to be read: how many of its columns are history, and the mask of those that are new.
+        # For generate: the hash of the tokens read and the first ids of each text (None: unknown, as when embeddings
+        # were fed), the rows that met EOS, and the prompt still to be read: how many of its columns are history, and
+        # the mask of those that are new. Of its last call, and so not in a file, which is the same however the text was
+        # read: the hash of what was new to it, and what it said last.
         self._history: torch.Tensor | None = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._opening: torch.Tensor | None = torch.zeros(batch_size, OPENING, dtype=torch.int64, device=device)
+        self._asked: torch.Tensor | None = None
+        self._said: torch.Tensor | None = None
         self._finished: torch.Tensor | None = None
         self._prompt: tuple[int, torch.Tensor | None] | None = None
         self._is_beam_search = False
@@ -218,7 +226,7 @@ class BakaCache(Cache):
             keys, values = change(layer.keys), change(layer.values)
             layer.is_shared = layer.is_shared and keys is layer.keys
             layer.keys, layer.values = keys, values
-        for name in ("_history", "_finished", "_recent_ids"):
+        for name in ("_history", "_opening", "_asked", "_said", "_finished", "_recent_ids"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
         if rows is not None:
@@ -284,8 +292,9 @@ class BakaCache(Cache):
         joined._num_tokens = torch.cat([state._num_tokens for state in states])
         joined._seeded = torch.cat([state._seeded for state in states])
         joined._pauses = torch.cat([state._pauses for state in states])
-        histories = [state._history for state in states if state._history is not None]
-        joined._history = torch.cat(histories) if len(histories) == len(states) else None
+        for name in ("_history", "_opening", "_asked", "_said"):
+            known = [getattr(state, name) for state in states if getattr(state, name) is not None]
+            setattr(joined, name, torch.cat(known) if len(known) == len(states) else None)
         if any(state._finished is not None for state in states):
             no = [torch.zeros_like(state._seeded, device=state.device) for state in states]
             finished = [state._finished for state in states]
@@ -325,6 +334,8 @@ class BakaCache(Cache):
             layer.is_shared = False
         self._num_tokens = self._num_tokens.masked_fill(host, 0)
         self._seeded = self._seeded & ~host
+        if self._asked is not None:
+            self._asked = self._asked.masked_fill(mask.to(self._asked.device), 0)
         if self._finished is not None:
             self._finished = self._finished & ~mask.to(self._finished.device)
         self._aligned = 0
@@ -418,6 +429,7 @@ class BakaCache(Cache):
 
     def _remember_ids(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
         """Take [B, L] token ids into the hash of what was read, those where `real` [B, L] is False left out."""
+        self._remember_opening(input_ids, real)
         if self._history is None:
             return
         if self._history.device != input_ids.device:
@@ -426,6 +438,18 @@ class BakaCache(Cache):
         if self._is_recording:
             recent = input_ids if self._recent_ids is None else torch.cat([self._recent_ids, input_ids], dim=1)
             self._recent_ids = recent[:, -RECORDED_POSITIONS:]
+
+    def _remember_opening(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Keep of [B, L] token ids just read, those where `real` is False left out, what a text begins with."""
+        if self._opening is None or int(self._num_tokens.min()) - input_ids.shape[1] >= OPENING:
+            return
+        device = input_ids.device
+        real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real.to(device)
+        # Counted from the end: a text may have begun within the call, and what was before it is left out.
+        places = self._num_tokens.to(device)[:, None] - real.flip(1).cumsum(1).flip(1)
+        places = torch.where(real & (places >= 0) & (places < OPENING), places, OPENING)
+        opening = torch.nn.functional.pad(self._opening.to(device), (0, 1))  # one more, for what is left out
+        self._opening = opening.scatter(1, places, input_ids.long())[:, :OPENING]
 
     def activate_past_recording(self) -> None:
         """From now on keep what chunk boundaries overwrite, so that `crop` can go back across them.
@@ -496,6 +520,7 @@ class BakaCache(Cache):
                 layer.is_shared = False
             self._pauses = torch.where(rows[:, None], boundary["pauses"], self._pauses)
         self._num_tokens = target
+        self._asked = self._said = None
         self._aligned -= count
         for layer in self.layers:
             layer.seq_length -= count
@@ -534,10 +559,9 @@ class BakaCache(Cache):
         for index, layer in enumerate(self.layers):
             tensors[f"layers.{index}.keys"] = layer.keys
             tensors[f"layers.{index}.values"] = layer.values
-        if self._history is not None:
-            tensors["history"] = self._history
-        if self._finished is not None:
-            tensors["finished"] = self._finished
+        for name in ("history", "opening", "finished"):
+            if getattr(self, f"_{name}") is not None:
+                tensors[name] = getattr(self, f"_{name}")
         metadata = {
             "format": "pt",
             "baka_cache_version": str(FORMAT_VERSION),
@@ -628,6 +652,8 @@ class BakaCache(Cache):
         self._seeded = take("seeded", self._seeded)
         self._pauses = take("pauses", self._pauses)
         self._history = take("history", self._num_tokens) if "history" in tensors else None
+        opening = self._num_tokens[:, None].expand(-1, OPENING)
+        self._opening = take("opening", opening) if "opening" in tensors else None
         self._finished = take("finished", self._seeded) if "finished" in tensors else None
         self._aligned = int(metadata["aligned"])
         self._is_beam_search = bool(int(metadata["is_beam_search"]))

@@ -344,6 +344,7 @@ class BakaModel(BakaPreTrainedModel):
         states = reader.read_token(self, cache, input_ids, reads)
         num_aligned = int(bool(reads.all()))
         cache._advance(1, cache._num_tokens + reads, cache._seeded, cache._pauses, num_aligned, False)
+        cache._remember_opening(input_ids, real)
         return states
 
     def _static_reader(self, cache: BakaCache | None) -> Any:

@@ -545,7 +545,7 @@ class Reading:
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(self.batch_size, -1).clone()
         cache._advance(self.length, num_tokens, seeded, pauses, num_aligned, restarted)
         if input_ids is None:
-            cache._history = None
+            cache._history = cache._opening = None
         else:
             cache._remember_ids(input_ids, self.real)
 
