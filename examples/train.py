@@ -49,6 +49,14 @@ from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 END_OF_TEXT = "<|endoftext|>"  # stands before every document: its first token is predicted from this one
 PADDING = "<|pad|>"
+# A conversation, for the tokenizer trained here: lines of "User:" and "Assistant:", an answer ends as a document does.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}:"
+    "{% if message.role == 'assistant' %}"
+    "{% generation %} {{ message.content | trim }}{{ eos_token }}{% endgeneration %}"
+    "{% else %} {{ message.content | trim }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 IGNORED = -100
 
 
@@ -270,6 +278,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

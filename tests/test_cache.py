@@ -91,8 +91,9 @@ def test_size_is_the_formula_and_stays_so(overrides: dict[str, Any], dtype: torc
     for length in (1, 1, 3, 5, 60):
         logits_of(model, random_tokens(config, 3, length), cache)
         assert cache.nbytes == expected
-    # No other tensor grows with the text either.
-    assert sum(t.numel() for t in vars(cache).values() if isinstance(t, Tensor)) < cache.memory.numel() + 50
+    # No other tensor grows with the text either. The first 32 ids of each row's text are kept.
+    kept = cache.memory.numel() + 3 * 32 + 50
+    assert sum(t.numel() for t in vars(cache).values() if isinstance(t, Tensor)) < kept
 
 
 @pytest.mark.smoke

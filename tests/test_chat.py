@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import chat
 import generate
+import train
 
 TEMPLATE = (  # the first turn has a system prompt of its own
     "{% if messages[0].role == 'user' %}[system]be brief{{ eos_token }}{% endif %}"
@@ -26,6 +27,11 @@ WRITTEN = {
         TEMPLATE,
         "[system]be brief<|endoftext|>[user]{}<|endoftext|>[assistant]",
         "<|endoftext|>[user]{}<|endoftext|>[assistant]",
+    ),
+    "example": (
+        train.CHAT_TEMPLATE,
+        "<|endoftext|>User: {}\nAssistant:",
+        "<|endoftext|>User: {}\nAssistant:",
     ),
     "lines": (None, "<|endoftext|>User: {}\nAssistant:", "\nUser: {}\nAssistant:"),
 }
@@ -122,4 +128,4 @@ def test_an_answer_without_a_template_is_a_line(monkeypatch: pytest.MonkeyPatch,
     for how, (template, _, _) in WRITTEN.items():
         save_checkpoint(tmp_path / how, template)
         talk(tmp_path / how, tmp_path / f"{how}-state", ["well"], monkeypatch)
-    assert stops == [None, ["\n"]]
+    assert stops == [None, None, ["\n"]]

@@ -152,6 +152,15 @@ def test_scripts_take_the_options_that_are_named(
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
+@pytest.mark.parametrize("call", [call for call in commands(TEXTS["docs/ecosystem.md"]) if call.startswith("transf")])
+def test_commands_of_transformers_exist(call: str) -> None:
+    """`test_serving` runs them where its packages are installed; here the program's own parser sees them."""
+    program = importlib.import_module("transformers.cli.transformers").app
+    with pytest.raises(SystemExit) as ended:
+        program([*shlex.split(call)[1:], "--help"])
+    assert ended.value.code == 0
+
+
 def test_every_command_is_one_that_is_checked() -> None:
     """Nothing in a shell block goes unnoticed by the tests and by .ci/run."""
     others = {command for text in TEXTS.values() for command in commands(text) if not STARTS.match(command)}
@@ -245,7 +254,15 @@ ELSEWHERE = {
     "tp_plan",
 }
 # Arguments of the Hub's client, TRL, lm-eval and torchao or bitsandbytes.
-ELSEWHERE |= {"code_revision", "hub_token", "packing_strategy", "max_length", "max_batch_size", "batch_size"}
+ELSEWHERE |= {
+    "code_revision",
+    "hub_token",
+    "packing_strategy",
+    "assistant_only_loss",
+    "max_length",
+    "max_batch_size",
+    "batch_size",
+}
 ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 
 

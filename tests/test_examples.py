@@ -96,6 +96,26 @@ def test_tokenizer_gives_back_every_byte(tokenizer: PreTrainedTokenizerFast, tex
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
+def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A conversation goes on from the prompt of its answer, token for token, and its answers are marked as such."""
+    said = [
+        ("system", "be brief"),
+        ("user", " who? "),
+        ("assistant", "the elephant"),
+        ("user", "why"),
+        ("assistant", "?"),
+    ]
+    messages = [dict(role=role, content=content) for role, content in said]
+    text = "<|endoftext|>System: be brief\nUser: who?\nAssistant: the elephant<|endoftext|>User: why\nAssistant:"
+    prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
+    assert prompt["input_ids"] == tokenizer(text).input_ids
+    whole = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    answer = tokenizer(" ?<|endoftext|>").input_ids
+    assert whole["input_ids"] == prompt["input_ids"] + answer
+    marked = [token for token, mark in zip(whole["input_ids"], whole["assistant_masks"], strict=True) if mark]
+    assert marked == tokenizer(" the elephant<|endoftext|>").input_ids + answer
+
+
 def test_blocks_score_every_token_of_a_text_once(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = train.encode(texts(TEXT, "", "short", TEXT[:200]), tokenizer, "")
     blocks = train.cut(documents, length=16, pad_token_id=tokenizer.pad_token_id)

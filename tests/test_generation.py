@@ -202,6 +202,135 @@ def test_prompts_of_embeddings(model: BakaForCausalLM) -> None:
     assert torch.equal(model.generate(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **GREEDY), expected)
 
 
+# Padding on the right
+
+
+def right_padded(rows: list[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+    tokens, mask = left_padded([row.flip(0) for row in rows], fill)
+    return tokens.flip(1), mask.flip(1)
+
+
+def with_padding(side: Callable, lengths: tuple[int, ...] = (3, 12, 5), **overrides: Any) -> dict[str, Any]:
+    tokens, mask = side([prompt(length, seed=length) for length in lengths])
+    return dict(input_ids=tokens, attention_mask=mask, **overrides)
+
+
+WAYS = {
+    "greedy": dict(do_sample=False),
+    "without a state": dict(do_sample=False, use_cache=False),
+    "static": dict(do_sample=False, cache_implementation="static"),
+    "sampling": dict(do_sample=True, num_return_sequences=2),
+    "beams": dict(do_sample=False, num_beams=3, num_return_sequences=2),
+    "beams without a state": dict(do_sample=False, num_beams=2, use_cache=False),
+    "ngrams": dict(do_sample=False, no_repeat_ngram_size=2),
+    "guidance": dict(do_sample=False, guidance_scale=1.5),
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
+def test_padding_on_either_side(model: BakaForCausalLM, how: dict[str, Any]) -> None:
+    """The same answers, and the prompt comes back as it was given."""
+    answers = []
+    for side in (left_padded, right_padded):
+        given = with_padding(side)
+        set_seed(0)
+        found = model.generate(**given, **how, max_new_tokens=12)
+        prompts = given["input_ids"].repeat_interleave(len(found) // 3, 0)
+        assert torch.equal(found[:, :12], prompts)
+        answers.append(found[:, 12:])
+    assert torch.equal(*answers)
+
+
+def test_right_padded_rows_are_rows_alone(model: BakaForCausalLM) -> None:
+    state, given = model.new_cache(3), with_padding(right_padded)
+    found = model.generate(**given, cache=state, **GREEDY)
+    texts = [model.generate(prompt(n, seed=n)[None], **GREEDY)[0] for n in (3, 12, 5)]
+    assert torch.equal(found[:, 12:], torch.stack([text[-30:] for text in texts]))
+    assert_has_read(model, state, [text[:-1] for text in texts])
+
+
+def test_the_mask_of_right_padding_is_inferred(model: BakaForCausalLM) -> None:
+    rows = [prompt(length, seed=length).clamp(min=1) for length in (3, 12)]
+    found, expected = (model.generate(side(rows)[0], pad_token_id=0, **GREEDY) for side in (right_padded, left_padded))
+    assert torch.equal(found[:, 12:], expected[:, 12:])
+
+
+def test_embeddings_padded_on_the_right(model: BakaForCausalLM) -> None:
+    answers = []
+    for side in (left_padded, right_padded):
+        given = with_padding(side)
+        embeds = model.get_input_embeddings()(given.pop("input_ids")).detach()
+        answers.append(model.generate(inputs_embeds=embeds, **given, **GREEDY))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("given", ["whole", "new"])
+def test_a_second_turn_padded_on_the_right(model: BakaForCausalLM, given: str) -> None:
+    """Both turns are; the history comes back as it is, or only what is new."""
+    old, new = [prompt(n, seed=n) for n in (3, 8, 5)], [prompt(n, seed=n + 50) for n in (6, 2, 7)]
+    (history, history_mask), (tokens, mask) = right_padded(old), right_padded(new)
+    state = state_after(model, history, attention_mask=history_mask)
+    ids = torch.cat([history, tokens], dim=1) if given == "whole" else tokens
+    found = model.generate(ids, attention_mask=torch.cat([history_mask, mask], dim=1), cache=state, **GREEDY)
+    assert torch.equal(found[:, :-30], ids)
+    texts = [model.generate(torch.cat(pair)[None], **GREEDY)[0] for pair in zip(old, new, strict=True)]
+    assert torch.equal(found[:, -30:], torch.stack([text[-30:] for text in texts]))
+    assert_has_read(model, state, [text[:-1] for text in texts])
+
+
+def test_states_and_weights_of_right_padded_prompts() -> None:
+    """They stand where the prompt's tokens do, with a state and without."""
+    model = tiny_model(tiny_config(attn_implementation="eager"), seed=1)
+    given = with_padding(right_padded)
+    with torch.no_grad():
+        expected = model(**given, output_hidden_states=True, output_attentions=True)
+    asked = dict(return_dict_in_generate=True, output_hidden_states=True, output_attentions=True)
+    for use_cache in (True, False):
+        found = model.generate(**given, **asked, use_cache=use_cache, max_new_tokens=3, do_sample=False)
+        for step in range(1 if use_cache else 3):
+            assert_close([t[:, :12] for t in found.hidden_states[step]], list(expected.hidden_states), **CLOSE)
+            assert_close([t[:, :, :12] for t in found.attentions[step]], list(expected.attentions), **CLOSE)
+
+
+def test_a_negative_prompt_padded_on_the_right(model: BakaForCausalLM) -> None:
+    answers = []
+    for side in (left_padded, right_padded):
+        negative = with_padding(side, (4, 9, 6))
+        names = dict(negative_prompt_ids="input_ids", negative_prompt_attention_mask="attention_mask")
+        arguments = {name: negative[key] for name, key in names.items()}
+        arguments |= dict(guidance_scale=2.0, output_scores=True, return_dict_in_generate=True)
+        answers.append(model.generate(**with_padding(left_padded), **arguments, max_new_tokens=2, do_sample=False))
+    assert_close(*(torch.stack(answer.scores) for answer in answers))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_of_nothing_but_padding_is_refused(model: BakaForCausalLM, use_cache: bool) -> None:
+    tokens, mask = prompt(3, 4), torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    with pytest.raises(ValueError, match=r"a token in every row .* none in the rows \[1\]"):
+        model.generate(tokens, attention_mask=mask, use_cache=use_cache, **GREEDY)
+    state = state_after(model, prompt(3, 7))
+    before = contents(state)
+    with pytest.raises(ValueError, match=r"none in the rows \[1\]"):
+        model.generate(tokens, attention_mask=torch.cat([ones(3, 7), mask], dim=1), cache=state, **GREEDY)
+    assert contents(state) == before
+
+
+def test_a_decoding_loop_of_ones_own_pads_on_the_left(model: BakaForCausalLM) -> None:
+    """transformers lets a function take the place of its loops: it is told, not given the logits of padding."""
+
+    def loop(model: Any, input_ids: Tensor, **arguments: Any) -> Tensor:
+        kept = {name: arguments[name] for name in ("attention_mask", "cache", "past_key_values") if name in arguments}
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **kept)
+        return model(**inputs).logits[:, -1].argmax(-1)
+
+    arguments = dict(custom_generate=loop, max_new_tokens=1)
+    found = model.generate(**with_padding(left_padded), **arguments)
+    assert torch.equal(found, model.generate(**with_padding(left_padded), max_new_tokens=1, do_sample=False)[:, -1])
+    with pytest.raises(ValueError, match="padding on the left"):
+        model.generate(**with_padding(right_padded), **arguments)
+
+
 # What generate gives besides tokens
 
 
@@ -324,6 +453,149 @@ def test_continuing(model: BakaForCausalLM, given: Callable, fed: int, length: i
     assert torch.equal(found[:, :-30], arguments["input_ids"])
     assert torch.equal(found[:, -30:], expected[:, -30:])
     assert_has_read(model, state, list(expected[:, :-1]))
+
+
+# The same text again
+
+
+ONCE = dict(max_new_tokens=6, do_sample=False)
+AGAIN = "cannot be told whether they are to be read again"
+
+
+def assert_refused(model: BakaForCausalLM, state: BakaCache, *inputs: Tensor, **arguments: Any) -> None:
+    before = contents(state)
+    for tokens in inputs:
+        for more in ({}, dict(attention_mask=torch.ones_like(tokens))):
+            with pytest.raises(ValueError, match=AGAIN):
+                model.generate(tokens, cache=state, **more | arguments, **ONCE)
+    assert contents(state) == before
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("length", [1, 2, 7, 40])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_same_prompt_again(model: BakaForCausalLM, batch_size: int, length: int) -> None:
+    """A cell that is run twice is told so; a mask over all says that the text is to be read again."""
+    state, text = model.new_cache(batch_size), prompt(batch_size, length)
+    said = model.generate(text, cache=state, **ONCE)
+    assert_refused(model, state, text)
+    mask = ones(batch_size, state.get_seq_length() + length)
+    found = model.generate(text, attention_mask=mask, cache=state, **ONCE)
+    both = torch.cat([said[:, :-1], text], dim=1)
+    assert torch.equal(found[:, -6:], model.generate(both, **ONCE)[:, -6:])
+
+
+@pytest.mark.parametrize("given", [new_tokens, whole])
+def test_the_same_turn_again(model: BakaForCausalLM, given: Callable, tmp_path: Any) -> None:
+    """So is one in the middle of a conversation, by the state itself, its copies and its rows; by its file, if it is
+    the whole text."""
+    history, new = prompt(2, 11), prompt(2, 4, seed=1)
+    state = state_after(model, history)
+    model.generate(**given(history, new), cache=state, **ONCE)
+    assert_refused(model, state, given(history, new)["input_ids"])
+    assert_refused(model, state.clone(), given(history, new)["input_ids"])
+    state.save_pretrained(tmp_path)
+    state.reorder_cache(torch.tensor([1, 0]))
+    assert_refused(model, state, given(history, new)["input_ids"].flip(0))
+    if given is whole:
+        assert_refused(model, BakaCache.from_pretrained(tmp_path), torch.cat([history, new], dim=1))
+
+
+@pytest.mark.parametrize(
+    "how", [dict(num_return_sequences=3, do_sample=True), dict(prompt_lookup_num_tokens=3)], ids=str
+)
+def test_the_same_turn_again_however_it_was_answered(model: BakaForCausalLM, how: dict[str, Any]) -> None:
+    rows = how.get("num_return_sequences", 1)
+    state, history, new = model.new_cache(), prompt(1, 11), prompt(1, 4, seed=1)
+    logits_of(model, history, state)
+    state.batch_repeat_interleave(rows)
+    model.generate(new, cache=state, max_new_tokens=6, **how)
+    before = contents(state)
+    with pytest.raises(ValueError, match=AGAIN):
+        model.generate(new, cache=state, max_new_tokens=6, **how)
+    assert contents(state) == before
+
+
+def test_a_turn_that_was_broken_off_is_not_read_again(model: BakaForCausalLM) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> Any:
+        raise Stop
+
+    state, new = state_after(model, prompt(1, 9)), prompt(1, 4, seed=1)
+    with pytest.raises(Stop):
+        model.generate(new, cache=state, stopping_criteria=[stop], **ONCE)
+    assert state.get_seq_length() == 13
+    assert_refused(model, state, new)
+
+
+# Ids that a re-encoded history lacks, or has besides.
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "the first token lost": lambda text: text[:, 1:],
+    "some lost": lambda text: text[:, [column for column in range(text.shape[1]) if column not in (0, 5, 11, 19)]],
+    "one more": lambda text: torch.cat([torch.tensor([[3]]), text], dim=1),
+    "an earlier end": lambda text: text[:, :14],
+    "another end": lambda text: torch.cat([text[:, :14], prompt(1, 3, seed=5)], dim=1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("fed_by", ["generate", "calls", "tokens"])
+def test_a_history_that_has_changed(model: BakaForCausalLM, change: Callable, fed_by: str) -> None:
+    """It begins like what was read, and is neither that nor plainly new."""
+    state, text = model.new_cache(), prompt(1, 21)
+    if fed_by == "generate":
+        text = model.generate(text, cache=state, **ONCE)
+    else:
+        text = torch.cat([text, prompt(1, 6, seed=3)], dim=1)
+        for piece in text[:, :-1].split(1 if fed_by == "tokens" else 7, dim=1):
+            logits_of(model, piece, state)
+    assert_refused(model, state, change(text)[:, :26])
+
+
+def test_a_padded_prompt_again(model: BakaForCausalLM) -> None:
+    """Padding on whatever side, the text counts."""
+    for side in (left_padded, right_padded):
+        state = model.new_cache(3)
+        model.generate(**with_padding(side), cache=state, **ONCE)
+        assert_refused(model, state, **with_padding(left_padded))
+
+
+def test_new_texts_that_look_old(model: BakaForCausalLM) -> None:
+    """They need no mask where the state knows better: the token that was said, rows begun anew, turns taken back."""
+    state, text = model.new_cache(), prompt(1, 21)
+    found = model.generate(text, cache=state, **ONCE)
+    for _ in range(30):  # the token that was said, whatever it is
+        found = torch.cat([found, model.generate(found[:, -1:], cache=state, max_new_tokens=1)[:, -1:]], dim=1)
+    assert torch.equal(found, model.generate(text, max_new_tokens=36, do_sample=False))
+
+    state.reset_rows(torch.tensor([True]))
+    again = model.generate(text, cache=state, **ONCE)
+    assert torch.equal(again, found[:, : again.shape[1]])
+
+    state = model.new_cache()
+    logits_of(model, prompt(1, 30, seed=1), state)
+    state.activate_past_recording()
+    for _ in range(2):
+        fed = state.get_seq_length()
+        found = model.generate(text, cache=state, **ONCE)
+        expected = model.generate(torch.cat([prompt(1, 30, seed=1), text], dim=1), **ONCE)
+        assert torch.equal(found[:, -6:], expected[:, -6:])
+        state.crop(fed - state.get_seq_length())
+
+
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states"])
+@pytest.mark.parametrize("use_assistant", [True, False])
+def test_speculation_gives_no_states_or_weights(name: str, use_assistant: bool) -> None:
+    """transformers cuts them out at the wrong places."""
+    model = tiny_model(tiny_config(attn_implementation="eager"), seed=1)
+    how = assistants(model)["right assistant" if use_assistant else "lookup"]
+    state = model.new_cache()
+    before = contents(state)
+    with pytest.raises(ValueError, match=f"expected no `{name}=True` in speculation"):
+        model.generate(prompt(1, 9), cache=state, **how, return_dict_in_generate=True, **{name: True}, **GREEDY)
+    assert {**contents(state), "_is_recording": False, "_prompt": None} == before
 
 
 @pytest.mark.parametrize("given", [whole, whole_with_a_mask])
@@ -680,6 +952,22 @@ def test_speculation_after_a_padded_prompt(speculating: BakaForCausalLM, name: s
     arguments = SPOKEN | dict(attention_mask=mask[:1])
     found = speculating.generate(tokens[:1], **assistants(speculating)[name], **arguments)
     assert torch.equal(found, speculating.generate(tokens[:1], **arguments))
+
+
+@pytest.mark.parametrize("name", ["lookup", "wrong assistant", "right assistant"])
+@pytest.mark.parametrize("turn", [1, 2])
+def test_speculation_after_padding_on_the_right(speculating: BakaForCausalLM, name: str, turn: int) -> None:
+    tokens, mask = right_padded([prompt(9, seed=9), prompt(14, seed=14)])
+    tokens, mask = tokens[:1], mask[:1]
+    state, history = speculating.new_cache(), prompt(1, 11) if turn == 2 else tokens[:, :0]
+    if turn == 2:
+        logits_of(speculating, history, state)
+        mask = torch.cat([ones(1, 11), mask], dim=1)
+    arguments = assistants(speculating)[name] | SPOKEN | dict(attention_mask=mask, cache=state)
+    found = speculating.generate(tokens, **arguments)
+    text = speculating.generate(torch.cat([history, tokens[:, :9]], dim=1), **SPOKEN)
+    assert torch.equal(found, torch.cat([tokens, text[:, -24:]], dim=1))
+    assert_has_read(speculating, state, [text[0, :-1]])
 
 
 def test_speculation_that_ends(speculating: BakaForCausalLM) -> None:

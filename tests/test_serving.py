@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -18,19 +20,22 @@ import transformers
 from checkpoints import byte_tokenizer, save_checkpoint
 from transformers import GenerationConfig
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import train
+
 openai = pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 if not hasattr(transformers, "AutoModelForDecision"):
     pytest.skip("transformers serve reads a checkpoint's own code since 5.24", allow_module_level=True)
 
+# The commands of the docs, as they stand there.
+DOCS = (Path(__file__).parents[1] / "docs" / "ecosystem.md").read_text(encoding="utf-8")
+SERVE, CHAT = (shlex.split(call) for call in re.findall(r"^transformers (.*)$", DOCS, re.MULTILINE))
 # The command-line program, where `import baka_hf` fails: it has nothing but the checkpoint.
 PROGRAM = "import sys; sys.modules['baka_hf'] = None; from transformers.cli.transformers import main; main()"
 TOKENIZER = byte_tokenizer()
-TEMPLATE = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
 TEXT = "The river runs by the mill, and the miller's daughter keeps the key of the gate."
 PROMPTS = [TEXT, TEXT[4:9], TEXT[30:71], TEXT[::-1], "?", TEXT * 3]  # 1 to 48 chunks
 NEW_TOKENS = 30
@@ -47,15 +52,15 @@ def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("serving")
-    model = save_checkpoint(folder / "checkpoint", TEMPLATE)
+    model = save_checkpoint(folder / "baka-small", train.CHAT_TEMPLATE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = folder / "log"
     with log.open("w") as file:
         # The model as an argument: it is loaded before the port opens, and never unloaded.
-        arguments = f"serve checkpoint --trust-remote-code --device cpu --host 127.0.0.1 --port {port}".split()
-        process = start(*arguments, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+        arguments = f"--device cpu --host 127.0.0.1 --port {port}".split()
+        process = start(*SERVE, *arguments, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
         try:
             wait_for(port, process, log)
             client = openai.OpenAI(
@@ -93,7 +98,7 @@ def expected(server: SimpleNamespace, prompt: str) -> str:
 
 def complete(server: SimpleNamespace, prompt: str) -> str:
     answer = server.client.completions.create(
-        model="checkpoint", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, stream=True
+        model="baka-small", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, stream=True
     )
     pieces = [chunk.choices[0].text for chunk in answer]
     assert len(pieces) > NEW_TOKENS / 2  # a token at a time
@@ -102,7 +107,7 @@ def complete(server: SimpleNamespace, prompt: str) -> str:
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 def test_completion(server: SimpleNamespace, prompt: str) -> None:
-    answer = server.client.completions.create(model="checkpoint", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0)
+    answer = server.client.completions.create(model="baka-small", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0)
     assert answer.choices[0].text == expected(server, prompt)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.prompt_tokens == len(prompt)
@@ -120,16 +125,17 @@ def test_chat(server: SimpleNamespace) -> None:
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
     messages.append({"role": "user", "content": "go on"})
     answer = server.client.chat.completions.create(
-        model="checkpoint", messages=messages, max_tokens=NEW_TOKENS, temperature=0
+        model="baka-small", messages=messages, max_tokens=NEW_TOKENS, temperature=0
     )
-    prompt = "user: hello\nassistant: yes\nuser: go on\nassistant: "
+    prompt = "<|endoftext|>User: hello\nAssistant: yes<|endoftext|>User: go on\nAssistant:"
     assert answer.choices[0].message.content == expected(server, prompt)
 
 
 def test_chat_program(server: SimpleNamespace) -> None:
     """`transformers chat`, told two things and to end."""
-    arguments = f"chat checkpoint http://127.0.0.1:{server.port} max_new_tokens={NEW_TOKENS} do_sample=False".split()
+    arguments = f"http://127.0.0.1:{server.port} max_new_tokens={NEW_TOKENS} do_sample=False".split()
     process = start(
+        *CHAT,
         *arguments,
         env={"HF_HUB_OFFLINE": "0", "COLUMNS": "200"},  # offline, this client refuses even this machine's server
         cwd=server.folder,
@@ -143,7 +149,7 @@ def test_chat_program(server: SimpleNamespace) -> None:
         process.kill()
     assert process.returncode == 0, said
     for message in ("hello", "well"):
-        answer = expected(server, f"user: {message}\nassistant: ")
+        answer = expected(server, f"<|endoftext|>User: {message}\nAssistant:")
         # It shows answers as Markdown, which letters and digits survive.
         assert len(letters(answer)) > 5 and letters(answer) in letters(said)
 
@@ -156,14 +162,14 @@ def test_decisions(server: SimpleNamespace) -> None:
     """The probabilities of typed answers are those of the labels' logits, as the pipeline finds them."""
     question = {"type": "choice", "instructions": "Who keeps the key?", "criteria": {"miller": "he", "daughter": "she"}}
     request = {"state": TEXT, "questions": {"key": question}}
-    body = json.dumps(request | {"model": "checkpoint"}).encode()
+    body = json.dumps(request | {"model": "baka-small"}).encode()
     call = urllib.request.Request(
         f"http://127.0.0.1:{server.port}/v1/systemone", body, {"Content-Type": "application/json"}
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(call, timeout=SECONDS) as response:
         found = json.load(response)["answers"]
-    decide = transformers.pipeline("decision", model=str(server.folder / "checkpoint"), device="cpu")
+    decide = transformers.pipeline("decision", model=str(server.folder / "baka-small"), device="cpu")
     assert found == decide(request)
 
 
@@ -172,7 +178,7 @@ def test_cache_options_of_a_request(server: SimpleNamespace, implementation: str
     """`serve --compile` asks for a static cache."""
     config = dict(cache_implementation=implementation, max_new_tokens=NEW_TOKENS, do_sample=False)
     answer = server.client.completions.create(
-        model="checkpoint", prompt=TEXT, extra_body={"generation_config": json.dumps(config)}
+        model="baka-small", prompt=TEXT, extra_body={"generation_config": json.dumps(config)}
     )
     assert answer.choices[0].text == expected(server, TEXT)
 
@@ -181,7 +187,7 @@ def test_other_caches_are_refused(server: SimpleNamespace) -> None:
     """With a message that reaches who asked; the server goes on."""
     config = dict(cache_implementation="quantized", max_new_tokens=NEW_TOKENS)
     stream = server.client.completions.create(
-        model="checkpoint", prompt=TEXT, stream=True, extra_body={"generation_config": json.dumps(config)}
+        model="baka-small", prompt=TEXT, stream=True, extra_body={"generation_config": json.dumps(config)}
     )
     with pytest.raises(openai.APIError) as raised:
         list(stream)

@@ -1,6 +1,7 @@
 """TRL's `SFTTrainer` as it comes: chats are learned with memory, and packed ones as if each were alone."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from baka_hf import BakaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import train
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -111,6 +116,23 @@ def test_a_chat_is_learned_and_ends(tokenizer: PreTrainedTokenizerFast, tmp_path
     right = [f"{digit}</s>" for digit in range(10)]
     assert said[2] == right
     assert sum(found == expected for found, expected in zip(said[0], right, strict=True)) <= 2
+
+
+@pytest.mark.parametrize("assistant_only_loss", [True, False])
+def test_messages_with_the_tokenizer_of_the_example(assistant_only_loss: bool, tmp_path: Path) -> None:
+    """By the chat template that it brings: answers alone are learned from, or all that is said."""
+    train.train_tokenizer(["who is it? it is 5."], vocab_size=260).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
+    model = BakaForCausalLM(config(vocab_size=260))
+    arguments = dict(assistant_only_loss=assistant_only_loss, max_steps=1)
+    trained = trainer(tmp_path, model, quiz(), tokenizer, **arguments)
+    batch = next(iter(trained.get_train_dataloader()))
+    learned = [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    digits = [text.removesuffix("<|endoftext|>")[-1] for text in learned]
+    asked = "" if assistant_only_loss else "<|endoftext|>User: {0} is it. what is it?\nAssistant:"
+    assert learned == [f"{asked} {{0}}<|endoftext|>".format(digit) for digit in digits]
+    trained.train()
+    assert trained.state.global_step == 1
 
 
 def gradients(model: BakaForCausalLM, loss: Tensor) -> dict[str, Tensor]:

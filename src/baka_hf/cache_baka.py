@@ -16,9 +16,10 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .functions_baka import choose_rows
-from .history_baka import hash_before, hash_of_nothing, hash_tokens
+from .history_baka import hash_before, hash_of_nothing, hash_tokens, opening_of_nothing, opening_with
 from .state_files_baka import (
     CACHE_FILE,
+    OPENING,
     SavedState,
     check_signature,
     fingerprint_of,
@@ -134,9 +135,14 @@ class BakaCache(Cache):
         self._pauses = torch.zeros(batch_size, pauses, dtype=torch.int64)  # where those of the chunk in progress stand
         self._aligned = 0  # trailing positions at which every row took a token: `crop` can count back over them
 
-        # For generate: the hash of the tokens read (None: unknown, as when embeddings were fed), the rows that met EOS,
-        # and the prompt still to be read: how many of its columns are history, and the mask of those that are new.
+        # For generate: the hash of the tokens read and the first ids of each text (None: unknown, as when embeddings
+        # were fed), the rows that met EOS, and the prompt still to be read: how many of its columns are history, and
+        # the mask of those that are new. Of its last call, and so not in a file, which is the same however the text was
+        # read: the hash of what was new to it, and what it said last.
         self._history: torch.Tensor | None = hash_of_nothing(batch_size, self.device)
+        self._opening: torch.Tensor | None = opening_of_nothing(batch_size, self.device)
+        self._asked: torch.Tensor | None = None
+        self._said: torch.Tensor | None = None
         self._finished: torch.Tensor | None = None
         self._prompt: tuple[int, torch.Tensor | None] | None = None
         self._is_beam_search = False
@@ -224,7 +230,7 @@ class BakaCache(Cache):
         on_host = rows or (lambda tensor: tensor)
         tensors = {name: change(tensor) for name, tensor in self.tensors().items()}
         others = {name: on_host(getattr(self, name)) for name in ("_num_tokens", "_seeded", "_pauses")}
-        for name in ("_history", "_finished", "_recent_ids"):
+        for name in ("_history", "_opening", "_asked", "_said", "_finished", "_recent_ids"):
             if getattr(self, name) is not None:
                 others[name] = change(getattr(self, name))
         boundaries = []
@@ -303,8 +309,9 @@ class BakaCache(Cache):
         joined._num_tokens = torch.cat([state._num_tokens for state in states])
         joined._seeded = torch.cat([state._seeded for state in states])
         joined._pauses = torch.cat([state._pauses for state in states])
-        histories = [state._history for state in states if state._history is not None]
-        joined._history = torch.cat(histories) if len(histories) == len(states) else None
+        for name in ("_history", "_opening", "_asked", "_said"):
+            known = [getattr(state, name) for state in states if getattr(state, name) is not None]
+            setattr(joined, name, torch.cat(known) if len(known) == len(states) else None)
         if any(state._finished is not None for state in states):
             no = [torch.zeros_like(state._seeded, device=state.device) for state in states]
             finished = [state._finished for state in states]
@@ -336,10 +343,11 @@ class BakaCache(Cache):
         anew._put({name: without_rows(tensor, rows) for name, tensor in self.tensors().items()})
         anew._num_tokens = self._num_tokens.masked_fill(rows, 0)
         anew._seeded = self._seeded & ~rows
-        if self._finished is not None:
-            anew._finished = without_rows(self._finished, rows)
+        for name in ("_finished", "_asked"):
+            if getattr(self, name) is not None:
+                setattr(anew, name, without_rows(getattr(self, name), rows))
         if self._is_torn:
-            anew._history, anew._is_torn = None, False
+            anew._history, anew._opening, anew._is_torn = None, None, False
         anew._aligned = 0
         anew._boundaries = []
         self.go_on(anew)
@@ -475,6 +483,7 @@ class BakaCache(Cache):
 
     def _remember_ids(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
         """Take [B, L] token ids into the hash of what was read, those where `real` [B, L] is False left out."""
+        self._remember_opening(input_ids, real)
         if self._history is None:
             return
         if self._history.device != input_ids.device:
@@ -483,6 +492,11 @@ class BakaCache(Cache):
         if self._is_recording:
             recent = input_ids if self._recent_ids is None else torch.cat([self._recent_ids, input_ids], dim=1)
             self._recent_ids = recent[:, -RECORDED_POSITIONS:]
+
+    def _remember_opening(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
+        """Keep of [B, L] token ids just read, those where `real` is False left out, what a text begins with."""
+        if self._opening is not None and int(self._num_tokens.min()) - input_ids.shape[1] < OPENING:
+            self._opening = opening_with(self._opening, self._num_tokens, input_ids, real)
 
     def activate_past_recording(self) -> None:
         """From now on keep what chunk boundaries overwrite, so that `crop` can go back across them.
@@ -556,6 +570,7 @@ class BakaCache(Cache):
         cropped._put(tensors)
         cropped._pauses = pauses
         cropped._num_tokens = target
+        cropped._asked = cropped._said = None
         cropped._forget_what_was_not_read()
         cropped._aligned -= count
         cropped._seq_length -= count
@@ -593,10 +608,9 @@ class BakaCache(Cache):
         """
         self.check_whole()
         rows = {"num_tokens": self._num_tokens, "seeded": self._seeded, "pauses": self._pauses}
-        if self._history is not None:
-            rows["history"] = self._history
-        if self._finished is not None:
-            rows["finished"] = self._finished
+        for name in ("history", "opening", "finished"):
+            if getattr(self, f"_{name}") is not None:
+                rows[name] = getattr(self, f"_{name}")
         numbers = self.get_seq_length(), self._aligned, int(self._is_beam_search)
         state = SavedState(self.signature, self.tensors(), rows, *numbers)
         write_state(Path(save_directory), state, None if model is None else fingerprint_of(model))
@@ -644,7 +658,9 @@ class BakaCache(Cache):
         state._num_tokens, state._seeded, state._pauses = (
             saved.rows[name] for name in ("num_tokens", "seeded", "pauses")
         )
-        state._history, state._finished = saved.rows.get("history"), saved.rows.get("finished")
+        state._history, state._opening, state._finished = (
+            saved.rows.get(name) for name in ("history", "opening", "finished")
+        )
         state._aligned, state._is_beam_search = saved.aligned, bool(saved.is_beam_search)
         return state.to(device, dtype)
 

@@ -235,7 +235,7 @@ def _leave_state(cache: BakaCache, call: Call, results: Results) -> None:
     counts = call.num_aligned, call.restarts, call.within_beam_search
     cache._advance(call.length, num_tokens, call.seeded, pauses, *counts)
     if call.input_ids is None:
-        cache._history = None
+        cache._history = cache._opening = None
     else:
         cache._remember_ids(call.input_ids, call.heard)
 

@@ -1,10 +1,13 @@
-"""What a state knows of the ids it has read: a hash, which goes on token by token, within CUDA graphs too, and back."""
+"""What a state knows of the ids it has read: the first of each text, and the hash of all.
+
+The hash goes on token by token, within CUDA graphs too, and goes back.
+"""
 
 from functools import cache, lru_cache
 
 import torch
 
-from .state_files_baka import NUM_HASHES
+from .state_files_baka import NUM_HASHES, OPENING
 
 # What was read is known by its polynomials modulo the largest primes below 2^31, so that products fit into 64 bits, at
 # primitive roots drawn at random. (Modulo 2^64 every odd number makes a Thue-Morse text equal to its complement.)
@@ -63,3 +66,20 @@ def _numbers(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Constants that stay where CUDA graphs have met them."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, device=device)
+
+
+def opening_of_nothing(batch_size: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(batch_size, OPENING, dtype=torch.int64, device=device)
+
+
+def opening_with(
+    opening: torch.Tensor, num_tokens: torch.Tensor, input_ids: torch.Tensor, real: torch.Tensor | None
+) -> torch.Tensor:
+    """The first ids [B, OPENING] of each text, which has `num_tokens` [B] after the ids [B, L] where `real` is True."""
+    device = input_ids.device
+    real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real.to(device)
+    # Counted from the end: a text may have begun within the call, and what was before it is left out.
+    places = num_tokens.to(device)[:, None] - real.flip(1).cumsum(1).flip(1)
+    places = torch.where(real & (places >= 0) & (places < OPENING), places, OPENING)
+    opening = torch.nn.functional.pad(opening.to(device), (0, 1))  # one more, for what is left out
+    return opening.scatter(1, places, input_ids.long())[:, :OPENING]

@@ -303,6 +303,7 @@ class BakaModel(BakaPreTrainedModel):
         states = reader.read_token(self, cache, input_ids, reads)
         num_aligned, num_tokens = int(bool(reads.all())), cache._num_tokens + reads
         following._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
+        following._remember_opening(input_ids, real)
         cache.go_on(following)
         return states
 

@@ -57,6 +57,7 @@ SIGNATURE_FIELDS: dict[str, type] = {
 MAY_BE_ZERO = ("num_memory_tokens", "num_pause_tokens")
 
 NUM_HASHES = 3  # numbers that stand for what a row has read, see `hash_tokens`
+OPENING = 32  # first ids of a row's text that are kept: `generate` tells by them a text that begins again
 
 DTYPES = {
     "F64": torch.float64,
@@ -73,9 +74,10 @@ ROW_DTYPES = {
     "seeded": torch.bool,
     "pauses": torch.int64,
     "history": torch.int64,
+    "opening": torch.int64,
     "finished": torch.bool,
 }
-OPTIONAL = {"history", "finished"}  # unknown, or nothing to say
+OPTIONAL = {"history", "opening", "finished"}  # unknown, or nothing to say
 
 
 class SavedState(NamedTuple):
@@ -135,6 +137,7 @@ def row_shapes(signature: dict[str, Any], batch_size: int) -> dict[str, tuple[in
         "seeded": (batch_size,),
         "pauses": (batch_size, signature["num_pause_tokens"]),
         "history": (batch_size, NUM_HASHES),
+        "opening": (batch_size, OPENING),
         "finished": (batch_size,),
     }
 
