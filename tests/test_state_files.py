@@ -300,7 +300,7 @@ def test_a_file_of_the_first_format(tmp_path: Path) -> None:
     numbers = dict(seq_length="12", aligned="12", is_beam_search="0", config=json.dumps(cache.signature))
     first_format(tmp_path / FILE, cache, **numbers)
     resumed = BakaCache.from_pretrained(tmp_path, config=model.config)
-    cache._history = None
+    cache._history = cache._opening = None
     assert contents(resumed) == contents(cache)
     with pytest.raises(ValueError, match="not what the state has read"):
         model.generate(tokens, cache=resumed.clone(), max_new_tokens=1)
