@@ -74,16 +74,11 @@ def remembered(decode: Callable) -> Callable:
         if cache is None:
             return decode(self, input_ids, *args, **kwargs)
         num_read, mask = cache._prompt
-        fed = cache.get_seq_length()
         asked = hash_of(input_ids[:, num_read:], mask) if kwargs.get("inputs_embeds") is None else None
-        try:
-            output = decode(self, input_ids, *args, **kwargs)
-        finally:
-            if cache.get_seq_length() > fed:  # so it is where the call was broken off
-                cache._asked, cache._said = asked, None
+        output = decode(self, input_ids, *args, **kwargs)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        if len(sequences) == cache.batch_size:
-            cache._said = sequences[:, -1].clone()
+        cache._asked = asked
+        cache._said = sequences[:, -1].clone() if len(sequences) == cache.batch_size else None
         return output
 
     return decode_remembered
