@@ -4,8 +4,8 @@
     python benchmarks/fast_paths.py --paths graphs parts --repeats 3
     python benchmarks/fast_paths.py --device cpu --quick
 
-A path is left out by putting what is plain in its place. "BakaLLM" in the table is with all paths, its peer without the
-one that the row names; figures are tokens per second and peak memory.
+A path is left out by putting what is plain in its place. "BakaLLM" in the table is with all paths, a peer without the
+one that it names; figures are tokens per second and peak memory.
 """
 
 import argparse
@@ -107,46 +107,51 @@ def products_apart(layer: Any, normed: torch.Tensor, projection: torch.Tensor, s
     return [linear(normed) for linear in layer.input_projections]
 
 
-# By name: the work with most to gain, on a GPU and where it is quick, and what is put in the path's place.
-PATHS: dict[str, tuple[Callable, tuple[int, int], tuple[int, int], Context]] = {
-    "parts": (training, (32, 2048), (2, 32), partial(patch.dict, attention_baka.IN_PARTS, clear=True)),
-    "recompute": (
+# By the work with most to gain: its size on a GPU, where it is quick, and what is put in the place of each path.
+Works = list[tuple[Callable, tuple[int, int], tuple[int, int], dict[str, Context]]]
+WORKS: Works = [
+    (
         *(training, (32, 2048), (2, 32)),
-        partial(patch.object, layers_baka, "recompute", lambda function, *arguments: function(*arguments)),
+        {
+            "parts": partial(patch.dict, attention_baka.IN_PARTS, clear=True),
+            "recompute": partial(
+                patch.object, layers_baka, "recompute", lambda function, *arguments: function(*arguments)
+            ),
+            "fix_length": partial(patch.object, reading_baka, "fix_length", lambda *args, **kwargs: None),
+            "loss": partial(patch.object, loss_baka, "computes_losses", lambda head: False),
+            "embeds": partial(planned, embeds=False),
+        },
     ),
-    "fix_length": (
-        *(training, (32, 2048), (2, 32)),
-        partial(patch.object, reading_baka, "fix_length", lambda *args, **kwargs: None),
-    ),
-    "head's loss": (
-        *(training, (32, 2048), (2, 32)),
-        partial(patch.object, loss_baka, "computes_losses", lambda head: False),
-    ),
-    "embedding at once": (training, (32, 2048), (2, 32), partial(planned, embeds=False)),
-    "graphs": (training, (5, 2048), (2, 32), without_graphs),
-    "static states": (stepping, (1, 512), (1, 8), without_static_states),
-    "one product": (
+    (training, (5, 2048), (2, 32), {"graphs": without_graphs}),
+    (
         *(stepping, (1, 512), (1, 8)),
-        partial(patch.object, decoding_graphs_baka, "one_product", products_apart),
+        {
+            "static": without_static_states,
+            "product": partial(patch.object, decoding_graphs_baka, "one_product", products_apart),
+        },
     ),
-    "windows": (stepping, (256, 512), (16, 8), partial(patch.object, decoding_graphs_baka, "NUM_WINDOWS", 1)),
-    "last states": (reading, (1, 131072), (1, 64), partial(planned, num_last_states=None)),
-    "any_length": (pieces, (1, 30), (1, 1), partial(patch.object, reading_baka, "any_length", nullcontext())),
-}
+    (stepping, (256, 512), (16, 8), {"windows": partial(patch.object, decoding_graphs_baka, "NUM_WINDOWS", 1)}),
+    (reading, (1, 131072), (1, 64), {"last_states": partial(planned, num_last_states=None)}),
+    (pieces, (1, 30), (1, 1), {"any_length": partial(patch.object, reading_baka, "any_length", nullcontext())}),
+]
+PATHS = [path for *_, paths in WORKS for path in paths]
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), metavar="NAME")
+    parser.add_argument("--paths", nargs="+", choices=PATHS, default=PATHS, metavar="NAME")
     args = settle(parser.parse_args())
     comparison = Comparison(args, "fast_paths")
-    for name in args.paths:
-        prepare, *sizes, without = PATHS[name]
+    for prepare, *sizes, paths in WORKS:
         rows, length = sizes[args.quick]
-        sides = {"BakaLLM": partial(prepare, args, nullcontext, rows, length)}
-        sides["without"] = partial(prepare, args, without, rows, length)
-        work = f"{name}: {prepare.__name__} {rows} x {length:,}"
-        comparison.measure(work, rows * length, sides, warm_ups=0 if prepare is pieces else 2)
+        chosen = {f"without {path}": context for path, context in paths.items() if path in args.paths}
+        sides = {
+            name: partial(prepare, args, context, rows, length)
+            for name, context in ({"BakaLLM": nullcontext} | chosen).items()
+        }
+        if chosen:
+            work = f"{prepare.__name__} {rows} x {length:,}"
+            comparison.measure(work, rows * length, sides, warm_ups=0 if prepare is pieces else 2)
     comparison.finish("BakaLLM", ("tokens/s", "peak GiB"))
 
 

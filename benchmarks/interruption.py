@@ -21,18 +21,16 @@ from side_by_side import arguments, new_baka, random_tokens, settle, wait_for
 from torch import nn
 
 from baka_hf import BakaCache, BakaForCausalLM
-from baka_hf.functions_baka import apply_rotary, where_rows
+from baka_hf.functions_baka import where_rows
 from baka_hf.modeling_baka import BakaPreTrainedModel
-from baka_hf.reading_baka import Reading
+from baka_hf.reading_baka import Reading, backwards, rolled_over
 
 
 def roll_over_in_place(self: Reading, cache: BakaCache, span: Any, layout: Any) -> None:
     S = self.config.stream_length
     for layer in cache.layers:
-        for buffer, own in (
-            (layer.keys, apply_rotary(layer.keys[:, :, S:], *self._backwards(layer.keys))),
-            (layer.values, layer.values[:, :, S:]),
-        ):
+        rolled = rolled_over(layer.keys, layer.values, *backwards(self.config, layer.keys))
+        for buffer, own in zip((layer.keys, layer.values), rolled, strict=True):
             buffer[:, :, :S] = where_rows(layout.completes, own, buffer[:, :, :S])
 
 
