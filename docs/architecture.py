@@ -5,6 +5,7 @@
 An arrow that a longer way implies is left out. tests/test_architecture.py fails when page and code part.
 """
 
+import argparse
 import ast
 import re
 from pathlib import Path
@@ -72,4 +73,5 @@ def drawn(page: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(drawn(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

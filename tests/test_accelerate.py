@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from baka_hf import BakaForCausalLM, BakaModel, functions_baka, loss_baka
+from baka_hf import BakaForCausalLM, functions_baka, inputs_baka, loss_baka
 
 LENGTH = 18  # three chunks of 5 and a rest
 PARTS = (
@@ -119,7 +119,7 @@ class Elsewhere(AlignDevicesHook):
 @pytest.mark.parametrize("far", PARTS)
 def test_any_part_may_be_on_another_device(far: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake tensors know their devices and mix no two of them; they need no second device to be there."""
-    monkeypatch.setattr(BakaModel, "_can_look_at", staticmethod(lambda tensor: False))  # they hold no numbers
+    monkeypatch.setattr(inputs_baka, "can_look_at", lambda tensor: False)  # they hold no numbers
     monkeypatch.setattr(functions_baka, "_rotary_table", functions_baka._rotary_table.__wrapped__)  # nor may be kept
     with torch.no_grad(), FakeTensorMode():
         model = BakaForCausalLM(tiny_config(memory_solidifier="glu", memory_norm=True))

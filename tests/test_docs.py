@@ -227,7 +227,7 @@ def members_of(thing: Any) -> set[str]:
 def known_names() -> set[str]:
     """Names that this package has or that it takes over from transformers and PyTorch."""
     names = {name for module in (builtins, transformers, torch.nn, torch.utils.data) for name in dir(module)}
-    names |= {"baka_hf"} | set(vars(GenerationConfig())) | set(ALL_ATTENTION_FUNCTIONS.valid_keys())
+    names |= {"baka_hf", *MODULES} | set(vars(GenerationConfig())) | set(ALL_ATTENTION_FUNCTIONS.valid_keys())
     names |= {field.name for field in dataclasses.fields(BakaTrainingArguments)}
     for module in (importlib.import_module(f"baka_hf.{name}") for name in MODULES):
         for name, thing in vars(module).items():

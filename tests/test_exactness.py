@@ -565,7 +565,7 @@ def test_positions_that_count_what_is_not_there() -> None:
 def test_padded_positions_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A collator's zeros behind a text are texts of one token: they are read side by side, each id once."""
     model = tiny_model(tiny_config())
-    spans = recorded_calls(monkeypatch, reading_baka.Reading, "read")
+    spans = recorded_calls(monkeypatch, reading_baka.Reading, "read_span")
     tokens, positions = random_tokens(model.config, 2, 300), torch.arange(300).repeat(2, 1)
     tokens[:, 20:], positions[:, 20:] = 0, 0
     model(tokens, position_ids=positions)

@@ -102,17 +102,25 @@ def check_kept(logits_to_keep: Any, length: int) -> None:
             raise ValueError(f"expected `logits_to_keep` from {-length} to {length - 1}, got {wrong}.")
 
 
-def check_cache(model: Any, cache: BakaCache | None, batch_size: int, within_beam_search: bool = False) -> None:
-    """That a state is one which `model`, a `BakaModel`, can read on from with so many rows."""
+def check_kind(cache: BakaCache | None, use_cache: bool | None) -> None:
+    """That a state is one, and wanted."""
     if cache is None:
         return
     # By its own account, not by isinstance: a checkpoint's remote code has a class of its own.
-    signature = getattr(cache, "signature", None)
-    if signature is None or not hasattr(cache, "memory"):
+    if getattr(cache, "signature", None) is None or not hasattr(cache, "memory"):
         raise ValueError(f"expected `past_key_values` to be a BakaCache (see `new_cache`), got {type(cache).__name__}.")
+    if use_cache is False:
+        raise ValueError("expected no state with `use_cache=False`: a state can only go forward.")
+
+
+def check_cache(model: Any, cache: BakaCache | None, batch_size: int, within_beam_search: bool = False) -> None:
+    """That a state is one which `model`, a `BakaModel`, can read on from with so many rows."""
+    check_kind(cache, None)
+    if cache is None:
+        return
     cache.check_whole()
     if cache._reader is None or cache._reader.model() is not model:  # else it was looked at before
-        check_signature(signature, signature_of(model.config))
+        check_signature(cache.signature, signature_of(model.config))
     if cache.batch_size != batch_size:
         raise ValueError(
             f"expected a state of batch size {batch_size}, got one of {cache.batch_size}; "

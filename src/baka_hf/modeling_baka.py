@@ -35,6 +35,7 @@ from .generation_baka import BakaGenerationMixin
 from .inputs_baka import (
     check_cache,
     check_kept,
+    check_kind,
     check_mask,
     check_targets,
     check_tensors,
@@ -230,8 +231,7 @@ class BakaModel(BakaPreTrainedModel):
         check_tensors(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
         )
-        if cache is not None and use_cache is False:
-            raise ValueError("expected no state with `use_cache=False`: a state can only go forward.")
+        check_kind(cache, use_cache)
         for name in ("cu_seq_lens_q", "seq_idx"):
             if position_ids is None and kwargs.get(name) is not None:
                 raise ValueError(
@@ -430,6 +430,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
         if labels is None and shift_labels is None and isinstance(logits_to_keep, int) and logits_to_keep:
             kwargs["num_last_states"] = logits_to_keep
         cache = either_name(past_key_values, cache)
+        check_kind(cache, use_cache)
         outputs = None
         hidden_states = None
         if cache is not None and inputs_embeds is None:
