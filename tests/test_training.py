@@ -786,7 +786,7 @@ def test_losses_without_logits_of_a_resized_head(monkeypatch: pytest.MonkeyPatch
     model.resize_token_embeddings(23)
     tokens = random_tokens(model.config, 2, 11)
     expected = model(tokens, labels=tokens).loss
-    monkeypatch.setattr(BakaForCausalLM, "_loss_of_head", None)
+    monkeypatch.setattr(loss_baka, "_loss_of_head", None)
     assert_close(model(tokens, labels=tokens, skip_logits=True).loss, expected, **EXACT)
 
 

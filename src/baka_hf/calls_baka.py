@@ -171,7 +171,7 @@ def plan(
         input_ids=input_ids,
         heard=heard,
         seeded=seeded,
-        num_aligned=int(whole_columns.flip(0).cumprod(0).sum()),
+        num_aligned=0 if cache is None else int(whole_columns.flip(0).cumprod(0).sum()),
         restarts=restarts is not None,
         within_beam_search=within_beam_search,
         beside=beside,
