@@ -495,7 +495,8 @@ class BakaCache(Cache):
 
     def _remember_opening(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
         """Keep of [B, L] token ids just read, those where `real` is False left out, what a text begins with."""
-        if self._opening is not None and int(self._num_tokens.min()) - input_ids.shape[1] < OPENING:
+        # No row has read less than what is aligned, and most tokens come long after the beginning.
+        if self._opening is not None and self._aligned - input_ids.shape[1] < OPENING:
             self._opening = opening_with(self._opening, self._num_tokens, input_ids, real)
 
     def activate_past_recording(self) -> None:

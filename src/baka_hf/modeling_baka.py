@@ -122,10 +122,10 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
                 if not enable:
                     forget(module)
 
-    @runs_compiled_parts
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A call is all or nothing, hooks included: whatever is raised, the state goes back to what it was before."""
-        state = state_among(args, kwargs)
+        # Compilers do not look into what catches errors; a compiled call is all or nothing by its draft alone.
+        state = None if torch.compiler.is_compiling() else state_among(args, kwargs)
         if state is None:
             return super().__call__(*args, **kwargs)
         before = state.__dict__
@@ -248,12 +248,17 @@ class BakaModel(BakaPreTrainedModel):
         embeds = torch.is_grad_enabled() and not recomputes
         text = input_ids, attention_mask, position_ids, cache, inputs_embeds
         call = plan(self, *text, use_cache, *outputs, embeds=embeds, **kwargs)
+        call, reader = self._open(call)
+        beside = None if call.beside is None else self._read(call.beside.call, None, recomputes)
+        return close(self, call, self._read(call, reader, recomputes), beside)
+
+    @on_host
+    def _open(self, call: Call) -> tuple[Call, Any]:
+        """The call with a draft of its state, and what reads whole chunks of it by graphs, if anything does."""
         reader = None
         if not (call.text.is_floating_point() or call.with_states or call.with_weights):
             reader = self._static_reader(call.state)
-        call = call.on_draft()
-        beside = None if call.beside is None else self._read(call.beside.call, None, recomputes)
-        return close(self, call, self._read(call, reader, recomputes), beside)
+        return call.on_draft(), reader
 
     @runs_compiled_parts
     def _read(self, call: Call, reader: Any, recomputes: bool) -> Results:
@@ -307,7 +312,6 @@ class BakaModel(BakaPreTrainedModel):
         cache.go_on(following)
         return states
 
-    @on_host
     def _static_reader(self, cache: BakaCache | None) -> Any:
         """What reads a static state by graphs, see `decoding_graphs_baka`; None where that is not possible."""
         if cache is None or not getattr(cache, "is_static", False) or torch.is_grad_enabled():
