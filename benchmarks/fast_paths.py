@@ -117,7 +117,6 @@ WORKS: Works = [
             "recompute": partial(
                 patch.object, layers_baka, "recompute", lambda function, *arguments: function(*arguments)
             ),
-            "fix_length": partial(patch.object, reading_baka, "fix_length", lambda *args, **kwargs: None),
             "loss": partial(patch.object, loss_baka, "computes_losses", lambda head: False),
             "embeds": partial(planned, embeds=False),
         },

@@ -243,24 +243,7 @@ class BlockwisePass(ChunkPass):
     """
 
     run = runs_compiled_parts(ChunkPass.run)
-    leave = on_host(ChunkPass.leave)
-
-    @on_host
-    def enter(self, first: Any, layout: Layout, *arguments: Any) -> Any:
-        memory, hidden_states, pasts = super().enter(first, layout, *arguments)
-        fix_length(layout, self.config, hidden_states, dims=(1,))
-        return memory, hidden_states, pasts
-
-
-def fix_length(layout: Layout, config: Any, *tensors: torch.Tensor, dims: tuple[int, ...] = (0,)) -> None:
-    """Have programs for whole chunks take `dims` of `tensors`, whose size the span decides, for what they are.
-
-    PyTorch would take the second length that it sees, a last chunk that nothing reads on from, for one of many, and
-    write slower code for any.
-    """
-    if layout.in_step and is_whole(layout, config):
-        for tensor in tensors:
-            torch._dynamo.mark_static(tensor, list(dims))
+    enter, leave = on_host(ChunkPass.enter), on_host(ChunkPass.leave)
 
 
 def _borrow(cache: BakaCache) -> Stream:
@@ -487,10 +470,6 @@ class Reading:
         if key is None or key not in self.masks:
             self.masks[key] = self._mask(span, layout, placement, device, dtype)
         mask = self.masks[key]
-        if not self.recomputes:
-            fix_length(layout, config, *angles, *(previous_angles or ()))
-            if isinstance(mask, torch.Tensor):
-                fix_length(layout, config, mask, dims=(2, 3))
         return View(angles, mask, placement, self._parts(span, layout, dtype, device), previous_angles)
 
     def _parts(self, span: Span, layout: Layout, dtype: torch.dtype, device: torch.device) -> Parts | None:
