@@ -1,5 +1,6 @@
 """evaluate_documents against every document read naively, alone and in float64."""
 
+import itertools
 import math
 import random
 from collections import defaultdict
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from baka_hf import BakaForCausalLM
-from baka_hf.evaluation import evaluate_documents
+from baka_hf.evaluation import evaluate_documents, gain_by_depth
 
 # Chunks of 5: none, one and several of them full, a token more and less, and nothing to score.
 LENGTHS = [1, 2, 5, 6, 7, 11, 26, 3, 1, 16, 31, 4, 10, 12, 2, 1, 8, 21]
@@ -233,3 +234,153 @@ def test_progress_is_shown_when_it_takes_long(
     assert "Evaluating: 100%" in capsys.readouterr().err
     evaluate_documents(model, documents_of(model), progress=False)
     assert capsys.readouterr().err == ""
+
+
+# What the past is worth: chunks that read another one
+
+
+def states_of(model: BakaForCausalLM, document: list[int]) -> list[Any]:
+    """The state before each chunk of a document, read alone."""
+    n, state = model.config.chunk_size, model.new_cache()
+    states = [state.clone()]
+    for chunk in range((len(document) - 2) // n):
+        with torch.no_grad():
+            model(torch.tensor([document[chunk * n : (chunk + 1) * n]]), cache=state)
+        states.append(state.clone())
+    return states
+
+
+def losses_with(model: BakaForCausalLM, documents: list[list[int]], memory: str, keys: str) -> list[list[float | None]]:
+    """By document and chunk the mean loss, each chunk read alone, from a state put together by hand."""
+    n, states = model.config.chunk_size, [states_of(model, document) for document in documents]
+    losses: list[list[float | None]] = []
+    for number, document in enumerate(documents):
+        losses.append([])
+        for chunk, own in enumerate(states[number]):
+            others = [
+                k for k in itertools.chain(range(number + 1, len(documents)), range(number)) if chunk < len(states[k])
+            ]
+            if chunk and not others and "exchanged" in (memory, keys):
+                losses[-1].append(None)
+                continue
+            other = states[others[0]][chunk] if others else own
+            given = {
+                "carried": own.memory,
+                "exchanged": other.memory,
+                "learned": model.model.memory_tokens.weight[None].detach(),
+                "frozen": states[number][min(chunk, 1)].memory,
+            }[memory]
+            state = own.clone()
+            if chunk:
+                state = model.new_cache(memory=given) if keys == "none" else state
+                state.memory = given
+                if keys == "exchanged":
+                    for mine, its in zip(state.layers, other.layers, strict=True):
+                        mine.keys, mine.values = its.keys, its.values
+            tokens = torch.tensor(document[chunk * n : (chunk + 1) * n + 1])
+            with torch.no_grad():
+                logits = model(tokens[None, :-1], cache=state).logits[0]
+            losses[-1].append(float(F.cross_entropy(logits, tokens[1:])))
+    return losses
+
+
+@pytest.mark.parametrize("keys", ["carried", "exchanged", "none"])
+@pytest.mark.parametrize("memory", ["carried", "exchanged", "learned", "frozen"])
+def test_chunks_that_read_another_past(memory: str, keys: str) -> None:
+    """As if each chunk was read alone from such a state; the first chunk has no past, whatever is asked."""
+    model = tiny_model(tiny_config(memory_solidifier="glu"))
+    documents = documents_of(model, [26, 13, 31, 3])
+    scores = evaluate_documents(model, documents, 4, memory=memory, keys=keys, by_document=True)
+    expected = losses_with(model, documents, memory, keys)
+    for found, right in zip(scores["documents"], expected, strict=True):
+        means = [nats / count if count else None for nats, count in found]
+        assert [mean is None for mean in means] == [loss is None for loss in right]
+        assert list(filter(None, means)) == pytest.approx(list(filter(None, right)), rel=1e-9)
+    whole = evaluate_documents(model, documents, 2, by_document=True)
+    assert [found[0] for found in scores["documents"]] == [pytest.approx(found[0]) for found in whole["documents"]]
+    if (memory, keys) != ("carried", "carried"):
+        first, second, *rest = (abs(gain["gain"]) for gain in gain_by_depth(whole, scores))
+        assert first < 1e-12 and min(rest) > 1e-4 and (second > 1e-4 or memory == "frozen")
+
+
+def test_a_memory_without_keys_read_naively() -> None:
+    """A chunk without a previous one is a text that begins with that memory."""
+    model = tiny_model(tiny_config(memory_norm=True))
+    (document,) = documents_of(model, [26])
+    memories = naive_read(model, torch.tensor(document)).memories
+    ((_, *found),) = evaluate_documents(model, [document], keys="none", by_document=True)["documents"]
+    for chunk, (nats, count) in enumerate(found, start=1):
+        tokens = torch.tensor(document[5 * chunk : 5 * chunk + 6])
+        logits = naive_read(model, tokens[:-1], memory=memories[chunk]).logits
+        assert nats / count == pytest.approx(float(F.cross_entropy(logits, tokens[1:])), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "past", [dict(memory="learned"), dict(memory="frozen", keys="none"), dict(keys="none")], ids=str
+)
+def test_another_past_does_not_depend_on_the_batch(past: dict[str, str]) -> None:
+    model = tiny_model(tiny_config())
+    documents = documents_of(model)
+    scores = [evaluate_documents(model, documents, size, **past, by_document=True)["documents"] for size in (1, 4, 30)]
+    for found in scores[1:]:
+        for a, b in zip(found, scores[0], strict=True):
+            assert [count for _, count in a] == [count for _, count in b]
+            assert [nats for nats, _ in a] == pytest.approx([nats for nats, _ in b], rel=1e-9)
+
+
+def test_documents_are_exchanged_in_groups() -> None:
+    """Of as many as are read side by side; who has nobody left is not scored any more."""
+    model = tiny_model(tiny_config())
+    documents = documents_of(model, [12, 26, 12, 12, 21])
+    found = evaluate_documents(model, documents, 2, memory="exchanged", by_document=True)["documents"]
+    assert [[count for _, count in scores] for scores in found] == [
+        [5, 5, 1],
+        [5, 5, 5, 0, 0],
+        [5, 5, 1],
+        [5, 5, 1],
+        [5, 0, 0, 0],
+    ]
+
+
+def test_gain_by_depth() -> None:
+    """Against its formula: the ratio of sums, and how it spreads over documents."""
+    generator = random.Random(0)
+    counts = [[5, 5, 5, 2], [5, 3], [5, 5, 5], []]
+    both = [
+        {"documents": [[(count * generator.uniform(1, 3), count) for count in row] for row in counts]} for _ in range(2)
+    ]
+    first, second, rest = gain_by_depth(*both, depths=(0, 1, 3))
+    for found, part, last in ((first, slice(0, 1), 0), (second, slice(1, 3), 2), (rest, slice(3, None), None)):
+        own, other = (
+            [np.array([nats for nats, _ in row[part]]).sum() for row in scores["documents"] if row[part]]
+            for scores in both
+        )
+        sizes = np.array([sum(row[part]) for row in counts if row[part]])
+        differences = np.array(other) - np.array(own)
+        gain = differences.sum() / sizes.sum()
+        assert (found["first_chunk"], found["last_chunk"]) == (part.start, last)
+        assert (found["num_documents"], found["num_tokens"]) == (len(sizes), sizes.sum())
+        assert found["gain"] == pytest.approx(gain)
+        if len(sizes) == 1:
+            assert found["standard_error"] is None
+        else:
+            error = np.std(differences - gain * sizes, ddof=1) * len(sizes) ** 0.5 / sizes.sum()
+            assert found["standard_error"] == pytest.approx(error)
+    with pytest.raises(ValueError, match="others of document 1"):
+        gain_by_depth(both[0], {"documents": [both[1]["documents"][0]]})
+
+
+@pytest.mark.parametrize(
+    ("fields", "past", "message"),
+    [
+        (dict(), dict(memory="other"), "`memory` must be one of carried, exchanged, learned, frozen, got 'other'"),
+        (dict(), dict(keys="learned"), "`keys` must be one of carried, exchanged, none, got 'learned'"),
+        (dict(num_memory_tokens=0), dict(memory="frozen"), "no memory to carry, got 'frozen'"),
+        (dict(use_xl_cache=False), dict(keys="none"), "no keys to carry, got 'none'"),
+        (dict(), dict(memory="exchanged", batch_size=1), "`batch_size` of at least 2"),
+    ],
+)
+def test_pasts_that_there_are_not(fields: dict[str, Any], past: dict[str, Any], message: str) -> None:
+    model = tiny_model(tiny_config(**fields))
+    with pytest.raises(ValueError, match=message):
+        evaluate_documents(model, documents_of(model), **past)

@@ -6,12 +6,18 @@
 The rows of the batch are lanes. A lane reads one document, a chunk in every call, and takes the next one when it ends,
 so all rows stand at the beginning of a chunk in every call, which is the model's fast path. What fills up the last
 chunk of a document comes after all that is scored and is forgotten with the document: nothing ever sees it.
+
+What the past is worth shows when chunks read another one in its place:
+
+    own = evaluate_documents(model, documents, by_document=True)
+    other = evaluate_documents(model, documents, by_document=True, memory="exchanged")
+    gain_by_depth(own, other)
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -21,13 +27,21 @@ from transformers.utils import logging
 
 from .data import SECONDS_UNTIL_PROGRESS, check_document, check_positive
 
+MEMORIES = ("carried", "exchanged", "learned", "frozen")
+KEYS = ("carried", "exchanged", "none")
+
+# Chunks that `gain_by_depth` takes together, by the first of them.
+DEPTHS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)
+
 
 @dataclass
 class Lane:
     """A row of the batch: the document it reads, [T] int64 on the CPU, and how many chunks of it are read."""
 
     document: torch.Tensor
+    scores: list[tuple[float, int]]  # nats and how many tokens they are of, chunk by chunk; 0 of 0 if not scored
     chunk: int = 0
+    frozen: Any = field(default=None)  # the memory [R, D] that its first chunk has left
 
 
 @torch.no_grad()
@@ -38,6 +52,9 @@ def evaluate_documents(
     *,
     num_bytes: int | None = None,
     progress: bool = True,
+    memory: str = "carried",
+    keys: str = "carried",
+    by_document: bool = False,
 ) -> dict[str, Any]:
     """Score every token of every document, but for its first, once; each predicted from all that stands before it.
 
@@ -53,6 +70,16 @@ def evaluate_documents(
         batch_size: documents read side by side. Fewer are, once the documents run out.
         num_bytes: bytes of the text that is scored, for bits per byte.
         progress: show a progress bar when it takes long.
+        memory: what a chunk, other than a document's first, reads as memory: "carried", what its document has left;
+            "exchanged", what another one has left after as many chunks; "learned", the vectors that a first chunk
+            reads; "frozen", what its document's first chunk has left.
+        keys: what it sees of a previous chunk: "carried", that of its document; "exchanged", that of the other one;
+            "none".
+        by_document: also return `documents`, for each of them a list of (nats, number of tokens) by chunk.
+
+    The state itself goes on undisturbed, so a chunk is then read twice: as it is for what it leaves, and with the other
+    past for its loss. To be exchanged, documents are read in step, `batch_size` of them at a time, and each is given
+    the past of the next one that has not ended. The longest has no other at its end, and is not scored there.
 
     Returns:
         `loss` (nats per token, the mean over all tokens), `perplexity`, `num_tokens` (that were scored),
@@ -62,9 +89,11 @@ def evaluate_documents(
 
     Raises:
         ValueError: a document is empty, has ids out of the vocabulary or is no sequence of ids (the message has its
-            index); there is nothing to score; `batch_size` or `num_bytes` is below 1.
+            index); there is nothing to score; `batch_size` or `num_bytes` is below 1; `memory` or `keys` is another
+            word, or is asked of a model that has none, or documents are to be exchanged one at a time.
     """
     check_positive(batch_size=batch_size)
+    _check_past(model.config, batch_size, memory, keys)
     if num_bytes is not None:
         check_positive(num_bytes=num_bytes)
     reader = _Reader(documents, model.config.vocab_size)
@@ -79,12 +108,14 @@ def evaluate_documents(
             disable=not progress,
             delay=SECONDS_UNTIL_PROGRESS,
         ) as bar:
-            sums, counts = _score(model, iter(reader), batch_size, bar)
+            _score(model, iter(reader), batch_size, memory, keys, bar)
     finally:
         for module, mode in modes:
             module.training = mode
 
-    num_tokens = sum(counts)
+    by_chunk = [list(filter(None, scores)) for scores in zip_longest(*reader.scores)]
+    sums, counts = ([math.fsum(score[part] for score in scores) for scores in by_chunk] for part in (0, 1))
+    num_tokens = int(sum(counts))
     if not num_tokens:
         raise ValueError(f"expected a document of two tokens or more, got {reader.num_documents} documents without.")
     nats = math.fsum(sums)
@@ -97,10 +128,57 @@ def evaluate_documents(
     if num_bytes is not None:
         result["bits_per_byte"] = nats / math.log(2) / num_bytes
     result["loss_by_chunk"] = [
-        {"chunk": chunk, "loss": total / count, "num_tokens": count}
+        {"chunk": chunk, "loss": total / count, "num_tokens": int(count)}
         for chunk, (total, count) in enumerate(zip(sums, counts, strict=True))
+        if count
     ]
-    return result
+    return result | ({"documents": reader.scores} if by_document else {})
+
+
+def gain_by_depth(
+    scores: Mapping[str, Any], others: Mapping[str, Any], depths: Sequence[int] = DEPTHS
+) -> list[dict[str, Any]]:
+    """By how much a model predicts the same documents better than another, or than it does with another past.
+
+    Args:
+        scores, others: what `evaluate_documents(by_document=True)` gave for the same documents in the same order.
+        depths: the first chunks of the ranges that are taken together, ascending; the last range has no end.
+
+    Returns:
+        For each range in which both have scored something a dict of `first_chunk`, `last_chunk` (None: all that
+        follow), `gain` (nats per token), `standard_error` (over documents, of the ratio of sums; None for a single
+        one), `num_documents` and `num_tokens`.
+
+    Raises:
+        ValueError: the scores are of other documents.
+    """
+    pairs = list(zip_longest(scores["documents"], others["documents"]))
+    gains = []
+    for first, following in zip_longest(depths, depths[1:]):
+        part = slice(first, following)
+        differences, counts = [], []
+        for number, (own, other) in enumerate(pairs):
+            both = [(a, b) for a, b in zip((own or [])[part], (other or [])[part], strict=False) if a[1] and b[1]]
+            if any(a[1] != b[1] for a, b in both) or own is None or other is None:
+                raise ValueError(f"expected scores of the same documents, got others of document {number}.")
+            if both:
+                differences.append(math.fsum(b[0] - a[0] for a, b in both))
+                counts.append(sum(a[1] for a, _ in both))
+        if counts:
+            total, number = sum(counts), len(counts)
+            gain = math.fsum(differences) / total
+            squares = math.fsum((d - gain * count) ** 2 for d, count in zip(differences, counts, strict=True))
+            gains.append(
+                {
+                    "first_chunk": first,
+                    "last_chunk": None if following is None else following - 1,
+                    "gain": gain,
+                    "standard_error": math.sqrt(squares * number / (number - 1)) / total if number > 1 else None,
+                    "num_documents": number,
+                    "num_tokens": total,
+                }
+            )
+    return gains
 
 
 def perplexity(loss: float) -> float:
@@ -114,49 +192,96 @@ class _Reader:
     def __init__(self, documents: Iterable[Any], vocab_size: int):
         self.documents, self.vocab_size = documents, vocab_size
         self.num_documents = 0
+        self.scores: list[list[tuple[float, int]]] = []  # of each document so far
 
     def __iter__(self) -> Iterator[Lane]:
         for document in self.documents:
             tokens = check_document(document, self.num_documents, self.vocab_size)
             self.num_documents += 1
+            self.scores.append([])
             if len(tokens) > 1:
-                yield Lane(tokens)
+                yield Lane(tokens, self.scores[-1])
 
 
-def _score(model: Any, documents: Iterator[Lane], batch_size: int, bar: Any) -> tuple[list[float], list[int]]:
-    """The sum of the losses (nats) and their number, by chunk of the document."""
-    sums: list[float] = []
-    counts: list[int] = []
+def _check_past(config: Any, batch_size: int, memory: str, keys: str) -> None:
+    for name, value, allowed, has_any in (
+        ("memory", memory, MEMORIES, config.num_memory_tokens > 0),
+        ("keys", keys, KEYS, config.use_xl_cache),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+        if value != "carried" and not has_any:
+            raise ValueError(f"expected {name}='carried' of a model that has no {name} to carry, got {value!r}.")
+    if "exchanged" in (memory, keys) and batch_size < 2:
+        raise ValueError(f"expected a `batch_size` of at least 2, to exchange what documents leave, got {batch_size}.")
+
+
+def _score(model: Any, documents: Iterator[Lane], batch_size: int, memory: str, keys: str, bar: Any) -> None:
+    """Read all documents, and enter their scores."""
+    in_step, is_changed = "exchanged" in (memory, keys), (memory, keys) != ("carried", "carried")
+    n = model.config.chunk_size
     lanes = list(islice(documents, batch_size))
-    if not lanes:
-        return sums, counts
-    cache, n = model.new_cache(len(lanes)), model.config.chunk_size
+    cache = model.new_cache(len(lanes)) if lanes else None
     while lanes:
+        assert cache is not None
         # A chunk and the token after it, which it predicts and the next one reads.
         pieces = [lane.document[lane.chunk * n : (lane.chunk + 1) * n + 1] for lane in lanes]
-        input_ids = pad_sequence([piece[:-1] for piece in pieces], batch_first=True)
-        logits = model(input_ids=input_ids.to(cache.device), cache=cache, use_cache=True).logits
+        input_ids = pad_sequence([piece[:-1] for piece in pieces], batch_first=True).to(cache.device)
+        has_past = any(lane.chunk for lane in lanes)
+        other = _with_another_past(model, cache, lanes, memory, keys) if is_changed and has_past else None
+        logits = model(input_ids=input_ids, cache=cache, use_cache=True).logits
+        if other is not None:
+            logits = model(input_ids=input_ids, cache=other, use_cache=True).logits
         # Row by row: what is copied on the way to the losses is never more than the logits of one row.
         rows = [_cross_entropies(row, piece[1:]) for row, piece in zip(logits, pieces, strict=True)]
         del logits
         losses = torch.cat(rows).cpu().double()
 
-        for lane, part in zip(lanes, losses.split([len(row) for row in rows]), strict=True):
-            if lane.chunk == len(sums):
-                sums.append(0.0)
-                counts.append(0)
-            sums[lane.chunk] += float(part.sum())
-            counts[lane.chunk] += len(part)
+        is_scored = not in_step or len(lanes) > 1 or lanes[0].chunk == 0
+        for row, (lane, part) in enumerate(zip(lanes, losses.split([len(row) for row in rows]), strict=True)):
+            lane.scores.append((float(part.sum()), len(part)) if is_scored else (0.0, 0))
+            if lane.chunk == 0 and memory == "frozen":
+                lane.frozen = cache.memory[row].clone()
             lane.chunk += 1
         bar.update(len(losses))
 
         ended = [lane.chunk * n >= len(lane.document) - 1 for lane in lanes]
         cache.reset_rows(torch.tensor(ended))
-        following = [next(documents, None) if end else lane for lane, end in zip(lanes, ended, strict=True)]
+        may_follow = not in_step or all(ended)
+        following = [
+            (next(documents, None) if may_follow else None) if end else lane
+            for lane, end in zip(lanes, ended, strict=True)
+        ]
         lanes = [lane for lane in following if lane is not None]
         if 0 < len(lanes) < len(following):
             cache.batch_select_indices(torch.tensor([row for row, lane in enumerate(following) if lane is not None]))
-    return sums, counts
+        elif in_step and all(ended):
+            lanes += islice(documents, batch_size - len(lanes))
+            cache = model.new_cache(len(lanes)) if lanes else None
+
+
+def _with_another_past(model: Any, cache: Any, lanes: list[Lane], memory: str, keys: str) -> Any:
+    """The state that the next chunk of each lane is scored with; rows that begin a document have no past to change."""
+    begins = torch.tensor([lane.chunk == 0 for lane in lanes])
+    given = cache.memory
+    if memory == "exchanged":
+        given = given.roll(-1, 0)
+    elif memory == "learned":
+        given = model.get_decoder().learned_memory(given).expand_as(given)
+    elif memory == "frozen":
+        given = torch.stack(
+            [row if lane.frozen is None else lane.frozen for row, lane in zip(given, lanes, strict=True)]
+        )
+    if keys == "none":
+        other = model.new_cache(len(lanes), memory=given if given.shape[1] else None)
+    else:
+        other = cache.clone()
+        other.memory = given
+    if keys == "exchanged":
+        for layer in other.layers:
+            layer.keys, layer.values = layer.keys.roll(-1, 0), layer.values.roll(-1, 0)
+    other.reset_rows(begins)
+    return other
 
 
 def _cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -176,4 +301,4 @@ def _count_tokens(documents: Iterable[Any]) -> int | None:
         return None
 
 
-__all__ = ["evaluate_documents"]
+__all__ = ["evaluate_documents", "gain_by_depth"]
