@@ -1,8 +1,8 @@
 """What a chunk leaves to the next: how a memory is updated.
 
-A memory of another kind is one class in the place of `MEMORY_UPDATES["replace"]`. What it declares to hold is carried,
-saved, reset, cropped and recorded like everything else of a state. What a memory passes through on its way into a chunk
-is in `solidifiers_baka`; how a state changes otherwise is never in here.
+A memory of another kind is one class in `MEMORY_UPDATES`. What it declares to hold is carried, saved, reset, cropped
+and recorded like everything else of a state. What a memory passes through on its way into a chunk is in
+`solidifiers_baka`; how a state changes otherwise is never in here.
 """
 
 import torch
