@@ -68,7 +68,7 @@ def main() -> None:
         last = read(model, state, turn(tokenizer, message, last))
         set_seed(args.seed + state.get_seq_length())  # the same draws in one run and in many, other ones in every turn
         last = write(model, tokenizer, state, last, args, stop_strings)
-        save_state(state, last, args.state)
+        save_state(model, state, last, args.state)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    if "/" not in args.model and not Path(args.model).is_dir():
+        sys.exit(
+            f"--model: there is no folder {args.model!r} (examples/train.py writes one), and a Hub id is user/name."
+        )
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=args.dtype)
@@ -59,12 +63,15 @@ def load_model(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTr
 
 
 def load_state(model: PreTrainedModel, folder: Path) -> tuple[Cache, int]:
-    state = type(model.new_cache(1)).from_pretrained(folder).to(model.device)
+    try:
+        state = type(model.new_cache(1)).from_pretrained(folder, model=model, device=model.device)
+    except ValueError as error:
+        sys.exit(str(error))
     return state, json.loads((folder / LAST_TOKEN).read_text())
 
 
-def save_state(state: Cache, last: int, folder: Path) -> None:
-    state.save_pretrained(folder)
+def save_state(model: PreTrainedModel, state: Cache, last: int, folder: Path) -> None:
+    state.save_pretrained(folder, model=model)
     # The last token was drawn but never read: the next run begins with it.
     (folder / LAST_TOKEN).write_text(json.dumps(last))
 
@@ -147,7 +154,7 @@ def main() -> None:
 
     last = write(model, tokenizer, state, last, args)
     if args.save_state:
-        save_state(state, last, args.save_state)
+        save_state(model, state, last, args.save_state)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ import hashlib
 import json
 import math
 import platform
+import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -100,7 +102,9 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.rope_parameters, str):
-            self.rope_parameters = json.loads(self.rope_parameters)
+            with suppress(json.JSONDecodeError):  # what is no JSON is no dict either, which is told below
+                self.rope_parameters = json.loads(self.rope_parameters)
+        BakaConfig(**asdict(self))  # what no model can have is refused before any text is read
 
 
 @dataclass
@@ -396,15 +400,19 @@ def draw_curve(history: list[dict[str, float]], floor: float, path: Path) -> Non
 
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__.split("\n")[0])
-    model_args, data, args = parser.parse_args_into_dataclasses()
-    set_seed(args.seed)
-
-    training_texts, validation_texts = load_documents(data)
-    if data.tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_name)
-    else:
-        tokenizer = train_tokenizer(training_texts["text"], data.vocab_size)
-    length = data.chunks_per_sample * model_args.chunk_size
+    try:
+        model_args, data, args = parser.parse_args_into_dataclasses()
+        length = data.chunks_per_sample * model_args.chunk_size
+        if length < 2:
+            raise ValueError(f"chunks_per_sample: a sample must have two tokens or more, got {length}.")
+        set_seed(args.seed)
+        training_texts, validation_texts = load_documents(data)
+        if data.tokenizer_name:
+            tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_name)
+        else:
+            tokenizer = train_tokenizer(training_texts["text"], data.vocab_size)
+    except ValueError as error:
+        sys.exit(str(error))
     training_tokens = encode(training_texts, tokenizer, "Tokenizing the training part")
     validation_tokens = encode(validation_texts, tokenizer, "Tokenizing the validation part")
     if data.streaming:
@@ -420,7 +428,7 @@ def main() -> None:
         training = pack(training_tokens, length)
     validation = cut(validation_tokens, length, tokenizer.pad_token_id)
     if not len(training):
-        raise ValueError(f"The training text is shorter than one sample of {length} tokens.")
+        sys.exit(f"The training text is shorter than one sample of {length} tokens.")
     num_tokens = sum(len(tokens) - 1 for tokens in validation_tokens["input_ids"])
     num_bytes = sum(len(text.encode()) for text in validation_texts["text"])
 

@@ -281,9 +281,12 @@ def test_the_snippet_of_a_trained_model_runs(
     run.save_model()
     run.create_model_card()
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()  # what training has printed
     names: dict[str, Any] = {}
     exec(snippet((tmp_path / "tiny" / "README.md").read_text()), names)
-    assert isinstance(names["model"], BakaForCausalLM) and capsys.readouterr().out
+    said = names["tokenizer"].decode(names["text"][0, names["prompt"].input_ids.shape[1] :])
+    assert isinstance(names["model"], BakaForCausalLM) and said
+    assert "".join(capsys.readouterr().out.split()) == "".join(said.split())  # every token once
     assert names["state"].get_seq_length() == names["text"].shape[1] - 1 > 400
 
 

@@ -91,6 +91,25 @@ def test_nothing_found_is_said_so(tmp_path: Path) -> None:
         train.train_tokenizer([TEXT], vocab_size=100)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--chunk_size 0", "`chunk_size` must be an integer of at least 1, got 0."),
+        ("--chunks_per_sample 0", "chunks_per_sample: a sample must have two tokens or more, got 0."),
+        ("--rope_parameters linear", "`rope_parameters` must be a dict, got 'linear'."),
+        ("--validation_fraction 2", "validation_fraction must lie between 0 and 1, got 2.0."),
+        ("--text_files nowhere.txt", "text_files: no file matches 'nowhere.txt'."),
+    ],
+)
+def test_bad_arguments_end_training_with_a_message_alone(
+    flags: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", f"{tmp_path}/out", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == message and not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("text", ["", "plain", "  indented\n\n\ttabs\r\n", "naïve 🐘 日本語\x00"])
 def test_tokenizer_gives_back_every_byte(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -315,3 +334,16 @@ def test_a_prompt_is_shown_and_continued(
     run_generate(trained, monkeypatch, "--prompt class --max_new_tokens 50")
     text = capsys.readouterr().out
     assert text.startswith("class") and len(text) > len("class\n")
+
+
+def test_what_is_not_there_is_told_by_a_message_alone(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No checkpoint, and nobody asks the Hub for one of that name; no state, or one of other weights."""
+    with pytest.raises(SystemExit, match="there is no folder 'nowhere'"):
+        run_generate(trained, monkeypatch, "--model nowhere")
+    with pytest.raises(SystemExit, match=r"expected a saved state at .*nowhere"):
+        run_generate(trained, monkeypatch, f"--load_state {tmp_path}/nowhere")
+    run_generate(trained, monkeypatch, f"--max_new_tokens 0 --save_state {tmp_path}/state", stdin=TEXT)
+    with pytest.raises(SystemExit, match="read by other weights"):
+        run_generate(trained, monkeypatch, f"--model {trained.output}/checkpoint-2 --load_state {tmp_path}/state")

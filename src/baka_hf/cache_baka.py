@@ -2,8 +2,9 @@
 
 Per block it holds keys and values in two halves of S slots, [batch, key-value heads, 2S, head_dim]: slots 0 … S-1 are
 the previous chunk's stream, slots S … 2S-1 the stream of the chunk in progress. When a chunk is full the second half
-becomes the first, its keys turned back by S slots, which is exact because RoPE is relative. Beside them stand the
-memory vectors and, on the host, what tells one row's phase from another's: how many tokens each row has taken in.
+becomes the first, its keys under the angles of S slots earlier, which is exact because RoPE is relative. Beside them
+stand the memory vectors and, on the host, what tells one row's phase from another's: how many tokens each row has
+taken in.
 """
 
 import operator

@@ -101,7 +101,7 @@ class BakaConfig(PreTrainedConfig):
             while training, unless dropout is switched off.
         use_xl_cache (`bool`, defaults to `True`): Attend to the previous chunk's keys and values.
         bptt_chunks (`int`, *optional*): Gradients reach exactly this many chunks before the one a loss stands in, and
-            none from before the call; each chunk is then read up to `bptt_chunks` times. `None` for all chunks.
+            none from before the call; each chunk is then read up to `bptt_chunks` + 1 times. `None` for all chunks.
         tie_word_embeddings (`bool`, defaults to `False`): One matrix for `embed_tokens` and `lm_head`.
         use_cache (`bool`, defaults to `True`): Return the recurrent state when not training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special token ids.
