@@ -1,4 +1,4 @@
-"""BakaCache: its size, its rows, going back, files, seeds, and what autograd modes may be mixed on one state."""
+"""BakaCache: its size, its rows, going back, seeds, and what autograd modes may be mixed on one state."""
 
 import copy
 from collections.abc import Callable
@@ -27,7 +27,6 @@ from torch.testing import assert_close
 from transformers import Cache
 
 from baka_hf import BakaCache, BakaForCausalLM, calls_baka
-
 
 # Size and counts
 
