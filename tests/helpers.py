@@ -1,5 +1,13 @@
-"""Models small enough to be read naively, with weights large enough that every part of them shows in the logits."""
+"""What tests share: tiny models of every kind, texts and states for them, tokenizers.
 
+The models are small enough to be read naively, and their weights large enough that every part shows in the logits.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +15,11 @@ import torch
 from naive import Reading, read
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from baka_hf import BakaConfig, BakaForCausalLM
+from baka_hf import BakaCache, BakaConfig, BakaForCausalLM
 
 # Every field of a config, each where it shows. By default the pauses do not divide the chunk.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -52,6 +62,26 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "other_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
     "other_epsilon": dict(layer_norm_eps=0.1),
 }
+every_config = pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
+
+# The configs whose states differ in kind.
+STATES = {
+    "pristine": CONFIGS["pristine"],
+    "xl": CONFIGS["xl"],
+    "carry": CONFIGS["rmt_carry"],
+    "without_xl": CONFIGS["rmt_without_xl"],
+    "layer_separate": CONFIGS["layer_separate"],
+    "grouped_queries": CONFIGS["grouped_queries"],
+    "random_pauses": dict(pause_placement="random", num_pause_tokens=3),
+}
+every_state = pytest.mark.parametrize("overrides", STATES.values(), ids=STATES)
+
+CLOSE = dict(rtol=1e-9, atol=1e-9)  # float64, added up in another order
+
+# transformers 5.23 calls activation checkpointing by its name; 5.17 knows only the old one.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
 
 
 def tiny_config(**overrides: Any) -> BakaConfig:
@@ -86,6 +116,59 @@ def random_tokens(config: BakaConfig, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def logits_of(model: BakaForCausalLM, tokens: Tensor, cache: BakaCache | None = None, **arguments: Any) -> Tensor:
+    return model(tokens, cache=cache, use_cache=cache is not None, **arguments).logits
+
+
+def rows_out_of_phase(model: BakaForCausalLM, *lengths: int) -> tuple[list[Tensor], BakaCache]:
+    """Texts of these lengths, and the state after reading them left-padded."""
+    texts = [random_tokens(model.config, length, seed=row) for row, length in enumerate(lengths)]
+    tokens = torch.ones(len(lengths), max(lengths), dtype=torch.int64)
+    for row, text in enumerate(texts):
+        tokens[row, max(lengths) - len(text) :] = text
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    cache = model.new_cache(len(lengths))
+    logits_of(model, tokens, cache, attention_mask=mask)
+    return texts, cache
+
+
+def state_at(model: BakaForCausalLM, stage: str) -> BakaCache:
+    """A state of two rows: fresh, seeded, mid-chunk, at a boundary, or with rows out of phase."""
+    if stage == "seeded":
+        memory = 3 * torch.randn(2, model.config.num_memory_tokens, model.config.hidden_size)
+        return model.new_cache(2, memory=memory)
+    if stage == "left-padded":
+        return rows_out_of_phase(model, 4, 11)[1]
+    cache = model.new_cache(2)
+    if stage != "fresh":
+        logits_of(model, random_tokens(model.config, 2, {"mid-chunk": 12, "boundary": 10}[stage]), cache)
+    return cache
+
+
+def contents(value: Any) -> Any:
+    """All that a state holds, bit for bit, as plain values that can be compared."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.tolist()
+    if isinstance(value, dict):
+        return {key: contents(item) for key, item in value.items() if key not in ("is_shared", "_is_user_defined")}
+    if isinstance(value, list | tuple):
+        return [contents(item) for item in value]
+    return contents(vars(value)) if hasattr(value, "__dict__") else value
+
+
+def forget_and_go_on(model: BakaForCausalLM, texts: list[Tensor], cache: BakaCache, count: int) -> None:
+    """Crop `count` positions; the rest of these texts and what follows must be as if they had never been read."""
+    more = random_tokens(model.config, len(texts), model.config.chunk_size + 4, seed=7)
+    cache.crop(-count)
+    kept = [text[: len(text) - count] for text in texts]
+    assert cache.num_tokens.tolist() == [len(text) for text in kept]
+    found = logits_of(model, more, cache)
+    for row, text in enumerate(kept):
+        expected = logits_of(model, torch.cat([text, more[row]])[None])[0, len(text) :]
+        assert_close(found[row], expected, **CLOSE, msg=lambda m, row=row: f"crop(-{count}), row {row}: {m}")
+
+
 def recorded_calls(patch: pytest.MonkeyPatch, module: Any, name: str) -> list[tuple[Any, ...]]:
     """A list to which each call of a function adds its arguments while the patch lasts."""
     calls: list[tuple[Any, ...]] = []
@@ -112,3 +195,39 @@ def byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special_tokens)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each of the 19 ids, the first one for padding."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{index}": index for index in range(19)}, unk_token="w1"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", padding_side="left")
+
+
+def checkpoint_activations(model: BakaForCausalLM, granularity: str = "layer", **arguments: Any) -> None:
+    """Under the name that this version of transformers has for it."""
+    getattr(model, f"{CHECKPOINTING}_enable")({"granularity": granularity, **arguments})
+
+
+def num_programs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def run_script(script: str, home: Path, *arguments: Any) -> None:
+    """Run a script in a process of its own, with a Hugging Face home of its own and nothing of this one's paths."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, *map(str, arguments)],
+        env=variables | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def snippet(card: str) -> str:
+    """The code that a model card shows."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
+    return code

@@ -1,4 +1,7 @@
-"""The house keeps its order: imports run downward, none is hidden, rooms stay small, and the figure shows them."""
+"""The house keeps its order: imports run downward, none is hidden, rooms stay small, and the figure shows them.
+
+Nor do tests lead to tests.
+"""
 
 import ast
 import importlib.util
@@ -58,3 +61,8 @@ def test_rooms_are_small_and_say_what_they_are(path: Path) -> None:
 def test_the_figure_shows_the_rooms() -> None:
     page = architecture.PAGE.read_text(encoding="utf-8")
     assert architecture.drawn(page) == page, "run `python docs/architecture.py`"
+
+
+def test_no_test_file_imports_another() -> None:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("*.py")}
+    assert [name for name, text in texts.items() if re.search(r"^\s*(from|import) test_", text, re.MULTILINE)] == []

@@ -2,11 +2,8 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
-from types import SimpleNamespace
 
-import pytest
 import torch
-from helpers import CONFIGS, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import grad
@@ -14,26 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from baka_hf.attention_baka import AttentionInParts, any_length
-from baka_hf.reading_baka import Reading
-from baka_hf.stream_baka import Span, fixed_pauses, lay_out
 
 is_enabled = torch.backends.cuda.cudnn_sdp_enabled
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_pieces_are_told_from_chunks(name: str) -> None:
-    """By their width, whether or not another span follows; on a CPU nothing depends on it."""
-    config = tiny_config(**CONFIGS[name])
-    n = config.chunk_size
-    for is_cuda in (True, False):
-        model = SimpleNamespace(norm=SimpleNamespace(weight=SimpleNamespace(is_cuda=is_cuda)))
-        for start in range(n):
-            for stop in range(start + 1, n + 1):
-                for followed in (True, False):
-                    span = Span(0, start, stop - start, stop - start, True, False, stop)
-                    layout = lay_out(span, config, fixed_pauses(config), followed)
-                    found = Reading._is_piece(SimpleNamespace(config=config, model=model), layout)
-                    assert found is (is_cuda and (start, stop) != (0, n))
 
 
 def test_cudnn_is_left_as_it_was() -> None:

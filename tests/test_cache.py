@@ -1,4 +1,4 @@
-"""BakaCache: its size, its rows, going back, files, seeds, and what autograd modes may be mixed on one state."""
+"""BakaCache: its size, its rows, going back, seeds, and what autograd modes may be mixed on one state."""
 
 import copy
 from collections.abc import Callable
@@ -7,70 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
+from helpers import (
+    CLOSE,
+    CONFIGS,
+    STATES,
+    contents,
+    every_state,
+    forget_and_go_on,
+    logits_of,
+    naive_read,
+    random_tokens,
+    rows_out_of_phase,
+    state_at,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Cache
 
 from baka_hf import BakaCache, BakaForCausalLM, calls_baka
-from baka_hf.history_baka import MULTIPLIERS, PRIMES, hash_tokens
-
-FILE = "baka_cache.safetensors"
-CLOSE = dict(rtol=1e-9, atol=1e-9)
-
-# The configs whose states differ in kind.
-STATES = {
-    "pristine": CONFIGS["pristine"],
-    "xl": CONFIGS["xl"],
-    "carry": CONFIGS["rmt_carry"],
-    "without_xl": CONFIGS["rmt_without_xl"],
-    "layer_separate": CONFIGS["layer_separate"],
-    "grouped_queries": CONFIGS["grouped_queries"],
-    "random_pauses": dict(pause_placement="random", num_pause_tokens=3),
-}
-every_state = pytest.mark.parametrize("overrides", STATES.values(), ids=STATES)
-
-
-def contents(value: Any) -> Any:
-    """All that a state holds, bit for bit, as plain values that can be compared."""
-    if isinstance(value, Tensor):
-        return value.dtype, tuple(value.shape), value.tolist()
-    if isinstance(value, dict):
-        return {key: contents(item) for key, item in value.items() if key not in ("is_shared", "_is_user_defined")}
-    if isinstance(value, list | tuple):
-        return [contents(item) for item in value]
-    return contents(vars(value)) if hasattr(value, "__dict__") else value
-
-
-@torch.no_grad()
-def logits_of(model: BakaForCausalLM, tokens: Tensor, cache: BakaCache | None = None, **arguments: Any) -> Tensor:
-    return model(tokens, cache=cache, use_cache=cache is not None, **arguments).logits
-
-
-def rows_out_of_phase(model: BakaForCausalLM, *lengths: int) -> tuple[list[Tensor], BakaCache]:
-    """Texts of these lengths, and the state after reading them left-padded."""
-    texts = [random_tokens(model.config, length, seed=row) for row, length in enumerate(lengths)]
-    tokens = torch.ones(len(lengths), max(lengths), dtype=torch.int64)
-    for row, text in enumerate(texts):
-        tokens[row, max(lengths) - len(text) :] = text
-    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
-    cache = model.new_cache(len(lengths))
-    logits_of(model, tokens, cache, attention_mask=mask)
-    return texts, cache
-
-
-def state_at(model: BakaForCausalLM, stage: str) -> BakaCache:
-    """A state of two rows: fresh, seeded, mid-chunk, at a boundary, or with rows out of phase."""
-    if stage == "seeded":
-        memory = 3 * torch.randn(2, model.config.num_memory_tokens, model.config.hidden_size)
-        return model.new_cache(2, memory=memory)
-    if stage == "left-padded":
-        return rows_out_of_phase(model, 4, 11)[1]
-    cache = model.new_cache(2)
-    if stage != "fresh":
-        logits_of(model, random_tokens(model.config, 2, {"mid-chunk": 12, "boundary": 10}[stage]), cache)
-    return cache
-
 
 # Size and counts
 
@@ -426,18 +382,6 @@ def test_to_another_device() -> None:
 # Going back
 
 
-def forget_and_go_on(model: BakaForCausalLM, texts: list[Tensor], cache: BakaCache, count: int) -> None:
-    """Crop `count` positions; the rest of these texts and what follows must be as if they had never been read."""
-    more = random_tokens(model.config, len(texts), model.config.chunk_size + 4, seed=7)
-    cache.crop(-count)
-    kept = [text[: len(text) - count] for text in texts]
-    assert cache.num_tokens.tolist() == [len(text) for text in kept]
-    found = logits_of(model, more, cache)
-    for row, text in enumerate(kept):
-        expected = logits_of(model, torch.cat([text, more[row]])[None])[0, len(text) :]
-        assert_close(found[row], expected, **CLOSE, msg=lambda m, row=row: f"crop(-{count}), row {row}: {m}")
-
-
 @pytest.mark.parametrize("name", ["xl", "carry", "without_xl"])
 @pytest.mark.parametrize("chunk_size", [1, 3, 7])
 @pytest.mark.parametrize("piece", [1, 4, 100], ids=["token by token", "in fours", "one call"])
@@ -654,89 +598,6 @@ def test_crop_refuses_numbers_that_make_no_sense() -> None:
         with pytest.raises(ValueError, match="takes an integer number of positions"):
             cache.crop(number)
     assert contents(cache) == before
-
-
-# What was read
-
-
-def polynomials(tokens: list[int]) -> list[int]:
-    """The hash by its definition, in integers of any size."""
-    values = [0, 0, 0]
-    for token in tokens:
-        steps = zip(values, MULTIPLIERS, PRIMES, strict=True)
-        values = [(value * multiplier + token + 1) % prime for value, multiplier, prime in steps]
-    return values
-
-
-def test_the_hash_of_what_was_read() -> None:
-    """In one call or many, with what is masked left out, in any dtype of ids; and cropped it is what it was before."""
-    ids = torch.randint(2**30, (3, 70), generator=torch.Generator().manual_seed(0))
-    real = torch.rand(3, 70) < 0.7
-    found = hash_tokens(ids, real)
-    assert found.tolist() == [polynomials(row[kept].tolist()) for row, kept in zip(ids, real, strict=True)]
-    assert hash_tokens(ids[:, :1]).tolist() == [polynomials(row[:1].tolist()) for row in ids]
-    in_pieces = None
-    for piece, mask in zip(ids.split([1, 40, 1, 28], 1), real.split([1, 40, 1, 28], 1), strict=True):
-        in_pieces = hash_tokens(piece, mask, in_pieces)
-    assert in_pieces is not None and torch.equal(in_pieces, found)
-    for dtype in (torch.uint8, torch.int16, torch.int32):
-        assert torch.equal(hash_tokens((ids % 256).to(dtype).to(torch.int64)), hash_tokens((ids % 256).to(dtype)))
-
-    model = tiny_model(tiny_config())
-    tokens, cache = random_tokens(model.config, 2, 17), model.new_cache(2)
-    cache.activate_past_recording()
-    for part in tokens.split(4, dim=1):
-        logits_of(model, part, cache)
-    for count in (1, 3, 9):
-        cache.crop(-count)
-        assert cache._history is not None
-        assert cache._history.tolist() == [polynomials(row[: cache.get_seq_length()].tolist()) for row in tokens]
-
-
-def is_primitive(root: int, prime: int) -> bool:
-    """Whether all numbers from 1 to prime - 1 are powers of `root`."""
-    rest, factors = prime - 1, set()
-    for factor in range(2, int(prime**0.5) + 1):
-        while rest % factor == 0:
-            rest //= factor
-            factors.add(factor)
-    return all(pow(root, (prime - 1) // factor, prime) != 1 for factor in factors | {rest} - {1})
-
-
-def test_powers_of_the_multipliers_do_not_come_back() -> None:
-    """Which is what would make two places in a text alike: powers of a primitive root are all there are."""
-    for root, prime in zip(MULTIPLIERS, PRIMES, strict=True):
-        assert all(prime % factor for factor in range(2, int(prime**0.5) + 1)) and is_primitive(root, prime)
-
-
-@pytest.mark.parametrize("pair", [(0, 1), (3, 4), (5, 17), (100, 31999), (0, 2**30)], ids=str)
-def test_texts_with_a_pattern_have_hashes_of_their_own(pair: tuple[int, int]) -> None:
-    """Thue-Morse texts, which are equal to their complements modulo 2^64, and other regular texts over two ids."""
-    marks = torch.zeros(1, dtype=torch.int64)
-    while len(marks) < 4096:
-        marks = torch.cat([marks, 1 - marks])
-    texts = {}
-    for length in (2, 64, 1024, 4096):
-        steps = torch.arange(length)
-        rows = [marks[:length], 1 - marks[:length], steps % 2, (steps + 1) % 2, steps * 0, steps * 0 + 1]
-        rows += [(steps == place).long() for place in range(0, length, 1 + length // 50)]
-        rows += [(steps < place).long() for place in range(2, length, 1 + length // 50)]
-        hashes = hash_tokens(torch.tensor(pair)[torch.stack(rows)])
-        for column in hashes.unbind(1):  # each of the three alone tells them apart
-            assert len(column.unique()) == len({tuple(row.tolist()) for row in rows})
-        texts[length] = hashes
-    short = torch.cartesian_prod(*[torch.tensor(pair)] * 14)
-    assert len(hash_tokens(short).unique(dim=0)) == 2**14
-
-
-def test_a_thue_morse_text_is_not_taken_for_its_complement() -> None:
-    """A text never read is refused, where its hash modulo 2^64 was that of the history."""
-    model = tiny_model(tiny_config(num_hidden_layers=1))
-    marks = torch.tensor([[bin(number).count("1") % 2 for number in range(1024)]])
-    cache = model.new_cache()
-    logits_of(model, marks + 3, cache)
-    with pytest.raises(ValueError, match="not what the state has read"):
-        model.generate(torch.cat([4 - marks, marks[:, :2]], dim=1), cache=cache, max_new_tokens=1)
 
 
 # Another stream's memory

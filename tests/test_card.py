@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, random_tokens, tiny_config
+from helpers import CONFIGS, random_tokens, snippet, tiny_config
 from huggingface_hub import ModelCard
-from test_remote_code import tokenizer  # noqa: F401 - a fixture
 from transformers import PreTrainedTokenizerFast
 
 from baka_hf import BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
@@ -47,11 +46,6 @@ def trainer(folder: Path, **arguments: Any) -> BakaTrainer:
     )
     args = BakaTrainingArguments(str(folder), **defaults | arguments)
     return BakaTrainer(model, args, train_dataset=lanes, eval_dataset=lanes, **others)
-
-
-def snippet(card: str) -> str:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", card, re.MULTILINE | re.DOTALL)
-    return code
 
 
 # What is known
@@ -271,7 +265,7 @@ def test_adapters_have_the_card_of_peft(tmp_path: Path) -> None:
 @pytest.mark.smoke
 def test_the_snippet_of_a_trained_model_runs(
     tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,  # noqa: F811
+    tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -296,7 +290,7 @@ def test_other_snippets_run(
     model_class: Any,
     has_tokenizer: bool,
     tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,  # noqa: F811
+    tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of every class of model, with and without a tokenizer beside it."""

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config, tiny_model
-from test_cache import logits_of
-from test_remote_code import run
+from helpers import logits_of, random_tokens, run_script, tiny_config, tiny_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -185,7 +183,7 @@ def test_a_subclass_is_loaded_by_its_own_class_alone(module: Any, tmp_path: Path
             trusted = trusted if cls.__name__.startswith("Auto") else {}
             with pytest.raises(ValueError, match="got one of Doubling, which is another class with code of its own"):
                 cls.from_pretrained(folder, **trusted)
-    run(REFUSED_ELSEWHERE, tmp_path, folder)
+    run_script(REFUSED_ELSEWHERE, tmp_path, folder)
 
 
 def test_a_subclass_starts_from_a_checkpoint_of_ours(module: Any, checkpoint: Path, model: BakaForCausalLM) -> None:
@@ -228,7 +226,7 @@ def test_a_fork_beside_copies_of_the_code(tmp_path: Path, monkeypatch: pytest.Mo
     fork.Doubling.register_for_auto_class("AutoModelForCausalLM")
     model = fork.Doubling(tiny_config()).eval()
     model.save_pretrained(tmp_path / "checkpoint")
-    run(FORK_ELSEWHERE, tmp_path, tmp_path / "checkpoint", tmp_path / "again")
+    run_script(FORK_ELSEWHERE, tmp_path, tmp_path / "checkpoint", tmp_path / "again")
     with pytest.raises(ValueError, match=r"got one of Doubling, modeling_doubling\.Doubling"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", trust_remote_code=True)
     for name in [name for name in sys.modules if name.partition(".")[0] == "fork"]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, random_tokens, tiny_config
+from helpers import CLOSE, CONFIGS, random_tokens, tiny_config
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -13,8 +13,6 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainerCal
 
 from baka_hf import BakaForCausalLM, BakaForSequenceClassification
 from baka_hf.training import BakaTrainer
-
-CLOSE = dict(rtol=1e-9, atol=1e-9)
 
 
 def classifier(seed: int = 0, **overrides: Any) -> BakaForSequenceClassification:

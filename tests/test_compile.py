@@ -1,29 +1,26 @@
 """torch.compile of the model: the same numbers, in few programs, however many chunks, steps and calls there are."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, random_tokens, recorded_calls, tiny_config, tiny_model
+from helpers import (
+    CONFIGS,
+    checkpoint_activations,
+    num_programs,
+    random_tokens,
+    recorded_calls,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 
-from baka_hf import BakaForCausalLM, attention_baka, loss_baka
+from baka_hf import BakaForCausalLM, attention_baka
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def num_programs() -> int:
-    return counters["stats"]["unique_graphs"]
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def train_on_lanes(model: BakaForCausalLM, run: Callable[..., Any], num_steps: int) -> tuple[list[float], list[Tensor]]:
@@ -57,8 +54,7 @@ def test_training_compiles_to_few_programs(solidifier: str, granularity: str | N
     model = tiny_model(tiny_config(memory_solidifier=solidifier, num_hidden_layers=1), torch.float64).train()
     losses, gradients = train_on_lanes(model, model, 8)
     if granularity:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"granularity": granularity})
+        checkpoint_activations(model, granularity)
     compiled = torch.compile(model, backend="aot_eager")
     found = train_on_lanes(model, compiled, 8)
     assert_close(found[0], losses)
@@ -110,22 +106,6 @@ def test_programs_serve_texts_of_any_length() -> None:
         assert programs == [False, False, True]
 
 
-@pytest.mark.parametrize("block", [8, 40, 1024])
-def test_losses_by_blocks_of_logits(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled, a token's loss is computed from blocks of its logits, with padding in the last of them."""
-    monkeypatch.setattr(loss_baka, "LOSS_BLOCK", block)
-    generator = torch.Generator().manual_seed(0)
-    head = loss_baka.BakaHead(6, 101, bias=False).double()
-    states = (5 * torch.randn(7, 6, dtype=torch.float64, generator=generator)).requires_grad_()
-    targets = torch.tensor([0, 100, -100, 39, 40, 7, 96])
-    inputs = [states, head.weight]
-    expected = torch.nn.functional.cross_entropy(head(states), targets, reduction="sum")
-    found = torch.compile(head, backend="aot_eager")(states, targets)
-    assert num_programs() == 1
-    assert_close(found, expected)
-    assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
-
-
 def test_reading_with_a_state_needs_no_programs() -> None:
     """Every call with a state has other slots to write to: nothing but the head is compiled, and all is right."""
     model = tiny_model(tiny_config(num_hidden_layers=1), torch.float64)
@@ -139,14 +119,3 @@ def test_reading_with_a_state_needs_no_programs() -> None:
             part = compiled(tokens[:, column : column + 1], cache=state)
             assert_close(part.logits, expected[:, column : column + 1])
         assert num_programs() <= 3
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rotation_is_traced_in_any_precision(dtype: torch.dtype, autocast: bool) -> None:
-    """A solidifier that is a block asks for RoPE's table where it is compiled."""
-    model = tiny_model(tiny_config(memory_solidifier="layer"), dtype)
-    memory = torch.randn(2, model.config.num_memory_tokens, model.config.hidden_size, dtype=dtype)
-    solidify = torch.compile(model.model.solidify, backend="aot_eager", fullgraph=True)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert_close(solidify(memory, "read"), model.model.solidify(memory, "read"))

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, naive_read, random_tokens, recorded_calls, tiny_config, tiny_model
+from helpers import CONFIGS, every_config, naive_read, random_tokens, tiny_config, tiny_model
 from naive import read
 from torch import Tensor
 from torch.testing import assert_close
 
-from baka_hf import BakaCache, BakaForCausalLM, reading_baka
+from baka_hf import BakaCache, BakaForCausalLM
 
 EXACT = dict(rtol=1e-9, atol=1e-9)
 # One call or many, float32 adds in another order.
@@ -20,7 +20,6 @@ SPLIT = {torch.float64: dict(rtol=0, atol=1e-10), torch.float32: dict(rtol=0, at
 # The configs that differ in what a row's state is made of.
 STATES = ["pristine", "xl", "pause_without_xl", "rmt_tokens", "rmt_alone", "layer_separate", "chunk_of_one"]
 
-every_config = pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
 state_configs = pytest.mark.parametrize("overrides", [CONFIGS[name] for name in STATES], ids=STATES)
 
 
@@ -560,16 +559,6 @@ def test_positions_that_count_what_is_not_there() -> None:
     expected = model(tokens, attention_mask=mask).logits
     for positions in (torch.arange(13)[None], mask.cumsum(1) - 1, (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)):
         assert torch.equal(model(tokens, attention_mask=mask, position_ids=positions).logits, expected)
-
-
-def test_padded_positions_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A collator's zeros behind a text are texts of one token: they are read side by side, each id once."""
-    model = tiny_model(tiny_config())
-    spans = recorded_calls(monkeypatch, reading_baka.Reading, "read_span")
-    tokens, positions = random_tokens(model.config, 2, 300), torch.arange(300).repeat(2, 1)
-    tokens[:, 20:], positions[:, 20:] = 0, 0
-    model(tokens, position_ids=positions)
-    assert len(spans) == 4 + 1 + 1  # chunks, the last text in its stream, and all others beside
 
 
 @pytest.mark.parametrize("packed", [False, True])

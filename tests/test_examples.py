@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from helpers import CHECKPOINTING
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -238,12 +239,6 @@ def test_resuming_repeats_the_run(trained: SimpleNamespace, monkeypatch: pytest.
     monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *resume])
     train.main()
     assert_close(load_file(trained.folder / "resumed" / "model.safetensors"), weights)
-
-
-# transformers 5.23 calls activation checkpointing by its name; 5.17 knows only the old one.
-CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(train.TrainingArguments, name)
-)
 
 
 @pytest.mark.smoke

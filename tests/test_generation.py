@@ -7,16 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
-from test_cache import contents, logits_of, rows_out_of_phase
-from tokenizers import Tokenizer, models, pre_tokenizers
+from helpers import CLOSE, CONFIGS, contents, logits_of, random_tokens, rows_out_of_phase, tiny_config, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, set_seed
 
 from baka_hf import BakaCache, BakaForCausalLM
 
-CLOSE = dict(rtol=1e-9, atol=1e-9)
 # With chunks of 5, 30 tokens cross at least five boundaries.
 GREEDY = dict(max_new_tokens=30, do_sample=False)
 
@@ -360,15 +357,6 @@ def test_hidden_states_and_attentions_of_every_step() -> None:
         weights = torch.cat([step[layer] for step in found.attentions], dim=2)
         assert weights.shape == (2, config.num_attention_heads, 36, slots)
         assert_close(weights, expected.attentions[layer], **CLOSE)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word for each of the 19 ids."""
-    vocabulary = {f"w{index}": index for index in range(19)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
 def test_text_streamer(

@@ -1,23 +1,21 @@
-"""Gradients are those of the formulas: through memory and previous keys, as far back as asked; and the elephant's."""
+"""Gradients are those of the formulas: through memory and previous keys, as far back as asked."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
+from helpers import checkpoint_activations, every_config, random_tokens, tiny_config, tiny_model
 from naive import read
 from torch import Tensor
 from torch.testing import assert_close
 
 from baka_hf import BakaForCausalLM
-from baka_hf.functions_baka import ElephantActivation
 
 EXACT = dict(rtol=1e-8, atol=1e-10)
 CHUNKS = 5
 
-every_config = pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
 checkpointed = pytest.mark.parametrize("checkpointing", [None, "layer", "chunk"], ids=["plain", "by_layer", "by_chunk"])
 
 # What carries a gradient from chunk to chunk: with XL alone, one chunk back per layer.
@@ -28,13 +26,6 @@ CARRIERS: dict[str, dict[str, Any]] = {
     "tokens_and_xl": dict(memory_write="tokens", memory_solidifier="mlp"),
     "xl": dict(num_memory_tokens=0, num_hidden_layers=3),
 }
-
-
-def checkpoint_activations(model: BakaForCausalLM, granularity: str = "layer", **arguments: Any) -> None:
-    """Under the name that this version of transformers has for it."""
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
-    enable({"granularity": granularity, **arguments})
 
 
 def training_model(checkpointing: str | None = None, **overrides: Any) -> BakaForCausalLM:
@@ -306,59 +297,6 @@ def test_training_reads_as_evaluation_does(overrides: dict[str, Any]) -> None:
     assert_close(training.hidden_states, evaluation.hidden_states, **EXACT)
 
 
-# Elephant: 1 / (1 + |x|^8)
-
-MAGNITUDES = [0, 1e-8, 1e-4, 1e-2, 0.3, 0.5, 0.9, 1, 1.1, 1.5, 2, 3, 3.9, 4, 4.1, 5, 10, 100, 255, 1e3, 6e4]
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def elephant(x: Tensor) -> Tensor:
-    return 1 / (1 + x.abs() ** 8)
-
-
-def elephant_derivative(x: Tensor) -> Tensor:
-    return -8 * x * x.abs() ** 6 / (1 + x.abs() ** 8) ** 2
-
-
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_elephant_gradcheck(check: Callable[..., bool]) -> None:
-    """First and second derivatives are those of the finite differences."""
-    x = torch.cat([torch.tensor([0, 1e-3, -1, 1, 2, -4]), torch.linspace(-3, 3, 25)]).double().requires_grad_()
-    assert check(ElephantActivation(), (x,))
-
-
-def test_elephant_takes_batches_of_gradients() -> None:
-    """As whole Jacobians are computed, all rows at once."""
-    x = torch.linspace(-3, 3, 25).double()
-    jacobian = torch.autograd.functional.jacobian(ElephantActivation(), x, vectorize=True)
-    assert_close(jacobian, elephant_derivative(x).diag())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_elephant_in_every_dtype(dtype: torch.dtype) -> None:
-    """Finite forward and backward, and within one rounding of the formula in float64."""
-    x = torch.tensor([sign * magnitude for magnitude in MAGNITUDES for sign in (1, -1)], dtype=dtype)
-    x.requires_grad_()
-    y = ElephantActivation()(x)
-    y.sum().backward()
-    assert y.dtype == x.grad.dtype == dtype
-    exact = x.detach().double()
-    info = torch.finfo(dtype)
-    # float32 and float64 have no wider format to compute |x|^8 in: a few roundings instead of one.
-    rounding = dict(rtol=info.eps * (1 if info.bits == 16 else 16), atol=info.tiny * info.eps)
-    assert_close(y.detach().double(), elephant(exact), **rounding)
-    assert_close(x.grad.double(), elephant_derivative(exact), **rounding)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_elephant_far_out(dtype: torch.dtype) -> None:
-    """At the end of a format's range the elephant is 0 and flat, where |x|^8 is infinite."""
-    x = torch.tensor([1.0, -1.0], dtype=dtype).mul(torch.finfo(dtype).max).requires_grad_()
-    y = ElephantActivation()(x)
-    y.sum().backward()
-    assert y.eq(0).all() and x.grad.eq(0).all()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of the tracer
 @pytest.mark.parametrize("hidden_act", ["elephant", "silu"])
 def test_gradients_of_the_traced_model(hidden_act: str) -> None:
@@ -373,14 +311,3 @@ def test_gradients_of_the_traced_model(hidden_act: str) -> None:
     for name, gradient in results[0].items():
         assert gradient.abs().max() > 0
         assert_close(results[1][name], gradient, rtol=1e-9, atol=1e-15)
-
-
-def test_traced_elephant_far_out() -> None:
-    """The formula that compilers see is finite, forward and backward, as far as numbers go."""
-    module = torch.compile(ElephantActivation(), backend="eager")
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        limit = torch.finfo(dtype).max
-        x = torch.tensor([-limit, -6e4, -300.0, -1e-8, 0.0, 1e-8, 1.0, 4.0, 6e4, limit], dtype=dtype).requires_grad_()
-        module(x).sum().backward()
-        assert x.grad.isfinite().all() and module(x).isfinite().all()
-        assert_close(x.grad[6], torch.tensor(-2.0, dtype=dtype))

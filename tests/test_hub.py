@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import snippet, tiny_config, tiny_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load
 from stand_in_hub import TOKEN, Fault, StandInHub
-from test_card import snippet
 
 WEIGHTS = "model.safetensors"
 HERE = Path(__file__).parent

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config, tiny_model
-from test_cache import contents, logits_of, rows_out_of_phase
+from helpers import contents, logits_of, random_tokens, rows_out_of_phase, tiny_config, tiny_model
 from torch import Tensor
 from transformers import DynamicCache
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config, tiny_model
-from test_cache import contents, rows_out_of_phase
+from helpers import contents, random_tokens, rows_out_of_phase, tiny_config, tiny_model
 from torch import Tensor
 
 from baka_hf import BakaCache, BakaForCausalLM, decoding_graphs_baka, training_graphs_baka

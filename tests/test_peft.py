@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config, tiny_model
+from helpers import CHECKPOINTING, CLOSE, random_tokens, tiny_config, tiny_model
 from safetensors.torch import load_file
-from test_trainer import CHECKPOINTING
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -26,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 LENGTH = 18  # three chunks of 5 and a rest
 GREEDY = dict(max_new_tokens=12, do_sample=False)
-CLOSE = dict(rtol=1e-9, atol=1e-9)
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LEARNED = ["memory_tokens", "pause_token"]
 SOLIDIFIERS: dict[str, dict[str, Any]] = {

@@ -12,13 +12,21 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, IterableDatasetShard
 from accelerate.utils.launch import prepare_multi_gpu_env
-from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
-from test_cache import logits_of, rows_out_of_phase
-from test_training import assert_resumed, assert_same, launched
+from helpers import CONFIGS, logits_of, random_tokens, rows_out_of_phase, tiny_config, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.data import BatchSampler
-from train_worker import Record, ShardingTrainer, documents, in_processes, train, trainer
+from train_worker import (
+    Record,
+    ShardingTrainer,
+    assert_resumed,
+    assert_same,
+    documents,
+    in_processes,
+    launched,
+    train,
+    trainer,
+)
 
 from baka_hf import BakaCache
 from baka_hf.data import StreamingLanes

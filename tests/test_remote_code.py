@@ -2,17 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config, tiny_model
+from helpers import contents, logits_of, random_tokens, run_script, tiny_config, tiny_model
 from safetensors.torch import load_file
-from test_cache import contents, logits_of
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import (
     AutoConfig,
@@ -111,31 +106,9 @@ NAMES = ["my model", "my_model", "it's", 'the "best"', "a[b]", "a(b)", "{b}", "c
 NAMES += ["100%", "a#b", "$x", "a:b", "a\\b", "v1.0.2", "7b", "-x", "über", "模型", "🐘"]
 
 
-def run(script: str, home: Path, *arguments: Any) -> None:
-    """Run a script in a process of its own, with a Hugging Face home of its own and nothing of this one's paths."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script, *map(str, arguments)],
-        env=variables | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
-        cwd=home,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def model() -> BakaForCausalLM:
     return tiny_model(tiny_config(memory_solidifier="layer", pad_token_id=0), torch.float32, seed=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word for each of the 19 ids."""
-    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(19)}, unk_token="w1"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", padding_side="left")
 
 
 @pytest.fixture(scope="module")
@@ -155,8 +128,8 @@ def checkpoint(
 def elsewhere(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a process without the package made of the checkpoint, and another one of what that one saved."""
     target = tmp_path_factory.mktemp("elsewhere")
-    run(LOAD, tmp_path_factory.mktemp("home"), checkpoint, target, json.dumps(PROMPTS), LENGTH)
-    run(RESUME, tmp_path_factory.mktemp("another_home"), target, target)
+    run_script(LOAD, tmp_path_factory.mktemp("home"), checkpoint, target, json.dumps(PROMPTS), LENGTH)
+    run_script(RESUME, tmp_path_factory.mktemp("another_home"), target, target)
     return target
 
 
@@ -241,7 +214,7 @@ def test_code_is_found_in_folders_of_any_name(model: BakaForCausalLM, tmp_path: 
         (tmp_path / name).mkdir()
         for path in (tmp_path / NAMES[0]).iterdir():
             os.link(path, tmp_path / name / path.name)
-    run(FOLDERS, tmp_path, tmp_path, json.dumps(NAMES))
+    run_script(FOLDERS, tmp_path, tmp_path, json.dumps(NAMES))
 
 
 # With the package at hand

@@ -15,9 +15,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config, tiny_model
+from helpers import (
+    contents,
+    every_state,
+    forget_and_go_on,
+    logits_of,
+    random_tokens,
+    rows_out_of_phase,
+    state_at,
+    tiny_config,
+    tiny_model,
+)
 from safetensors.torch import load_file, save_file
-from test_cache import contents, every_state, forget_and_go_on, logits_of, rows_out_of_phase, state_at
 from torch import Tensor
 
 from baka_hf import BakaCache, BakaForCausalLM, BakaForSequenceClassification

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config
-from tokenizers import Tokenizer, models
+from helpers import CHECKPOINTING, random_tokens, tiny_config
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -26,9 +25,6 @@ from baka_hf.training import BakaTrainer
 
 Samples = list[dict[str, Tensor]]
 LENGTH = 18  # three chunks of 5 and a rest
-# transformers 5.23 renamed the argument.
-NEW_NAME = "activation_checkpointing"
-CHECKPOINTING = NEW_NAME if hasattr(TrainingArguments, NEW_NAME) else "gradient_checkpointing"
 
 
 def new_model(**overrides: Any) -> BakaForCausalLM:
@@ -302,13 +298,6 @@ def test_checkpoints_carry_the_code(tmp_path: Path) -> None:
             "model.safetensors",
         } <= names
         assert_same_weights(BakaForCausalLM.from_pretrained(folder), trained.model)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A word for each of the 19 ids, the first one for padding."""
-    words = {f"w{index}": index for index in range(19)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w1")), pad_token="w0")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import DistributedType
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from helpers import random_tokens, recorded_calls, tiny_config, tiny_model
 from torch import Tensor
 from torch.multiprocessing import get_context, start_processes
 from torch.nn.attention import SDPBackend
+from torch.testing import assert_close
 from transformers import TrainerCallback
 
 from baka_hf import BakaForCausalLM, attention_baka, loss_baka, training_graphs_baka
@@ -161,6 +163,26 @@ def train(folder: Path, resume: Path | None = None, **settings: Any) -> Record:
     recorders = training_graphs_baka._recorders.values()
     record.num_graphs = sum(graph.is_ready for recorder in recorders for graph in recorder.graphs.values())
     return record
+
+
+def assert_same(found: Weights, expected: Weights, **tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(found[name], tensor, **tolerance or dict(rtol=0, atol=0), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_resumed(resumed: Record, uninterrupted: Record) -> None:
+    """The last steps, bit for bit."""
+    assert 0 < len(resumed.losses) < len(uninterrupted.losses)
+    assert resumed.losses == uninterrupted.losses[-len(resumed.losses) :]
+    assert_same(resumed.final, uninterrupted.final)
+
+
+def launched(name: str) -> Any:
+    """The options of `accelerate launch` with one of the examples' configurations."""
+    path = Path(__file__).parents[1] / "examples" / "accelerate" / name
+    options = launch_command_parser().parse_args(["--config_file", str(path), "examples/train.py"])
+    return _validate_launch_command(options)[0]
 
 
 def in_processes(
