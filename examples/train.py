@@ -85,6 +85,7 @@ class ModelArguments:
     memory_write: Literal["carry", "tokens"] = field(
         default="carry", metadata={"help": "What a chunk's write positions start from: the memory read, or m_0."}
     )
+    memory_update: str = field(default="replace", metadata={"help": "What becomes of a memory: `MEMORY_UPDATES`."})
     memory_solidifier: Literal["none", "glu", "gelephant", "mlp", "layer"] = field(
         default="none", metadata={"help": "Network that memory passes between two chunks."}
     )

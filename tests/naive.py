@@ -12,7 +12,7 @@ Nothing is shared with the package but the names of the config's fields and of t
 differentiable torch operations, so the naive gradients are those of the formulas too.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -137,11 +137,13 @@ def read(
     embeds: Tensor | None = None,
     memory: Tensor | None = None,
     detach_at: Collection[int] = (),
+    update: Callable[[Tensor, Tensor], Tensor] = lambda memory, written: written,
 ) -> Reading:
     """Read one document from its first token: `tokens`, or their embeddings `embeds` [T, D].
 
     `memory` [R, D] seeds the stream with another stream's memory; the state entering a chunk in `detach_at`
-    (memory and previous keys and values) is cut from the graph.
+    (memory and previous keys and values) is cut from the graph. `update` makes the next memory of the one that a chunk
+    has read and of what it has written.
     """
     weights = {name: weight.double() for name, weight in weights.items()}
     embedding = weights["model.embed_tokens.weight"]
@@ -189,9 +191,10 @@ def read(
         hidden[num_layers].append(layer_norm(config, weights, "model.norm", x[text_slots]))
 
         if full:
-            m = x[len(x) - num_memory :]
+            written = x[len(x) - num_memory :]
             if config.memory_norm:
-                m = layer_norm(config, weights, "model.memory_norm", m)
+                written = layer_norm(config, weights, "model.memory_norm", written)
+            m = update(m, written)
             memories.append(m)
             if config.use_xl_cache:
                 previous = own

@@ -269,12 +269,12 @@ def test_a_part_that_was_put_in_is_not_saved(part: str, tmp_path: Path) -> None:
     assert not (tmp_path / "after").exists()
 
 
-@pytest.mark.parametrize("field", ["hidden_act", "memory_solidifier"])
+@pytest.mark.parametrize("field", ["hidden_act", "memory_solidifier", "memory_update"])
 def test_a_part_that_other_code_added(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever loads it without that code is told what is missing."""
     from transformers.activations import ACT2FN
 
-    from baka_hf import configuration_baka, solidifiers_baka
+    from baka_hf import configuration_baka, memory_baka, solidifiers_baka
 
     class Mine(nn.Identity):
         def __init__(self, *_: Any) -> None:
@@ -284,6 +284,7 @@ def test_a_part_that_other_code_added(field: str, tmp_path: Path, monkeypatch: p
         added.setitem(ACT2FN, "mine", Mine)
         added.setattr(configuration_baka, "MEMORY_SOLIDIFIERS", (*configuration_baka.MEMORY_SOLIDIFIERS, "mine"))
         added.setitem(solidifiers_baka.SOLIDIFIERS, "mine", Mine)
+        added.setitem(memory_baka.MEMORY_UPDATES, "mine", memory_baka.BakaMemoryUpdate)
         BakaForCausalLM(tiny_config(**{field: "mine"})).save_pretrained(tmp_path)
         assert getattr(BakaForCausalLM.from_pretrained(tmp_path).config, field) == "mine"
     with pytest.raises(ValueError, match=f"`{field}` must be .*got 'mine'. If other code added it before"):

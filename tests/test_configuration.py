@@ -11,6 +11,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from baka_hf import BakaConfig, BakaModel
 from baka_hf.configuration_baka import ORIGINALLY
+from baka_hf.memory_baka import MEMORY_UPDATES, BakaMemoryUpdate
 
 # The contract of the public interface, field by field.
 DEFAULTS = dict(
@@ -28,6 +29,7 @@ DEFAULTS = dict(
     chunk_size=512,
     num_memory_tokens=16,
     memory_write="carry",
+    memory_update="replace",
     memory_solidifier="none",
     separate_solidifiers=False,
     memory_norm=False,
@@ -58,6 +60,7 @@ UNUSUAL = dict(
     chunk_size=9,
     num_memory_tokens=1,
     memory_write="tokens",
+    memory_update="other",
     memory_solidifier="mlp",
     separate_solidifiers=True,
     memory_norm=True,
@@ -87,8 +90,9 @@ def test_defaults() -> None:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("values", [DEFAULTS, UNUSUAL], ids=["default", "unusual"])
-def test_round_trip_through_json(values: dict[str, Any], tmp_path: Path) -> None:
+def test_round_trip_through_json(values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each field comes back from a file, a dict and a JSON string as it was, through AutoConfig too."""
+    monkeypatch.setitem(MEMORY_UPDATES, "other", BakaMemoryUpdate)
     config = BakaConfig(**values)
     assert architecture(config) == values
     config.save_pretrained(tmp_path)
@@ -339,9 +343,16 @@ def test_takes_names_that_are_not_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(memory_solidifier="glu"), dict(memory_norm=True), dict(memory_solidifier="mlp", memory_norm=True)]
+    "fields",
+    [
+        dict(memory_update="other"),
+        dict(memory_solidifier="glu"),
+        dict(memory_norm=True),
+        dict(memory_solidifier="mlp", memory_norm=True),
+    ],
 )
-def test_refuses_what_is_done_with_no_memory(fields: dict[str, Any]) -> None:
+def test_refuses_what_is_done_with_no_memory(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MEMORY_UPDATES, "other", BakaMemoryUpdate)
     name = next(iter(fields))
     with pytest.raises(ValueError, match=f"`{name}` must be .* when `num_memory_tokens` is 0, got {fields[name]!r}"):
         BakaConfig(num_memory_tokens=0, **fields)
@@ -390,6 +401,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     ("num_pause_tokens", 513, {}),
     ("num_pause_tokens", 3, dict(chunk_size=2)),
     *[("memory_write", value, {}) for value in ("token", "", None)],
+    *[("memory_update", value, {}) for value in ("gated", None, [])],
     *[("memory_solidifier", value, {}) for value in ("gated", None, True)],
     *[("pause_placement", value, {}) for value in ("Fixed", None)],
     ("separate_solidifiers", True, {}),  # of "none"
@@ -429,6 +441,7 @@ def test_says_what_is_allowed() -> None:
     """Whoever mistypes a name reads the names there are."""
     for field, allowed in (
         ("memory_write", ["carry", "tokens"]),
+        ("memory_update", ["replace"]),
         ("memory_solidifier", ["none", "glu", "gelephant", "mlp", "layer"]),
         ("pause_placement", ["fixed", "random"]),
         ("hidden_act", ["elephant", "silu", "gelu"]),

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from baka_hf import BakaCache, BakaForCausalLM, BakaForSequenceClassification
+from baka_hf.memory_baka import MEMORY_UPDATES, BakaMemoryUpdate
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,7 @@ OTHER_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "chunk_size": (6, {}),
     "num_memory_tokens": (3, {}),
     "memory_write": ("tokens", {}),
+    "memory_update": ("other", {}),
     "memory_solidifier": ("glu", {}),
     "separate_solidifiers": (True, dict(memory_solidifier="mlp")),
     "memory_norm": (True, {}),
@@ -184,8 +186,9 @@ def test_every_field_of_a_signature_is_tried(cache: BakaCache) -> None:
 
 
 @pytest.mark.parametrize("name", OTHER_CONFIGS)
-def test_a_state_of_another_config(cache: BakaCache, name: str) -> None:
+def test_a_state_of_another_config(cache: BakaCache, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the state depends on must agree; the message names the field and both values."""
+    monkeypatch.setitem(MEMORY_UPDATES, "other", BakaMemoryUpdate)
     value, others = OTHER_CONFIGS[name]
     said = ["another configuration"]
     if not others:

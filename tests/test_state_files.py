@@ -141,6 +141,7 @@ def test_what_a_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         chunk_size=5,
         num_memory_tokens=2,
         memory_write="carry",
+        memory_update="replace",
         memory_solidifier="glu",
         separate_solidifiers=False,
         memory_norm=False,

@@ -6,6 +6,8 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+from .memory_baka import MEMORY_UPDATES
+
 AUTO_MAP = {
     "AutoConfig": "configuration_baka.BakaConfig",
     "AutoModel": "modeling_baka.BakaModel",
@@ -38,6 +40,7 @@ ORIGINALLY: dict[str, Any] = {
     "chunk_size": 512,
     "num_memory_tokens": 16,
     "memory_write": "carry",
+    "memory_update": "replace",
     "memory_solidifier": "none",
     "separate_solidifiers": False,
     "memory_norm": False,
@@ -92,6 +95,8 @@ class BakaConfig(PreTrainedConfig):
         num_memory_tokens (`int`, defaults to 16): Memory vectors; 0 for none.
         memory_write (`str`, defaults to `"carry"`): What stands at the write positions of a chunk: `"carry"`, the
             memory of the chunks before it, or `"tokens"`, the learned vectors again (an ablation).
+        memory_update (`str`, defaults to `"replace"`): What becomes of a memory when a chunk has written: a name in
+            `memory_baka.MEMORY_UPDATES`, where code can add others. `"replace"`: what was written.
         memory_solidifier (`str`, defaults to `"none"`): What a memory passes through on its way into the next
             chunk: `"none"`, `"glu"`, `"gelephant"`, `"mlp"` or `"layer"`.
         separate_solidifiers (`bool`, defaults to `False`): One solidifier for reading and one for writing.
@@ -139,6 +144,7 @@ class BakaConfig(PreTrainedConfig):
     chunk_size: int = 512
     num_memory_tokens: int = 16
     memory_write: str = "carry"
+    memory_update: str = "replace"
     memory_solidifier: str = "none"
     separate_solidifiers: bool = False
     memory_norm: bool = False
@@ -281,6 +287,7 @@ class BakaConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         for name, allowed in (
             ("memory_write", MEMORY_WRITES),
+            ("memory_update", tuple(MEMORY_UPDATES)),
             ("memory_solidifier", MEMORY_SOLIDIFIERS),
             ("pause_placement", PAUSE_PLACEMENTS),
         ):
@@ -306,7 +313,12 @@ class BakaConfig(PreTrainedConfig):
         if self.separate_solidifiers and self.memory_solidifier == "none":
             raise ValueError("`separate_solidifiers` must be False when `memory_solidifier` is 'none', got True.")
         # Unless it is the default: who asks for no memory need not know all that is done with one.
-        for name, nothing in (("memory_solidifier", "none"), ("separate_solidifiers", False), ("memory_norm", False)):
+        for name, nothing in (
+            ("memory_update", "replace"),
+            ("memory_solidifier", "none"),
+            ("separate_solidifiers", False),
+            ("memory_norm", False),
+        ):
             value = getattr(self, name)
             if not self.num_memory_tokens and value not in (nothing, getattr(type(self), name)):
                 raise ValueError(f"`{name}` must be {nothing!r} when `num_memory_tokens` is 0, got {value!r}.")

@@ -24,6 +24,7 @@ from .configuration_baka import BakaConfig
 from .functions_baka import rotary_table_of
 from .graphs_baka import PlainWeights, recording
 from .history_baka import hash_of_nothing, hash_tokens
+from .memory_baka import Memory
 from .reading_baka import ChunkPass, backwards, rolled_over
 from .stream_baka import Layout, Placement, Span, Stream, View, compare_slots, fixed_pauses, lay_out
 
@@ -160,9 +161,16 @@ class StaticReader:
                 layer.is_shared = False
         carried = cache.carried
         if any(carried[name] is not own for name, own in self.memory.items()):
-            cache.carried = {name: own.copy_(carried[name]) for name, own in self.memory.items()}
+            self._remember(carried)
+            cache.carried = self.memory
         if cache._history is not None and cache._history is not self.history:
             cache._history = self.history.copy_(cache._history)
+
+    def _remember(self, memory: Memory) -> None:
+        """Make this what the memory holds. A tensor of it may be one of these, under another name."""
+        copies = {name: tensor.clone() for name, tensor in memory.items()}
+        for name, own in self.memory.items():
+            own.copy_(copies[name])
 
     def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
@@ -243,8 +251,7 @@ class StaticReader:
         passed = chunk_pass.run(span.first, layout, view, self.ids[span.length], Stream(self.memory, nothing, nothing))
         if layout.completes is not False:
             assert passed.after.memory is not None
-            for name, own in self.memory.items():
-                own.copy_(passed.after.memory[name])
+            self._remember(passed.after.memory)
             if self.config.use_xl_cache:
                 self.roll(self.keys, self.values, *backwards(self.config, self.keys), layout.completes)
         return passed.states[-1]

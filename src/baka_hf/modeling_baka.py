@@ -45,10 +45,10 @@ from .inputs_baka import (
 )
 from .layers_baka import BakaDecoderLayer, BakaPauseDropout
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .memory_baka import MEMORY_UPDATES
+from .memory_baka import MEMORY_UPDATES, Memory
 from .reading_baka import Reading
 from .solidifiers_baka import SOLIDIFIERS
-from .stream_baka import Memory, fixed_pauses
+from .stream_baka import fixed_pauses
 from .training_graphs_baka import forget, recorder_of
 
 logger = logging.get_logger(__name__)
@@ -166,7 +166,7 @@ class BakaModel(BakaPreTrainedModel):
             self.pause_token = nn.Embedding(1, config.hidden_size)
         if config.num_memory_tokens:
             self.memory_tokens = nn.Embedding(config.num_memory_tokens, config.hidden_size)
-            self.memory_update = MEMORY_UPDATES["replace"]()
+            self.memory_update = MEMORY_UPDATES[config.memory_update](config)
             if config.memory_norm:
                 self.memory_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             if config.separate_solidifiers:
@@ -339,6 +339,7 @@ class BakaModel(BakaPreTrainedModel):
         """What the next chunk finds, of the memory that a chunk has read and what it has written, [B, R, D]."""
         if self.config.memory_norm:
             written = self.memory_norm(written)
+        memory = {name: x.to(written.device) for name, x in memory.items()}  # a device map may have put it elsewhere
         return self.memory_update(memory, written)
 
     def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
@@ -359,7 +360,7 @@ class BakaModel(BakaPreTrainedModel):
             for to in ("read", "write"):
                 total = total + self.solidify(learned, to).sum().to(like)
             updated = self.update_memory(self.empty_memory(like, 1) | {"memory": learned}, learned)
-            total = total + updated["memory"].sum().to(like)
+            total = total + sum(held.sum().to(like) for held in updated.values())
         return 0 * total
 
 

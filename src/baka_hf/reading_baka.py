@@ -26,10 +26,10 @@ from .functions_baka import (
     rotary_table_of,
     where_rows,
 )
+from .memory_baka import Memory
 from .stream_baka import (
     Angles,
     Layout,
-    Memory,
     Parts,
     Placement,
     Span,
@@ -111,9 +111,10 @@ class ChunkPass:
             learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
             if memory is None:
                 memory = model.empty_memory(text, self.batch_size)
+            memory = {name: x.to(text) for name, x in memory.items()}
             begins_text = and_rows(layout.begins, first)
             memory = {name: where_rows(begins_text, torch.zeros_like(x), x) for name, x in memory.items()}
-            memory["memory"] = where_rows(begins_text, learned, memory["memory"].to(text))
+            memory["memory"] = where_rows(begins_text, learned, memory["memory"])
             read = write = learned
             if any_rows(layout.begins) and first is not True:
                 read = where_rows(first, learned, model.solidify(memory["memory"], "read"))

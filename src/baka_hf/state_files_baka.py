@@ -47,6 +47,7 @@ SIGNATURE_FIELDS: dict[str, type] = {
     "chunk_size": int,
     "num_memory_tokens": int,
     "memory_write": str,
+    "memory_update": str,
     "memory_solidifier": str,
     "separate_solidifiers": bool,
     "memory_norm": bool,
@@ -121,7 +122,7 @@ def state_shapes(signature: dict[str, Any], batch_size: int) -> dict[str, tuple[
     memories = signature["num_memory_tokens"]
     stream_length = 2 * memories + signature["chunk_size"] + signature["num_pause_tokens"]
     slots = stream_length * (2 if signature["use_xl_cache"] else 1)
-    held = MEMORY_UPDATES["replace"].state_shapes(memories, signature["hidden_size"])
+    held = MEMORY_UPDATES[signature["memory_update"]].state_shapes(memories, signature["hidden_size"])
     shapes: dict[str, tuple[int, ...]] = {name: (batch_size, *shape) for name, shape in held.items()}
     for layer in range(signature["num_hidden_layers"]):
         for name in ("keys", "values"):
@@ -277,6 +278,10 @@ def read_state(path: Path, check: Callable[[dict[str, Any], str | None], None]) 
             )
         with _naming(path, "is damaged, its header or a tensor is not what was saved"):
             signature = _signature_in(metadata)
+        if signature["memory_update"] not in MEMORY_UPDATES:
+            raise ValueError(
+                f"{path} has the state of a memory_update that is not here: {signature['memory_update']!r}."
+            )
         check(signature, metadata.get("weights"))
         with _naming(path, "is damaged, its header or a tensor is not what was saved"):
             numbers = [_number_in(metadata, name) for name in ("seq_length", "aligned", "is_beam_search")]
@@ -320,7 +325,7 @@ def _read_header(file: BinaryIO) -> tuple[bytes, bytes, dict[str, Any]]:
 
 
 def _signature_in(metadata: dict[str, Any]) -> dict[str, Any]:
-    found = json.loads(metadata["config"])
+    found = {"memory_update": "replace"} | json.loads(metadata["config"])  # the one there was before it was named
     signature: dict[str, Any] = {name: found[name] for name in SIGNATURE_FIELDS}
     for name, value in signature.items():
         if type(value) is not SIGNATURE_FIELDS[name] or (type(value) is int and value < (name not in MAY_BE_ZERO)):

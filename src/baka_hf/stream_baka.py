@@ -17,6 +17,7 @@ from torch import nn
 
 from .configuration_baka import BakaConfig
 from .functions_baka import gather_positions, pad_slots, where_rows
+from .memory_baka import Memory
 
 
 class Parts(NamedTuple):
@@ -272,9 +273,6 @@ def is_whole(layout: Layout, config: BakaConfig) -> bool:
     """Whether a span is a whole chunk, or what is one if nothing is written after it."""
     width = layout.hi - layout.lo if layout.in_step else layout.slots.shape[1]
     return width >= config.stream_length - config.num_memory_tokens
-
-
-Memory = dict[str, torch.Tensor]  # [B, …] each: what a memory holds, see `memory_baka`
 
 
 class Stream(NamedTuple):
