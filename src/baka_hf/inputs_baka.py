@@ -76,9 +76,9 @@ def can_look_at(tensor: torch.Tensor) -> bool:
 
 
 def check_targets(targets: torch.Tensor, number: int, ignored: int) -> None:
-    """That labels are ids, of a `number` of tokens or classes, or `ignored`; values are looked at on a CPU alone."""
+    """That labels are token ids or classes, of a `number`, or `ignored`; values are looked at on a CPU alone."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"expected labels to be ids, integers, got {targets.dtype}.")
+        raise ValueError(f"expected labels to be token ids or classes, integers, got {targets.dtype}.")
     if targets.device.type == "cpu" and can_look_at(targets):
         wrong = targets[(targets != ignored) & ((targets < 0) | (targets >= number))]
         if len(wrong):
