@@ -152,6 +152,20 @@ def test_loss(overrides: dict[str, Any], labels: Tensor) -> None:
     assert model.model.embed_tokens.weight.grad.any()
 
 
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification"])
+def test_labels_that_are_no_class(problem_type: str | None) -> None:
+    """Classes that there are not, and the state is not moved; a class may be an int32, and -100 is none."""
+    model = classifier(problem_type=problem_type)
+    tokens, state = random_tokens(model.config, 2, 7), model.new_cache(2)
+    for wrong in (3, -1):
+        with pytest.raises(ValueError, match=f"expected labels from 0 to 2, or -100 for none, got {wrong}"):
+            model(tokens, labels=torch.tensor([1, wrong]), cache=state)
+    assert state.get_seq_length() == 0
+    labels = torch.tensor([-100, 1])
+    outputs = model(tokens, labels=labels.int(), cache=state)
+    assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels), **CLOSE)
+
+
 class FirstGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)

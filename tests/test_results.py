@@ -365,6 +365,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
             {"model": {"dtype": torch.float32}},
             "`model` must hold what JSON can hold: .* dtype is not JSON serializable",
         ),
+        ({"model": {"name": "a\ud800"}}, "`model` must hold what JSON can hold: .* surrogates not allowed"),
         ({"versions": {"torch": 2}}, "`versions: torch` must be a text, got 2"),
         ({"curves": {None: [(1, 2.0)]}}, "`curves: split` must be a text, got None"),
         ({"curves": {"train": [(1, 2, 3)]}}, "`curves` must hold pairs of step and loss"),

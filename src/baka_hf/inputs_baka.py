@@ -75,14 +75,14 @@ def can_look_at(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" or (tensor.shape[-1] > 1 and not torch.is_grad_enabled())
 
 
-def check_targets(targets: torch.Tensor, vocab_size: int, ignored: int) -> None:
-    """That labels are token ids or `ignored`; their values are looked at where that does not wait for a device."""
+def check_targets(targets: torch.Tensor, number: int, ignored: int) -> None:
+    """That labels are token ids or classes, of a `number`, or `ignored`; values are looked at on a CPU alone."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise ValueError(f"expected labels to be token ids, integers, got {targets.dtype}.")
+        raise ValueError(f"expected labels to be token ids or classes, integers, got {targets.dtype}.")
     if targets.device.type == "cpu" and can_look_at(targets):
-        wrong = targets[(targets != ignored) & ((targets < 0) | (targets >= vocab_size))]
+        wrong = targets[(targets != ignored) & ((targets < 0) | (targets >= number))]
         if len(wrong):
-            raise ValueError(f"expected labels from 0 to {vocab_size - 1}, or {ignored} for none, got {int(wrong[0])}.")
+            raise ValueError(f"expected labels from 0 to {number - 1}, or {ignored} for none, got {int(wrong[0])}.")
 
 
 def check_kept(logits_to_keep: Any, length: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -507,7 +507,16 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
         """Logits [B, num_labels] at each row's last real token; arguments as in `BakaModel.forward`, and `labels` [B].
 
         The last real token is found by `attention_mask`, else by `config.pad_token_id`, else it is the last column.
+
+        Raises:
+            ValueError: as `BakaModel.forward`; or, on a CPU, a label is no class.
         """
+        if labels is not None and self.loss_function is ForSequenceClassificationLoss:
+            # As transformers tells classes from values, which have a loss of their own.
+            kind, is_number = self.config.problem_type, labels.dtype in (torch.int32, torch.int64)
+            if kind == "single_label_classification" or (kind is None and self.num_labels > 1 and is_number):
+                check_targets(labels, self.num_labels, IGNORED)
+                labels = labels.long()
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

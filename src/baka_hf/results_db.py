@@ -212,7 +212,7 @@ def _check_json(name: str, value: object) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError(f"`{name}` must be a dict with names as keys, got {value!r}.")
     try:
-        json.dumps(dict(value))
+        json.dumps(dict(value), ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"`{name}` must hold what JSON can hold: {error}.") from error
 
