@@ -354,7 +354,7 @@ class BakaAttention(nn.Module):
         They stay so, as they lie in memory, until they are attended: a compiler copies what lies otherwise, gradients
         above all.
         """
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
+        query, key, value = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (query, key, value))
         turned = apply_rotary(key, *view.angles)
         kept = turned if view.previous_angles is None else apply_rotary(key, *view.previous_angles)
         return apply_rotary(query, *view.angles), turned, value, kept

@@ -157,7 +157,8 @@ class ChunkPass:
     ) -> torch.Tensor:
         """The stream of a span, [B, Q, D]."""
         R, P = self.config.num_memory_tokens, self.config.num_pause_tokens
-        pause = self.model.learned_pause(text).expand(self.batch_size, 1, -1) if P else None
+        has_pause = P > 0 and (not layout.in_step or ("pause", 1) in layout.pieces)
+        pause = self.model.learned_pause(text).expand(self.batch_size, 1, -1) if has_pause else None
         if layout.in_step:
             texts = iter(text.split([length for kind, length in layout.pieces if kind == "text"], dim=1))
             others = {"read": read, "pause": pause, "write": write}
