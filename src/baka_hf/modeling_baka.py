@@ -22,7 +22,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .cache_baka import BakaCache
@@ -50,8 +50,6 @@ from .reading_baka import Reading
 from .solidifiers_baka import SOLIDIFIERS
 from .stream_baka import fixed_pauses
 from .training_graphs_baka import forget, recorder_of
-
-logger = logging.get_logger(__name__)
 
 
 class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):

@@ -578,8 +578,8 @@ def _complete(function: Any, outputs: Any, labels: Any, **kwargs: Any) -> Any:
 
 def _finite_rows(state: Any) -> torch.Tensor:
     """[B] bool: rows of a state without NaN or infinity."""
-    tensors = [state.memory, *(tensor for layer in state.layers for tensor in (layer.keys, layer.values))]
-    return torch.stack([tensor.isfinite().flatten(1).all(1).to(state.device) for tensor in tensors]).all(0)
+    finite = [tensor.isfinite().flatten(1).all(1).to(state.device) for tensor in state.tensors().values()]
+    return torch.stack(finite).all(0)
 
 
 class _Secret(str):

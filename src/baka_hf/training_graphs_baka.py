@@ -155,7 +155,7 @@ def _inputs_of(call: Call) -> torch.Tensor:
 
 def _tensors(cache: BakaCache) -> list[torch.Tensor]:
     """What memory holds, keys and values of a state."""
-    return [*cache.carried.values(), *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+    return list(cache.tensors().values())
 
 
 def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
