@@ -111,7 +111,7 @@ class MuonArguments(TrainingArguments):
         if self.optim not in ADAMW:
             raise ValueError(
                 f"`muon_learning_rate` leaves to AdamW what is no matrix: `optim` must be one of {', '.join(ADAMW)}, "
-                f"got {str(self.optim)!r}."
+                f"got {self.optim.value!r}."
             )
 
 
