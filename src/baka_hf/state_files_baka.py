@@ -44,7 +44,11 @@ SIGNATURE_FIELDS: dict[str, type] = {
     "num_key_value_heads": int,
     "head_dim": int,
     "hidden_act": str,
+    "norm_type": str,
+    "parallel_residual": bool,
+    "qk_norm": bool,
     "rope_theta": float,
+    "rope_scaling": dict,
     "chunk_size": int,
     "num_memory_tokens": int,
     "memory_write": str,
@@ -55,6 +59,14 @@ SIGNATURE_FIELDS: dict[str, type] = {
     "num_pause_tokens": int,
     "pause_placement": str,
     "use_xl_cache": bool,
+}
+# What a file means that lacks a field, for it was written before there was a choice.
+ORIGINALLY = {
+    "memory_update": "replace",
+    "norm_type": "layernorm",
+    "parallel_residual": True,
+    "qk_norm": False,
+    "rope_scaling": {"rope_type": "default"},
 }
 MAY_BE_ZERO = ("num_memory_tokens", "num_pause_tokens")
 
@@ -97,10 +109,13 @@ class SavedState(NamedTuple):
 
 
 def signature_of(config: Any) -> dict[str, Any]:
-    """The fields of a `BakaConfig` that a state depends on."""
+    """The fields of a `BakaConfig` that a state depends on.
+
+    Biases are not among them: a bias of zero changes nothing, and what weights a state is of, its signature never says.
+    """
     values = {name: getattr(config, name, None) for name in SIGNATURE_FIELDS}
-    values["rope_theta"] = float(config.rope_parameters["rope_theta"])
-    return values
+    rope_type, values["rope_theta"], scaling = config.rope
+    return values | {"rope_scaling": {"rope_type": rope_type, **scaling}}
 
 
 def check_signature(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -325,7 +340,7 @@ def _read_header(file: BinaryIO) -> tuple[bytes, bytes, dict[str, Any]]:
 
 
 def _signature_in(metadata: dict[str, Any]) -> dict[str, Any]:
-    found = {"memory_update": "replace"} | json.loads(metadata["config"])  # the one there was before it was named
+    found = ORIGINALLY | json.loads(metadata["config"])
     signature: dict[str, Any] = {name: found[name] for name in SIGNATURE_FIELDS}
     for name, value in signature.items():
         if type(value) is not SIGNATURE_FIELDS[name] or (type(value) is int and value < (name not in MAY_BE_ZERO)):
