@@ -33,8 +33,6 @@ from transformers import (
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
     PrinterCallback,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -51,10 +49,7 @@ from baka_hf.results import Result, curves_of, facts_about, read_results, summar
 from baka_hf.texts import Tokens, WindowDataset, load_tokens
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
-PEERS: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-}
+PEERS = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 WORTH_FROM = 8  # chunks from which on a document has a past worth asking for
 
 

@@ -422,12 +422,12 @@ def plot(results: Sequence[Result], kind: str, path: str | os.PathLike, baseline
     axes.grid(axis="y", color="#DDDDDD")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    widest = max(len(str(line.get_label())) for line in lines)
+    handles, labels = axes.get_legend_handles_labels()
+    widest = max(map(len, labels))
     figure.legend(
-        handles=lines,
+        handles=handles,
         loc="outside lower center",
-        ncols=min(len(lines), max(1, 100 // (widest + 9))),  # 100 characters are as wide as the figure
+        ncols=min(len(labels), max(1, 100 // (widest + 9))),  # 100 characters are as wide as the figure
         frameon=False,
         fontsize=13,
     )
@@ -516,7 +516,7 @@ def _draw_differences(axes: Any, results: Sequence[Result], baseline: str | None
             marker="o",
             markersize=5,
         )
-    axes.axhline(0, color="#5B5B5B", linewidth=1.0, label="_zero")
+    axes.axhline(0, color="#5B5B5B", linewidth=1.0)
     ends = [following - 1 for following in depths[1:]]
     names = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(depths, ends, strict=False)]
     axes.set_xticks(range(len(depths)), [*names, f"{depths[-1]} and on"])

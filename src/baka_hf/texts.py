@@ -102,7 +102,9 @@ def _tokenized(
         pieces = [
             np.array([end, *encoding.ids], np.uint16 if vocab_size <= 2**16 else np.int32)
             for start in range(0, len(documents), DOCUMENTS_AT_A_TIME)
-            for encoding in fast.encode_batch(documents[start : start + DOCUMENTS_AT_A_TIME], add_special_tokens=False)
+            for encoding in fast.encode_batch_fast(
+                documents[start : start + DOCUMENTS_AT_A_TIME], add_special_tokens=False
+            )
         ]
         yield f"{name}: tokens", np.concatenate(pieces)
         yield f"{name}: ends", np.cumsum([len(piece) for piece in pieces])
