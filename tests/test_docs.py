@@ -264,7 +264,7 @@ ELSEWHERE |= {
     "max_batch_size",
     "batch_size",
 }
-ELSEWHERE |= {"muon_learning_rate", "zero_init"}  # options of examples/ladder.py
+ELSEWHERE |= {"zero_init"}  # an option of examples/ladder.py
 ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 
 
