@@ -4,7 +4,8 @@
     read_0   = write_0 = m_0                                R learned vectors
     read_i   = f_read(m_i)                                  f: the solidifier
     write_i  = f_write(m_i), or m_0                         memory_write "carry", or "tokens"
-    m_i+1    = last block's output at chunk i's write slots, with memory_norm its LayerNorm
+    m_i+1    = last block's output at chunk i's write slots, with memory_norm its LayerNorm; memory_update "gate":
+               g ⊙ m_i + (1 - g) ⊙ new, new its LayerNorm, g = σ(W new + b)
     y        = x + attention(LN x) + mlp(LN x)              in every block
     RoPE       previous stream at slots 0 … S-1, own stream at S … 2S-1; `allowed` says which slots see which
 
@@ -129,6 +130,12 @@ def solidify(config: Any, weights: Weights, role: str, x: Tensor) -> Tensor:
     raise NotImplementedError(config.memory_solidifier)
 
 
+def gated(config: Any, weights: Weights, memory: Tensor, written: Tensor) -> Tensor:
+    new = layer_norm(config, weights, "model.memory_update.norm", written)
+    gate = new @ weights["model.memory_update.gate_proj.weight"].T + weights["model.memory_update.gate_bias"]
+    return torch.sigmoid(gate) * memory + torch.sigmoid(-gate) * new
+
+
 def read(
     config: Any,
     weights: Weights,
@@ -194,7 +201,7 @@ def read(
             written = x[len(x) - num_memory :]
             if config.memory_norm:
                 written = layer_norm(config, weights, "model.memory_norm", written)
-            m = update(m, written)
+            m = gated(config, weights, m, written) if config.memory_update == "gate" else update(m, written)
             memories.append(m)
             if config.use_xl_cache:
                 previous = own

@@ -405,6 +405,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     *[("memory_solidifier", value, {}) for value in ("gated", None, True)],
     *[("pause_placement", value, {}) for value in ("Fixed", None)],
     ("separate_solidifiers", True, {}),  # of "none"
+    ("memory_norm", True, dict(memory_update="gate")),
     *[
         (name, value, {})
         for name in ("separate_solidifiers", "memory_norm", "use_xl_cache", "tie_word_embeddings", "use_cache")
@@ -441,7 +442,7 @@ def test_says_what_is_allowed() -> None:
     """Whoever mistypes a name reads the names there are."""
     for field, allowed in (
         ("memory_write", ["carry", "tokens"]),
-        ("memory_update", ["replace"]),
+        ("memory_update", ["replace", "gate"]),
         ("memory_solidifier", ["none", "glu", "gelephant", "mlp", "layer"]),
         ("pause_placement", ["fixed", "random"]),
         ("hidden_act", ["elephant", "silu", "gelu"]),

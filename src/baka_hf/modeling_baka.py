@@ -45,7 +45,7 @@ from .inputs_baka import (
 )
 from .layers_baka import BakaDecoderLayer, BakaPauseDropout
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .memory_baka import MEMORY_UPDATES, Memory
+from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
 from .reading_baka import Reading
 from .solidifiers_baka import SOLIDIFIERS
 from .stream_baka import fixed_pauses
@@ -68,6 +68,10 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
         if isinstance(module, nn.Linear) and getattr(module, "starts_small", False):
             # A thousandth of what comes in: that hardly changes even a small memory, which "mlp" and "layer" norm.
             init.normal_(module.weight, std=0.001 / module.in_features**0.5)
+        elif isinstance(module, nn.Embedding) and getattr(module, "starts_normed", False):
+            init.normal_(module.weight)
+        elif isinstance(module, BakaMemoryUpdate):
+            module.reset_parameters()
         else:
             super()._init_weights(module)
 
@@ -165,6 +169,7 @@ class BakaModel(BakaPreTrainedModel):
         if config.num_memory_tokens:
             self.memory_tokens = nn.Embedding(config.num_memory_tokens, config.hidden_size)
             self.memory_update = MEMORY_UPDATES[config.memory_update](config)
+            self.memory_tokens.starts_normed = self.memory_update.is_normed  # type: ignore[assignment]
             if config.memory_norm:
                 self.memory_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
             if config.separate_solidifiers:
