@@ -234,9 +234,10 @@ def known_names() -> set[str]:
             if getattr(thing, "__module__", "") == module.__name__:
                 names |= {name} | members_of(thing)
     sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
-    config = BakaConfig(**sizes, memory_norm=True, memory_solidifier="glu", separate_solidifiers=True)
-    for model in (LlamaForCausalLM(LlamaConfig(**sizes)), BakaForCausalLM(config)):
-        names |= {part for name, _ in model.named_modules() for part in name.split(".")}
+    solidified = BakaConfig(**sizes, memory_norm=True, memory_solidifier="glu", separate_solidifiers=True)
+    gated = BakaConfig(**sizes, memory_update="gate")
+    for model in (LlamaForCausalLM(LlamaConfig(**sizes)), *map(BakaForCausalLM, (solidified, gated))):
+        names |= {part for name, _ in model.named_parameters() for part in name.split(".")}
         names |= set(model.config.rope_parameters)
     for other in (BaseModelOutputWithPast, transformers.PreTrainedModel.from_pretrained, BakaForCausalLM.generate):
         names |= members_of(other)
