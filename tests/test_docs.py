@@ -320,7 +320,7 @@ def test_configuration_table_is_the_configuration() -> None:
 def test_table_of_weights_is_that_of_the_models() -> None:
     """Names and shapes of all models together, no more and no less."""
     sizes = dict(vocab_size=17, hidden_size=12, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2)
-    sizes |= dict(head_dim=8, num_hidden_layers=1, num_memory_tokens=3, memory_norm=True)
+    sizes |= dict(head_dim=8, num_hidden_layers=1, num_memory_tokens=3)
     symbols = {"V": 17, "D": 12, "I": 20, "H·d": 32, "K·d": 16, "R": 3, "1": 1}
     table = {}
     for name, shape, _ in table_rows(TEXTS["docs/porting.md"], "| name | shape | there is one |"):
@@ -328,8 +328,9 @@ def test_table_of_weights_is_that_of_the_models() -> None:
         for ending in (endings or "").split(","):
             table[front + ending + back] = tuple(symbols[symbol] for symbol in shape.strip("[]").split(", "))
     found = {}
-    for solidifier in ("glu", "gelephant", "mlp", "layer"):
-        model = BakaForCausalLM(BakaConfig(**sizes, memory_solidifier=solidifier))
+    variants = [dict(memory_solidifier=name) for name in ("glu", "gelephant", "mlp", "layer")]
+    for fields in (*variants, dict(memory_norm=True), dict(memory_update="gate")):
+        model = BakaForCausalLM(BakaConfig(**sizes | fields))
         found |= {name.replace(".0.", ".N."): tuple(weight.shape) for name, weight in model.state_dict().items()}
         assert not list(model.buffers())
     assert table == found
