@@ -66,7 +66,7 @@ def test_training_compiles_to_few_programs(solidifier: str, granularity: str | N
 
 
 @pytest.mark.parametrize(
-    "name", ["more_memory_than_text", "pause_without_xl", "xl", "one_memory_token", "one_key_head", "gate"]
+    "name", ["more_memory_than_text", "pause_without_xl", "xl", "one_memory_token", "one_key_head"]
 )
 def test_training_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled attention without a mask, in calls with and without a state: losses and gradients of the plain model."""
