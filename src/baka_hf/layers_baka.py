@@ -15,14 +15,14 @@ from .functions_baka import get_activation, get_norm
 from .stream_baka import View
 
 
-def initialise(std: float, *linears: nn.Linear) -> None:
-    """Mark layers whose weights are drawn with another standard deviation than `initializer_range`.
+def initialise(std: float, *modules: nn.Linear | nn.Embedding) -> None:
+    """Mark modules whose weights are drawn with another standard deviation than `initializer_range`.
 
     The mark is on them, not on the module that they are in, since transformers passes over modules without parameters
     of their own when it initialises a model whose code is not its own.
     """
-    for linear in linears:
-        linear.initial_std = std  # type: ignore[assignment]
+    for module in modules:
+        module.initial_std = std  # type: ignore[assignment]
 
 
 class BakaMLP(nn.Module):

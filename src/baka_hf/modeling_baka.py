@@ -44,9 +44,9 @@ from .inputs_baka import (
     either_name,
     state_among,
 )
-from .layers_baka import BakaDecoderLayer, BakaPauseDropout
+from .layers_baka import BakaDecoderLayer, BakaPauseDropout, initialise
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .memory_baka import MEMORY_UPDATES, Memory
+from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
 from .reading_baka import Reading
 from .solidifiers_baka import SOLIDIFIERS
 from .stream_baka import fixed_pauses
@@ -66,12 +66,14 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, BakaMemoryUpdate):
+            module.reset_parameters()
         std = getattr(module, "initial_std", None)
         if std is None:
             super()._init_weights(module)
             return
         init.normal_(module.weight, std=std)
-        if module.bias is not None:
+        if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -168,6 +170,8 @@ class BakaModel(BakaPreTrainedModel):
         if config.num_memory_tokens:
             self.memory_tokens = nn.Embedding(config.num_memory_tokens, config.hidden_size)
             self.memory_update = MEMORY_UPDATES[config.memory_update](config)
+            if self.memory_update.needs_norm:
+                initialise(1.0, self.memory_tokens)
             if config.memory_norm:
                 self.memory_norm = get_norm(config)
             if config.separate_solidifiers:
