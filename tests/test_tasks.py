@@ -18,7 +18,16 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from baka_hf.tasks import BabiInBooksDataset, BabiQuestion, TaskDataset, answer_accuracy, read_babi
+from baka_hf.tasks import (
+    BabiInBooksDataset,
+    BabiQuestion,
+    RecallDataset,
+    TaskDataset,
+    answer_accuracy,
+    guessing_accuracy,
+    read_babi,
+    tokenize_books,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -167,6 +176,71 @@ def test_bad_sizes(change: dict[str, Any], message: str) -> None:
         TaskDataset(**{"task": "copy", "num_segments": 9, "segment_length": 8, "num_samples": 1} | change)
 
 
+# ---- recall ----
+
+
+@given(st.integers(1, 9), st.integers(1, 8), st.integers(1, 7), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_every_pair_is_told_and_asked_once(
+    num_pairs: int, more: int, segment_length: int, anywhere: bool, cut: bool, index: int
+) -> None:
+    told = "anywhere" if anywhere else "first"
+    num_segments = 2 * (-(-(2 * num_pairs + 1) // segment_length) + 1) + more
+    dataset = RecallDataset(num_pairs, num_segments, segment_length, 100, told=told, cut=cut, num_keys=11)
+    sample = dataset[index]
+    tokens, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
+    assert len(tokens) == num_segments * segment_length and sample["labels"].dtype == torch.int64
+    keys = [t for t, token in enumerate(tokens) if 10 <= token < 21]
+    asked = [t for t in keys if labels[t + 1] != -100]
+    facts = {tokens[t]: (t, tokens[t + 1]) for t in keys if t not in asked}
+    assert len(facts) == len(asked) == num_pairs == len({tokens[t] for t in asked})
+    assert all(facts[tokens[t]][0] < t and facts[tokens[t]][1] == tokens[t + 1] == labels[t + 1] < 10 for t in asked)
+    elsewhere = {*range(len(tokens))} - {t + i for t in keys for i in (0, 1)}
+    assert {tokens[t] for t in elsewhere} <= {dataset.blank} == {21}
+    assert sum(label != -100 for label in labels) == num_pairs
+    if not anywhere:  # a whole number of segments has all that is told
+        assert max(t + 1 for t, _ in facts.values()) // segment_length < min(asked) // segment_length
+        assert min(t for t, _ in facts.values()) <= cut
+    if not cut and segment_length % 2 == 0:
+        assert all(t % 2 == 0 for t in keys)
+
+
+def test_questions_and_cuts_are_anywhere() -> None:
+    samples = [*RecallDataset(2, 4, 4, 600, cut=True)]  # two segments are for pairs, of which two tokens may be left
+    beginnings = torch.stack([sample["input_ids"][0] == 36 for sample in samples])
+    assert 0.4 < beginnings.float().mean() < 0.6
+    samples = [*RecallDataset(2, 9, 4, 600)]
+    places = torch.stack([sample["labels"] != -100 for sample in samples]).float().mean(0)
+    assert_close(places[4:], torch.tensor([0, 2 / 16] * 16), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"told": "last"}, "`told` must be 'first' or 'anywhere', got 'last'"),
+        ({"num_pairs": 27}, "`num_keys` must be an integer of at least 27, got 26"),
+        ({"num_pairs": 0}, "`num_pairs` must be an integer of at least 1, got 0"),
+        ({"num_segments": 3}, "room for 4 pairs .*, got 3 · 4 = 12 tokens, which have it for 2"),
+        ({"num_segments": 3, "told": "anywhere", "cut": True}, "which have it for 1"),
+    ],
+)
+def test_bad_recall(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RecallDataset(**{"num_pairs": 4, "num_segments": 4, "segment_length": 4, "num_samples": 1} | change)
+
+
+def test_guessing_knows_the_bag_alone() -> None:
+    # Of four values the most frequent one: by all 10^4 cases.
+    counts = np.stack([np.bincount(values, minlength=10) for values in np.ndindex(10, 10, 10, 10)])
+    expected = counts.max(1).mean() / 4
+    assert guessing_accuracy(TaskDataset("associative_retrieval", 5, 2, 4000), 4000) == pytest.approx(
+        expected, abs=0.01
+    )
+    assert guessing_accuracy(TaskDataset("associative_retrieval", 2, 2, 9)) == 1  # one pair
+    # Of two symbols, drawn from two: the first is right in 3 of 4 cases, the second is what is left.
+    assert guessing_accuracy(TaskDataset("copy", 3, 2, 2000, num_symbols=2), 2000) == pytest.approx(7 / 8, abs=0.02)
+    assert guessing_accuracy(RecallDataset(2, 8, 2, 2000, num_symbols=2), 2000) == pytest.approx(7 / 8, abs=0.02)
+
+
 # ---- accuracy ----
 
 
@@ -238,9 +312,10 @@ def babi_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_questions_know_the_facts_before_them(babi_file: Path) -> None:
     told = ("Mary moved to the bathroom.", "John went to the hallway.", "Daniel went back to the hallway.")
     office = ("The office is east of the hallway.",)
+    mary = BabiQuestion(told[:2], "Where is Mary?", "bathroom")
     assert read_babi(babi_file) == [
-        BabiQuestion(told[:2], "Where is Mary?", "bathroom"),
-        BabiQuestion(told, "Where is Daniel?", "hallway"),
+        mary,
+        BabiQuestion(told, "Where is Daniel?", "hallway", (mary,)),
         BabiQuestion(office, "How do you go from the office to the hallway?", "w"),
     ]
 
@@ -253,7 +328,7 @@ def test_facts_stand_between_sentences_of_books(
     dataset = BabiInBooksDataset(tokenizer, babi_file, BOOKS, length, num_samples=60, seed=seed)
     library = " " + " ".join(" ".join(BOOKS).split())
     for index, sample in enumerate(dataset):
-        facts, question, answer = dataset.questions[index % 3]
+        facts, question, answer, _ = dataset.questions[index % 3]
         assert sample["input_ids"].shape == sample["labels"].shape == (length,)
         text = tokenizer.decode(sample["input_ids"])
         asked = f" {question} {answer}"
@@ -267,6 +342,42 @@ def test_facts_stand_between_sentences_of_books(
         for fact in facts:
             text = text.replace(f" {fact}", "", 1)
         assert text in library and text[-1:] in ("", ".", "?", "!")
+
+
+@pytest.mark.parametrize("length", [0, 136, 200])
+def test_earlier_questions_are_asked_in_their_places(
+    tokenizer: PreTrainedTokenizerFast, babi_file: Path, length: int
+) -> None:
+    dataset = BabiInBooksDataset(tokenizer, babi_file, BOOKS, length, num_samples=30, ask_all=True)
+    for index in range(1, 30, 3):
+        sample = dataset[index]
+        text = tokenizer.decode(sample["input_ids"])
+        assert len(text) == (length or 136)
+        ask_mary, ask_daniel = " Where is Mary? bathroom", " Where is Daniel? hallway"
+        told = ("Mary moved to", "John went to", "Where is Mary? bathroom", "Daniel went back")
+        places = [text.index(f" {piece}") for piece in told]
+        assert places == sorted(places) and text.endswith(ask_daniel)
+        asked = [t for t, label in enumerate(sample["labels"].tolist()) if label != -100]
+        end = places[2] + len(ask_mary)
+        assert asked == [*range(end - len(" bathroom"), end), *range(len(text) - len(" hallway"), len(text))]
+        assert (sample["labels"][asked] == sample["input_ids"][asked]).all()
+
+
+def test_questions_that_do_not_fit_are_left_out(tokenizer: PreTrainedTokenizerFast, babi_file: Path) -> None:
+    dataset = BabiInBooksDataset(tokenizer, babi_file, BOOKS, 111)
+    assert [asked.answer for asked in dataset.questions] == ["bathroom", "w"]
+    alone = BabiInBooksDataset(tokenizer, dataset.questions[1:], (), 0)
+    assert [tokenizer.decode(sample["input_ids"]) for sample in alone] == [
+        " The office is east of the hallway. How do you go from the office to the hallway? w"
+    ]
+
+
+def test_books_are_tokenized_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    made = tokenize_books(tokenizer, BOOKS, tmp_path / "books.npz")
+    assert tokenizer.decode(made.tokens) == " " + " ".join(" ".join(BOOKS).split())
+    assert made.breaks[[0, -1]].tolist() == [0, len(made.tokens)] and len(made.breaks) == 1 + 4 + 6
+    kept = tokenize_books(tokenizer, "is not read again", tmp_path / "books.npz")
+    assert (kept.tokens == made.tokens).all() and (kept.breaks == made.breaks).all()
 
 
 def test_facts_and_excerpts_are_anywhere(tokenizer: PreTrainedTokenizerFast, babi_file: Path) -> None:
@@ -316,12 +427,12 @@ def test_what_is_no_babi_file(tmp_path: Path, content: str, message: str) -> Non
     ("change", "message"),
     [
         # The second question with its three facts has 112 bytes, the third with its one has 78, the books have 264.
-        ({"length": 111}, "`length` must be at least 112, .* got 111"),
+        ({"length": 77}, "`length` must be at least 78, .* got 77"),
         ({"length": 343}, r"`books` must have at least 265 tokens for samples of 343, got 264\."),
         ({"books": []}, "`books` must have .*, got 0"),
         ({"num_samples": 0}, "`num_samples` must be an integer of at least 1, got 0"),
         ({"seed": -1}, "`seed`"),
-        ({"length": None}, "`length` must be an integer of at least 1, got None"),
+        ({"length": None}, "`length` must be an integer of at least 0, got None"),
     ],
 )
 def test_bad_books(tokenizer: PreTrainedTokenizerFast, babi_file: Path, change: dict[str, Any], message: str) -> None:
