@@ -19,6 +19,7 @@ AUTO_MAP = {
 }
 MEMORY_WRITES = ("carry", "tokens")
 MEMORY_SOLIDIFIERS = ("none", "glu", "gelephant", "mlp", "layer")
+ASSOCIATIVE_WRITES = ("memory", "tokens")
 PAUSE_PLACEMENTS = ("fixed", "random")
 ADDED = "If other code added it before the checkpoint was saved, that has to be done before loading too."
 
@@ -44,6 +45,9 @@ ORIGINALLY: dict[str, Any] = {
     "memory_solidifier": "none",
     "separate_solidifiers": False,
     "memory_norm": False,
+    "associative_dim": 0,
+    "associative_write": "memory",
+    "associative_layer_interval": 1,
     "num_pause_tokens": 8,
     "pause_placement": "fixed",
     "use_xl_cache": True,
@@ -101,6 +105,13 @@ class BakaConfig(PreTrainedConfig):
             chunk: `"none"`, `"glu"`, `"gelephant"`, `"mlp"` or `"layer"`.
         separate_solidifiers (`bool`, defaults to `False`): One solidifier for reading and one for writing.
         memory_norm (`bool`, defaults to `False`): LayerNorm on each new memory.
+        associative_dim (`int`, defaults to 0): Width of the keys of an associative memory, a matrix that blocks keep;
+            0 for none.
+        associative_write (`str`, defaults to `"memory"`): What writes to it when a chunk is full: `"memory"`, the
+            blocks' outputs at the write positions of the memory vectors (ARMT, arXiv 2407.04841), or `"tokens"`, every
+            token of the text, in each of `num_attention_heads` heads (the gated delta rule, arXiv 2412.06464).
+        associative_layer_interval (`int`, defaults to 1): Every so many blocks one has an associative memory: of 1, 2,
+            3, … counted from 1, those that it divides.
         num_pause_tokens (`int`, defaults to 8): Pauses in a chunk (arXiv 2310.02226), at most `chunk_size`.
         pause_placement (`str`, defaults to `"fixed"`): `"fixed"`, before every (n // P)-th token, or `"random"`
             while training, unless dropout is switched off.
@@ -148,6 +159,9 @@ class BakaConfig(PreTrainedConfig):
     memory_solidifier: str = "none"
     separate_solidifiers: bool = False
     memory_norm: bool = False
+    associative_dim: int = 0
+    associative_write: str = "memory"
+    associative_layer_interval: int = 1
     num_pause_tokens: int = 8
     pause_placement: str = "fixed"
     use_xl_cache: bool = True
@@ -256,6 +270,11 @@ class BakaConfig(PreTrainedConfig):
         return 2 * self.num_memory_tokens + self.chunk_size + self.num_pause_tokens
 
     @property
+    def num_associative_heads(self) -> int:
+        """Of an associative memory that tokens write; 0 of all others."""
+        return self.num_attention_heads if self.associative_dim and self.associative_write == "tokens" else 0
+
+    @property
     def uses_random_pauses(self) -> bool:
         """Whether a chunk's pauses may stand elsewhere than at their fixed positions."""
         return self.pause_placement == "random" and self.num_pause_tokens > 1
@@ -272,6 +291,8 @@ class BakaConfig(PreTrainedConfig):
             ("head_dim", 2),
             ("chunk_size", 1),
             ("num_memory_tokens", 0),
+            ("associative_dim", 0),
+            ("associative_layer_interval", 1),
             ("num_pause_tokens", 0),
         ):
             if not _is_int(getattr(self, name), least):
@@ -289,6 +310,7 @@ class BakaConfig(PreTrainedConfig):
             ("memory_write", MEMORY_WRITES),
             ("memory_update", tuple(MEMORY_UPDATES)),
             ("memory_solidifier", MEMORY_SOLIDIFIERS),
+            ("associative_write", ASSOCIATIVE_WRITES),
             ("pause_placement", PAUSE_PLACEMENTS),
         ):
             if getattr(self, name) not in allowed:
@@ -322,6 +344,20 @@ class BakaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not self.num_memory_tokens and value not in (nothing, getattr(type(self), name)):
                 raise ValueError(f"`{name}` must be {nothing!r} when `num_memory_tokens` is 0, got {value!r}.")
+        if self.associative_dim and self.associative_write == "memory" and not self.num_memory_tokens:
+            raise ValueError(
+                "`associative_write` must be 'tokens' when `num_memory_tokens` is 0, got 'memory': there are no memory "
+                "vectors to write with."
+            )
+        if self.associative_layer_interval > self.num_hidden_layers:
+            raise ValueError(
+                f"`associative_layer_interval` must be at most `num_hidden_layers` ({self.num_hidden_layers}), got "
+                f"{self.associative_layer_interval}."
+            )
+        for name in ("associative_write", "associative_layer_interval"):
+            value, nothing = getattr(self, name), ORIGINALLY[name]
+            if not self.associative_dim and value not in (nothing, getattr(type(self), name)):
+                raise ValueError(f"`{name}` must be {nothing!r} when `associative_dim` is 0, got {value!r}.")
 
         self._validate_rope(self.rope_parameters)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
