@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from baka_hf import BakaCache, BakaForCausalLM, decoding_graphs_baka, state_files_baka, training_graphs_baka
-from baka_hf.memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
+from baka_hf.memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Held, Memory
 
 EXACT = dict(rtol=0, atol=1e-9)
 
@@ -35,9 +35,9 @@ class Gated(BakaMemoryUpdate):
 class EverySecond(BakaMemoryUpdate):
     """Written by the first chunk, the third, the fifth."""
 
-    @staticmethod
-    def state_shapes(num_memory_tokens: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        return BakaMemoryUpdate.state_shapes(num_memory_tokens, hidden_size) | {"is_second": ()}
+    @classmethod
+    def held(cls, config: Any) -> dict[str, Held]:
+        return super().held(config) | {"is_second": Held(())}
 
     def forward(self, memory: Memory, written: Tensor) -> Memory:
         is_second = memory["is_second"]
@@ -48,9 +48,10 @@ class EverySecond(BakaMemoryUpdate):
 class Mixed(BakaMemoryUpdate):
     """Half of what was written and half of what the chunk before had read: tensors go from name to name."""
 
-    @staticmethod
-    def state_shapes(num_memory_tokens: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(("memory", "before"), (num_memory_tokens, hidden_size))
+    @classmethod
+    def held(cls, config: Any) -> dict[str, Held]:
+        vectors = Held((config.num_memory_tokens, config.hidden_size), in_float32=True)
+        return {"memory": vectors, "before": vectors}
 
     def forward(self, memory: Memory, written: Tensor) -> Memory:
         return {"memory": (written + memory["before"]) / 2, "before": memory["memory"]}
@@ -144,6 +145,46 @@ def test_states_of_another_precision(model: BakaForCausalLM, on_cpus: None) -> N
         state = model.new_cache(2, static=is_static).to(dtype=torch.bfloat16)
         assert_close(model(tokens, cache=state).logits[0], naive_logits(model, tokens[0]), rtol=0, atol=1e-5)
         assert {tensor.dtype for tensor in state.carried.values()} == {torch.float64}
+
+
+@torch.no_grad()
+def test_what_is_kept_in_float32(on_cpus: None, tmp_path: Path) -> None:
+    """It is so in every state of a model in half precision, whatever is done with it, and never rounded on the way."""
+    model = tiny_model(tiny_config(memory_update="mixed"), torch.bfloat16)
+    tokens = random_tokens(model.config, 3, 24)
+
+    def check(state: BakaCache) -> BakaCache:
+        assert state.dtype == state.layers[0].keys.dtype == torch.bfloat16
+        assert {tensor.dtype for tensor in state.carried.values()} == {torch.float32}
+        return state
+
+    state = check(model.new_cache(3))
+    sizes = [tensor.numel() * (4 if name in ("memory", "before") else 2) for name, tensor in state.tensors().items()]
+    assert state.nbytes == sum(sizes)
+    state.activate_past_recording()
+    for part in tokens.split([1, 11, 12], dim=1):
+        model(part, cache=state)
+    assert not torch.equal(state.memory, state.memory.bfloat16().float())  # half of two sums
+    static = model.new_cache(3, static=True)
+    model(tokens, cache=static)
+    assert_same_state(check(static), state)
+    with torch.enable_grad():
+        assert_same_state(check(model(tokens, use_cache=True).past_key_values.detach_()), state, rtol=0, atol=0.1)
+
+    check(state).save_pretrained(tmp_path)
+    loaded = check(BakaCache.from_pretrained(tmp_path, config=model.config, dtype=torch.bfloat16))
+    joined = check(BakaCache.cat([state, loaded]).to(dtype=torch.bfloat16))
+    assert torch.equal(joined.memory, state.memory.repeat(2, 1, 1))
+    check(model.new_cache(3, memory=state.memory.bfloat16()))
+    assert_same_state(check(model.new_cache(1, memory=state.memory[0])), model.new_cache().seed_memory(state.memory[0]))
+    loaded.reset_rows(torch.tensor([True, False, False]))
+    loaded.batch_select_indices(torch.tensor([2, 1]))
+    assert torch.equal(check(loaded).memory, state.memory[[2, 1]])
+    state.crop(-10)
+    check(state).reset()
+    check(state).memory = state.memory.bfloat16()
+    with pytest.raises(ValueError, match=r"memory is torch.bfloat16 .*, expected torch.float64 or torch.float32 "):
+        state.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["every_second", "mixed"])

@@ -338,12 +338,12 @@ class BakaModel(BakaPreTrainedModel):
         if self.config.memory_norm:
             written = self.memory_norm(written)
         memory = {name: x.to(written.device) for name, x in memory.items()}  # a device map may have put it elsewhere
-        return self.memory_update(memory, written)
+        return {name: x.to(memory[name]) for name, x in self.memory_update(memory, written).items()}
 
     def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
-        """The memory of rows that have read nothing, in the dtype and on the device of `like`: zeros."""
-        shapes = self.memory_update.state_shapes(self.config.num_memory_tokens, self.config.hidden_size)
-        return {name: like.new_zeros(batch_size, *shape) for name, shape in shapes.items()}
+        """The memory of rows that have read nothing, on the device of `like` and for a model of its dtype: zeros."""
+        held = self.memory_update.held(self.config)
+        return {name: each.zeros(batch_size, like.device, like.dtype) for name, each in held.items()}
 
     def anchor(self, like: torch.Tensor) -> torch.Tensor:
         """Zero, but it depends on every recurrent parameter, so that each gets a gradient even in a text of one chunk.
@@ -357,7 +357,8 @@ class BakaModel(BakaPreTrainedModel):
             learned = self.learned_memory(like)[None]
             for to in ("read", "write"):
                 total = total + self.solidify(learned, to).sum().to(like)
-            updated = self.update_memory(self.empty_memory(like, 1) | {"memory": learned}, learned)
+            empty = self.empty_memory(like, 1)
+            updated = self.update_memory(empty | {"memory": learned.to(empty["memory"])}, learned)
             total = total + sum(held.sum().to(like) for held in updated.values())
         return 0 * total
 
