@@ -4,15 +4,127 @@ Two ways to write, both once a chunk, so that within a chunk what is read stands
 (arXiv 2407.04841), or every token in turn by the delta rule (arXiv 2412.06464), which is computed in parallel.
 """
 
+from typing import Any
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from .functions_baka import at_least_float32
+from .configuration_baka import BakaConfig
+from .functions_baka import at_least_float32, initialise
+from .memory_baka import Held
+from .stream_baka import Associated, Writers
 
 NUM_SHIFTS = 3  # ν of DPFP-ν: a key of d numbers has 2νd features
 EPSILON = 1e-5
 MAX_PIECE = 64  # tokens whose writes are solved for at once
 BLOCK = 8  # rows of a triangular matrix whose inverse is a product
+
+
+def associative_layers(config: Any) -> list[int]:
+    """The numbers of the blocks that have an associative memory, of a `BakaConfig` or what a state knows of one."""
+    every = config.associative_layer_interval
+    return list(range(every - 1, config.num_hidden_layers, every)) if config.associative_dim else []
+
+
+def associations_held(config: Any) -> dict[str, Held]:
+    """What a state has of them for each row, stacked over the blocks that have one, by name; zero where nothing was
+    stored. Arguments as for `associative_layers`."""
+    width, heads, count = config.associative_dim, config.num_associative_heads, len(associative_layers(config))
+    if not width:
+        return {}
+    if heads:
+        return {"associations": Held((count, heads, width, config.head_dim), in_float32=True)}
+    features = 2 * NUM_SHIFTS * width
+    return {
+        "associations": Held((count, features, config.hidden_size), in_float32=True),
+        "normalizers": Held((count, features), in_float32=True),
+    }
+
+
+class BakaMemoryAssociation(nn.Module):
+    """Written by a block's outputs at the write positions, and read by every position before the block (ARMT)."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__()
+        self.q_proj = nn.Linear(config.hidden_size, config.associative_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.associative_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.beta_proj = nn.Linear(config.hidden_size, 1)
+        initialise(config.hidden_size**-0.5, self.q_proj, self.k_proj)
+        initialise(0.0, self.v_proj, self.beta_proj)
+
+    def read(self, query: torch.Tensor, associated: Associated) -> torch.Tensor:
+        """What is stored under `query`, a product of `q_proj` [B, Q, d]: [B, Q, D]."""
+        return recall(*associated.held, dpfp(query))
+
+    def keep(self, associated: Associated, inputs: torch.Tensor, writers: Writers) -> Associated:
+        """Be ready to write `inputs` [B, R, D]: they are all there at once."""
+        return associated._replace(inputs=inputs)
+
+    def project(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys [B, R, d], values [B, R, D] and what strengths are made of [B, R, 1]."""
+        return self.k_proj(inputs), self.v_proj(inputs), self.beta_proj(inputs)
+
+    def write(self, associated: Associated) -> tuple[torch.Tensor, ...]:
+        """What is held after a chunk whose write positions gave `associated.inputs` [B, R, D]."""
+        assert associated.inputs is not None
+        association, normalizer = associated.held
+        keys, values, strengths = self.project(associated.inputs)
+        with torch.autocast(association.device.type, enabled=False):
+            keys, values, strengths = (x.to(association) for x in (keys, values, strengths))
+            return store(association, normalizer, dpfp(keys), values, strengths[..., 0].sigmoid())
+
+
+class BakaTokenAssociation(nn.Module):
+    """Written by every token's input to a block, and read by every position beside attention.
+
+    Under the key of the token before it, so that what followed a context is stored under that. The first token of a
+    chunk writes nothing.
+    """
+
+    def __init__(self, config: BakaConfig):
+        super().__init__()
+        self.num_heads, self.chunk_size = config.num_associative_heads, config.chunk_size
+        keys, values = self.num_heads * config.associative_dim, self.num_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, values, bias=False)
+        self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
+        self.beta_proj = nn.Linear(config.hidden_size, self.num_heads)
+        self.gamma_proj = nn.Linear(config.hidden_size, self.num_heads)
+        initialise(config.hidden_size**-0.5, self.q_proj, self.k_proj, self.v_proj)
+        initialise(0.0, self.o_proj, self.beta_proj, self.gamma_proj)
+        # Some heads keep three quarters in a chunk, others all but nothing is lost.
+        self.gamma_proj.initial_bias = (2.0, 6.0)  # type: ignore[assignment]
+
+    def read(self, query: torch.Tensor, associated: Associated) -> torch.Tensor:
+        """What is stored under `query`, a product of `q_proj` [B, Q, H · d]: [B, Q, D]."""
+        query = self.of_heads(query)
+        query = F.normalize(query.to(at_least_float32(query.dtype)), dim=-1).to(query.dtype)
+        return self.o_proj((query @ associated.held[0].to(query.dtype)).transpose(1, 2).flatten(2))
+
+    def keep(self, associated: Associated, inputs: torch.Tensor, writers: Writers) -> Associated:
+        """Take in the normed inputs [B, T, D] of a span's text."""
+        return associated._replace(inputs=writers.place(associated.inputs, inputs, self.chunk_size))
+
+    def project(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Keys [B, n, H · d], values [B, n, H · head_dim], and what strengths and decay are made of [B, n, H]."""
+        return self.k_proj(inputs), self.v_proj(inputs), self.beta_proj(inputs), self.gamma_proj(inputs)
+
+    def write(self, associated: Associated) -> tuple[torch.Tensor, ...]:
+        """What is held after a chunk whose text had the normed inputs `associated.inputs` [B, n, D]."""
+        assert associated.inputs is not None
+        (state,) = associated.held
+        products = self.project(associated.inputs)
+        with torch.autocast(state.device.type, enabled=False):
+            keys, values, strengths, decay = (self.of_heads(x.to(state)) for x in products)
+            keys = F.pad(F.normalize(keys[:, :, :-1], dim=-1), (0, 0, 1, 0))
+            return (delta_rule(state, keys, values, strengths[..., 0].sigmoid(), decay[..., 0].mean(-1).sigmoid()),)
+
+    def of_heads(self, products: torch.Tensor) -> torch.Tensor:
+        """[B, T, H · ·] as [B, H, T, ·]."""
+        return products.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 # A few vectors at once
@@ -134,3 +246,6 @@ def invert_unit_lower(lower: torch.Tensor) -> torch.Tensor:
         inverse = inverse - inverse @ below @ inverse
         size *= 2
     return inverse
+
+
+ASSOCIATIONS: dict[str, type[nn.Module]] = {"memory": BakaMemoryAssociation, "tokens": BakaTokenAssociation}

@@ -36,7 +36,11 @@ RECORDED_POSITIONS = 128
 
 
 class BakaCacheLayer(CacheLayerMixin):
-    """Keys and values of one block, [B, num_key_value_heads, 2S, head_dim] (S slots with `use_xl_cache=False`)."""
+    """Keys and values of one block, [B, num_key_value_heads, 2S, head_dim] (S slots with `use_xl_cache=False`).
+
+    Where tokens write associations also its normed inputs [B, n, D], of the text of the chunk in progress: from these
+    follows what they will write.
+    """
 
     is_compileable = False
     is_croppable = True
@@ -44,6 +48,7 @@ class BakaCacheLayer(CacheLayerMixin):
 
     keys: torch.Tensor
     values: torch.Tensor
+    inputs: torch.Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +63,13 @@ class BakaCacheLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, placement: Placement, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write a span's keys and values [B, H, Q, head_dim] in place; return all that its queries may look at."""
+        if self.keys.shape[1] != key_states.shape[1] and not (self.keys.any() or self.values.any()):
+            # Under tensor parallelism each process has its share of the heads.
+            heads = key_states.shape[1]
+            self.keys, self.values = self.keys[:, :heads].clone(), self.values[:, :heads].clone()
         self.keys, self.values = self._writable(self.keys, key_states), self._writable(self.values, value_states)
+        if self.inputs is not None:
+            self.inputs = self._writable(self.inputs, key_states)
         self.is_shared = False
         if placement.slots is None or placement.valid is None:
             self.keys[:, :, placement.start : placement.stop] = key_states
@@ -70,10 +81,17 @@ class BakaCacheLayer(CacheLayerMixin):
         self.values.scatter_(2, index, torch.where(placement.valid, value_states, self.values.gather(2, index)))
         return self.keys, self.values
 
+    def update_inputs(self, text: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """Write the normed inputs [B, T, D] of a span's text in place, after `update`; return the chunk's, [B, n, D]."""
+        assert self.inputs is not None
+        if placement.slots is None or placement.valid is None:
+            self.inputs[:, placement.start : placement.stop] = text
+        else:
+            index = placement.slots[:, 0].expand_as(text)
+            self.inputs.scatter_(1, index, torch.where(placement.valid[:, 0], text, self.inputs.gather(1, index)))
+        return self.inputs
+
     def _writable(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        if buffer.shape[1] != like.shape[1] and not buffer.any():
-            # Under tensor parallelism each process has its share of the heads.
-            return like.new_zeros(buffer.shape[0], like.shape[1], *buffer.shape[2:])
         if buffer.device != like.device or buffer.dtype != like.dtype:
             return buffer.detach().to(device=like.device, dtype=like.dtype)
         if self.is_shared or buffer.requires_grad or (buffer.is_inference() and not torch.is_inference_mode_enabled()):

@@ -4,12 +4,13 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .associative_baka import ASSOCIATIONS, associative_layers
 from .attention_baka import BakaAttention
 from .cache_baka import BakaCacheLayer
 from .compile_baka import recompute
 from .configuration_baka import BakaConfig
 from .functions_baka import get_activation
-from .stream_baka import View
+from .stream_baka import Associated, View
 
 
 class BakaMLP(nn.Module):

@@ -10,13 +10,14 @@ of one chunk that are read in one pass. Nothing in here waits for a device.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .configuration_baka import BakaConfig
-from .functions_baka import gather_positions, pad_slots, where_rows
+from .functions_baka import any_rows, gather_positions, pad_slots, where_rows
 from .memory_baka import Memory
 
 
@@ -45,6 +46,44 @@ class Placement(NamedTuple):
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin, see `functions_baka.rotary_table`
 
 
+class Writers(NamedTuple):
+    """The positions of a span that write associations: its text, or its write memory."""
+
+    where: Any  # slices of its positions in step, else their index [B, T]
+    completes: bool  # whether a row's chunk may become full, which is when they are written
+    placement: Placement | None  # of its text in the chunk; None: a whole one, or of a kind of which nothing is kept
+
+    def take(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """These positions of [B, Q, D], [B, T, D]."""
+        if isinstance(self.where, torch.Tensor):
+            return gather_positions(hidden_states, self.where)
+        parts = [hidden_states[:, part] for part in self.where]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+    def place(self, past: torch.Tensor | None, text: torch.Tensor, length: int) -> torch.Tensor:
+        """What is kept [B, length, D] of the text of a chunk, `text` [B, T, D] of the span among it; nothing is written
+        in place."""
+        if self.placement is None:
+            return text
+        if self.placement.slots is None or self.placement.valid is None:
+            start, stop = self.placement.start, self.placement.stop
+            if start:
+                assert past is not None
+                text = torch.cat([past[:, :start].to(text), text], dim=1)
+            return nn.functional.pad(text, (0, 0, 0, length - stop))
+        past = text.new_zeros(text.shape[0], length, text.shape[2]) if past is None else past.to(text)
+        index = self.placement.slots[:, 0].expand_as(text)
+        return past.scatter(1, index, torch.where(self.placement.valid[:, 0], text, past.gather(1, index)))
+
+
+class Associated(NamedTuple):
+    """What a block finds of its associations, and leaves of them."""
+
+    held: tuple[torch.Tensor, ...]  # its part of what `associations_held` names, [B, …] each
+    inputs: torch.Tensor | None  # what will be written, see `BakaMemoryAssociation` and `BakaTokenAssociation`
+
+
 class View(NamedTuple):
     """What all blocks share for a span."""
 
@@ -54,6 +93,7 @@ class View(NamedTuple):
     parts: Parts | None = None  # with it compiled attention does without a mask
     # A whole chunk's keys are left behind as those of a previous stream, S slots earlier: the angles of that.
     previous_angles: Angles | None = None
+    writers: Writers | None = None  # None if there are no associations
 
 
 def fixed_pauses(config: BakaConfig) -> list[int]:
@@ -267,6 +307,47 @@ def compare_slots(
     elif not span.has_previous:
         numbers = numbers.masked_fill(numbers < S, 2 * S)
     return numbers, horizons
+
+
+def writers_of(
+    config: BakaConfig, span: Span, layout: Layout, keeps: bool, device: torch.device
+) -> Writers | None:
+    """What of a span writes associations; None if there are none.
+
+    Args:
+        config: the model's configuration.
+        span: the span.
+        layout: of the span.
+        keeps: whether the text of a chunk is kept even if the span is a whole one.
+        device: where an index is wanted.
+    """
+    if not config.associative_dim:
+        return None
+    completes = any_rows(layout.completes)
+    if config.associative_write == "memory":
+        if layout.in_step:
+            width = layout.hi - layout.lo
+            return Writers((slice(width - config.num_memory_tokens, width),), completes, None)
+        return Writers(layout.write.to(device), completes, None)
+    if layout.in_step:
+        stops = list(accumulate(length for _, length in layout.pieces))
+        where = tuple(
+            slice(stop - length, stop)
+            for (kind, length), stop in zip(layout.pieces, stops, strict=True)
+            if kind == "text"
+        )
+        placement = Placement(0, span.start, span.start + span.length)
+        return Writers(where, completes, placement if keeps or not is_chunk(layout) else None)
+    steps = torch.arange(span.length, device=device)
+    slots = (span.start.to(device)[:, None] + steps) % config.chunk_size
+    valid = steps < span.count.to(device)[:, None]
+    placement = Placement(slots=slots[:, None, :, None], valid=valid[:, None, :, None])
+    return Writers(layout.text.to(device), completes, placement)
+
+
+def is_chunk(layout: Layout) -> bool:
+    """Whether a span is a whole chunk in all rows, its write memory included."""
+    return layout.begins is True and layout.completes is True
 
 
 def is_whole(layout: Layout, config: BakaConfig) -> bool:
