@@ -21,6 +21,10 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from baka_hf import BakaCache, BakaConfig, BakaForCausalLM
 
+# Of three pairs of features the first turns as ever, the second somewhat more slowly, the third by the whole factor.
+LLAMA3 = dict(rope_type="llama3", rope_theta=50.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=48)
+
 # Every field of a config, each where it shows. By default the pauses do not divide the chunk.
 CONFIGS: dict[str, dict[str, Any]] = {
     "pristine": dict(hidden_act="silu", num_memory_tokens=0, num_pause_tokens=0, use_xl_cache=False),
@@ -61,6 +65,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gelu": dict(hidden_act="gelu"),
     "other_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
     "other_epsilon": dict(layer_norm_eps=0.1),
+    "associations_of_memory": dict(associative_dim=3, memory_norm=True),
+    "associations_of_tokens": dict(
+        **dict(associative_dim=3, associative_write="tokens", associative_layer_interval=2, num_hidden_layers=3),
+        num_memory_tokens=0,
+    ),
+    "associations_of_tokens_and_memory": dict(
+        **dict(associative_dim=4, associative_write="tokens", use_xl_cache=False, chunk_size=7),
+        **dict(norm_type="rmsnorm", parallel_residual=False, num_attention_heads=4, num_key_value_heads=2, head_dim=4),
+    ),
+    "block_of_llama": dict(norm_type="rmsnorm", parallel_residual=False, hidden_act="silu", rope_parameters=LLAMA3),
+    "block_of_qwen3": dict(
+        **dict(norm_type="rmsnorm", parallel_residual=False, qk_norm=True, layer_norm_eps=0.01, memory_norm=True),
+        **dict(memory_solidifier="layer", head_dim=8, num_attention_heads=4, num_key_value_heads=2),
+    ),
+    "side_by_side_with_biases": dict(
+        **dict(qk_norm=True, attention_bias=True, mlp_bias=True, memory_solidifier="mlp"),
+        rope_parameters={"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0},
+    ),
+    "in_turn_with_biases": dict(
+        parallel_residual=False, attention_bias=True, memory_solidifier="layer", separate_solidifiers=True
+    ),
 }
 every_config = pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
 

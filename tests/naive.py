@@ -5,16 +5,19 @@
     read_i   = f_read(m_i)                                  f: the solidifier
     write_i  = f_write(m_i), or m_0                         memory_write "carry", or "tokens"
     m_i+1    = last block's output at chunk i's write slots, with memory_norm its LayerNorm
-    y        = x + attention(LN x) + mlp(LN x)              in every block
+    y        = x + attention(LN x) + mlp(LN x)              in every block; without parallel_residual
+               h + mlp(LN' h) of h = x + attention(LN x)    LN: LayerNorm or RMSNorm, everywhere
     RoPE       previous stream at slots 0 … S-1, own stream at S … 2S-1; `allowed` says which slots see which
 
 Nothing is shared with the package but the names of the config's fields and of the parameters. Everything is made of
 differentiable torch operations, so the naive gradients are those of the formulas too.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 
 Weights = Mapping[str, Tensor]
 KeysValues = tuple[Tensor, Tensor]
+Association = Sequence[Tensor]  # A [F, D] and z [F], or of each head S [d, head_dim]
 
 
 @dataclass
@@ -59,21 +63,49 @@ def allowed_mask(length: int, has_previous: bool, num_memory: int, num_slots: in
     return torch.tensor([[allowed(q, k, num_memory, num_slots) for k in keys] for q in range(length)])
 
 
-def layer_norm(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
+def rms_norm(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt() * weights[f"{name}.weight"]
+
+
+def norm(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
+    if config.norm_type == "rmsnorm":
+        return rms_norm(config, weights, name, x)
     return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps)
 
 
+def linear(weights: Weights, name: str, x: Tensor, bias: bool) -> Tensor:
+    product = x @ weights[f"{name}.weight"].T
+    return product + weights[f"{name}.bias"] if bias else product
+
+
 def mlp(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
-    up, gate = x @ weights[f"{name}.up_proj.weight"].T, x @ weights[f"{name}.gate_proj.weight"].T
-    return (up * ACTIVATIONS[config.hidden_act](gate)) @ weights[f"{name}.down_proj.weight"].T
+    up, gate = (linear(weights, f"{name}.{proj}_proj", x, config.mlp_bias) for proj in ("up", "gate"))
+    return linear(weights, f"{name}.down_proj", up * ACTIVATIONS[config.hidden_act](gate), config.mlp_bias)
+
+
+def frequency(rope: Mapping[str, Any], exponent: float) -> float:
+    """The angle of one slot, for a pair of features: theta^-exponent, scaled as `rope` says."""
+    plain = rope["rope_theta"] ** -exponent
+    if rope["rope_type"] == "linear":
+        return plain / rope["factor"]
+    if rope["rope_type"] == "llama3":  # by the wavelength, as the authors of Llama 3.1 have written it
+        wavelength, context = 2 * math.pi / plain, rope["original_max_position_embeddings"]
+        if wavelength < context / rope["high_freq_factor"]:
+            return plain
+        if wavelength > context / rope["low_freq_factor"]:
+            return plain / rope["factor"]
+        smooth = context / wavelength - rope["low_freq_factor"]
+        smooth /= rope["high_freq_factor"] - rope["low_freq_factor"]
+        return (1 - smooth) * plain / rope["factor"] + smooth * plain
+    return plain
 
 
 def rotate(config: Any, x: Tensor, first_slot: int) -> Tensor:
     """RoPE (arXiv 2104.09864, rotate-half) of x [N, heads, head_dim] at slots first_slot, first_slot + 1, …"""
     length, _, head_dim = x.shape
     slots = torch.arange(first_slot, first_slot + length, dtype=x.dtype)
-    exponents = torch.arange(0, head_dim, 2, dtype=x.dtype) / head_dim
-    angles = torch.outer(slots, config.rope_parameters["rope_theta"] ** -exponents).repeat(1, 2)[:, None]
+    frequencies = [frequency(config.rope_parameters, pair / head_dim) for pair in range(0, head_dim, 2)]
+    angles = torch.outer(slots, torch.tensor(frequencies, dtype=x.dtype)).repeat(1, 2)[:, None]
     left, right = x.chunk(2, dim=-1)
     return x * angles.cos() + torch.cat([-right, left], dim=-1) * angles.sin()
 
@@ -88,9 +120,12 @@ def attention(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = config.head_dim or config.hidden_size // heads
     query, own_key, own_value = (
-        (x @ weights[f"{name}.{proj}_proj.weight"].T).unflatten(-1, (count, head_dim))
+        linear(weights, f"{name}.{proj}_proj", x, config.attention_bias).unflatten(-1, (count, head_dim))
         for proj, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
     )
+    if config.qk_norm:
+        query = rms_norm(config, weights, f"{name}.q_norm", query)
+        own_key = rms_norm(config, weights, f"{name}.k_norm", own_key)
     key, value = rotate(config, own_key, first_slot), own_value
     if previous is not None:
         key = torch.cat([rotate(config, previous[0], 0), key])
@@ -98,16 +133,88 @@ def attention(
     key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
     scores = torch.einsum("qhd,khd->hqk", rotate(config, query, first_slot), key) / head_dim**0.5
     attended = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    output = torch.einsum("hqk,khd->qhd", attended, value).flatten(1) @ weights[f"{name}.o_proj.weight"].T
+    output = torch.einsum("hqk,khd->qhd", attended, value).flatten(1)
+    output = linear(weights, f"{name}.o_proj", output, config.attention_bias)
     return output, attended, (own_key, own_value)
 
 
+def features(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """DPFP-3 (arXiv 2102.11174) of W x: r_i r_(i - j) for j = 1, 2, 3, where r = relu of W x and of -W x"""
+    x = weights[f"{name}.weight"] @ x
+    r = [max(number, 0 * number) for number in [*x, *-x]]
+    return torch.stack([r[i] * r[i - j] for j in (1, 2, 3) for i in range(len(r))])
+
+
+def recall(weights: Weights, name: str, x: Tensor, association: Association) -> Tensor:
+    """Aᵀφ / (z·φ + 1e-5) of one position x [D]"""
+    A, z = association
+    phi = features(weights, f"{name}.q_proj", x)
+    return A.T @ phi / (z @ phi + 1e-5)
+
+
+def store(weights: Weights, name: str, written: Tensor, association: Association) -> Association:
+    """A and z after a chunk whose write positions gave `written` [R, D] (ARMT, arXiv 2407.04841)"""
+    A, z = after = association
+    for o in written:
+        k = features(weights, f"{name}.k_proj", o)
+        there = A.T @ k / (z @ k + 1e-5)
+        beta = linear(weights, f"{name}.beta_proj", o, True).sigmoid()
+        gamma = (1 - z @ k / (k @ k + 1e-5)).clamp(0, 1).detach()
+        change = beta * (weights[f"{name}.v_proj.weight"] @ o - there)
+        after = after[0] + torch.outer(k, change), after[1] + gamma * k
+    return after
+
+
+def heads_of(weights: Weights, name: str, x: Tensor, heads: int) -> list[Tensor]:
+    return list((weights[f"{name}.weight"] @ x).chunk(heads))
+
+
+def recall_in_heads(weights: Weights, name: str, x: Tensor, states: Association) -> Tensor:
+    """W_o concat(q S) of one position x [D], whose queries have length 1"""
+    queries = heads_of(weights, f"{name}.q_proj", x, len(states))
+    recalled = [query / query.norm() @ state for query, state in zip(queries, states, strict=True)]
+    return weights[f"{name}.o_proj.weight"] @ torch.cat(recalled)
+
+
+def store_in_heads(weights: Weights, name: str, text: Tensor, states: Association) -> Association:
+    """The states after a chunk with the normed inputs `text` [n, D]: the gated delta rule (arXiv 2412.06464), each
+    token under the key of the one before it"""
+    gammas = linear(weights, f"{name}.gamma_proj", text.mean(0), True).sigmoid()
+    states = [gamma * state for gamma, state in zip(gammas, states, strict=True)]
+    for before, token in pairwise(text):
+        keys = heads_of(weights, f"{name}.k_proj", before, len(states))
+        values = heads_of(weights, f"{name}.v_proj", token, len(states))
+        betas = linear(weights, f"{name}.beta_proj", token, True).sigmoid()
+        for head, (key, value, beta) in enumerate(zip(keys, values, betas, strict=True)):
+            key = key / key.norm()
+            states[head] = states[head] + beta * torch.outer(key, value - key @ states[head])
+    return states
+
+
 def block(
-    config: Any, weights: Weights, name: str, x: Tensor, previous: KeysValues | None, first_slot: int, mask: Tensor
+    config: Any,
+    weights: Weights,
+    name: str,
+    x: Tensor,
+    previous: KeysValues | None,
+    first_slot: int,
+    mask: Tensor,
+    association: Association | None = None,
 ) -> tuple[Tensor, Tensor, KeysValues]:
-    """y = x + attention(LN x) + mlp(LN x)"""
-    normed = layer_norm(config, weights, f"{name}.input_layernorm", x)
+    """y = x + attention(LN x) + mlp(LN x), or h + mlp(LN' h) of h = x + attention(LN x); associations are read by x
+    before all that, or by LN x beside attention"""
+    by_tokens = config.associative_write == "tokens"
+    if association is not None and not by_tokens:
+        x = x + torch.stack([recall(weights, f"{name}.association", position, association) for position in x])
+    normed = norm(config, weights, f"{name}.input_layernorm", x)
     out, attended, keys_values = attention(config, weights, f"{name}.self_attn", normed, previous, first_slot, mask)
+    if association is not None and by_tokens:
+        out = out + torch.stack(
+            [recall_in_heads(weights, f"{name}.association", position, association) for position in normed]
+        )
+    if not config.parallel_residual:
+        x, out = x + out, 0
+        normed = norm(config, weights, f"{name}.post_attention_layernorm", x)
     return x + out + mlp(config, weights, f"{name}.mlp", normed), attended, keys_values
 
 
@@ -122,7 +229,7 @@ def solidify(config: Any, weights: Weights, role: str, x: Tensor) -> Tensor:
             gate = gate.sigmoid() if kind == "glu" else elephant(gate)
             return x + (x @ weights[f"{name}.proj.weight"].T) * gate
         case "mlp":
-            return x + mlp(config, weights, f"{name}.mlp", layer_norm(config, weights, f"{name}.norm", x))
+            return x + mlp(config, weights, f"{name}.mlp", norm(config, weights, f"{name}.norm", x))
         case "layer":
             everything = torch.ones(len(x), len(x), dtype=torch.bool)
             return block(config, weights, name, x, None, 0, everything)[0]
@@ -156,6 +263,16 @@ def read(
     m_0 = weights["model.memory_tokens.weight"] if num_memory else text.new_zeros(0, config.hidden_size)
     m = m_0 if memory is None else memory.double()
     previous: list[KeysValues | None] = [None] * num_layers
+    associations: list[Association | None] = [None] * num_layers
+    for layer in range(num_layers):
+        if config.associative_dim and (layer + 1) % config.associative_layer_interval == 0:
+            shapes: list[tuple[int, ...]] = [
+                (6 * config.associative_dim, config.hidden_size),
+                (6 * config.associative_dim,),
+            ]
+            if config.associative_write == "tokens":
+                shapes = [(config.associative_dim, config.head_dim)] * config.num_attention_heads
+            associations[layer] = [text.new_zeros(shape) for shape in shapes]
     memories = [m]
     hidden: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
     attentions: list[list[Tensor]] = [[] for _ in range(num_layers)]
@@ -164,6 +281,7 @@ def read(
         if i in detach_at:
             m = m.detach()
             previous = [kv and (kv[0].detach(), kv[1].detach()) for kv in previous]
+            associations = [held and [tensor.detach() for tensor in held] for held in associations]
 
         learned = i == 0 and memory is None  # chunk 0 reads and writes m_0 itself; solidifiers are for what was written
         stream = list(m if learned else solidify(config, weights, "read", m))
@@ -184,16 +302,24 @@ def read(
         for layer in range(num_layers):
             hidden[layer].append(x[text_slots])
             name = f"model.layers.{layer}"
-            x, attended, keys_values = block(config, weights, name, x, previous[layer], num_slots, mask)
+            before, held = x, associations[layer]
+            x, attended, keys_values = block(config, weights, name, x, previous[layer], num_slots, mask, held)
+            if full and held is not None:
+                name = f"{name}.association"
+                if config.associative_write == "tokens":
+                    normed = norm(config, weights, f"model.layers.{layer}.input_layernorm", before[text_slots])
+                    associations[layer] = store_in_heads(weights, name, normed, held)
+                else:
+                    associations[layer] = store(weights, name, x[len(x) - num_memory :], held)
             own.append(keys_values)
             unseen = num_slots if previous[layer] is None else 0, num_slots - len(stream)
             attentions[layer].append(F.pad(attended[:, text_slots], unseen))
-        hidden[num_layers].append(layer_norm(config, weights, "model.norm", x[text_slots]))
+        hidden[num_layers].append(norm(config, weights, "model.norm", x[text_slots]))
 
         if full:
             written = x[len(x) - num_memory :]
             if config.memory_norm:
-                written = layer_norm(config, weights, "model.memory_norm", written)
+                written = norm(config, weights, "model.memory_norm", written)
             m = update(m, written)
             memories.append(m)
             if config.use_xl_cache:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import CONFIGS, tiny_config
+from helpers import CONFIGS, LLAMA3, tiny_config
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from baka_hf import BakaConfig, BakaModel
@@ -23,8 +23,14 @@ DEFAULTS = dict(
     num_key_value_heads=12,
     head_dim=64,
     hidden_act="elephant",
+    norm_type="layernorm",
     layer_norm_eps=1e-5,
+    parallel_residual=True,
+    qk_norm=False,
+    attention_bias=False,
+    mlp_bias=False,
     initializer_range=0.02,
+    residual_initializer_range=None,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     chunk_size=512,
     num_memory_tokens=16,
@@ -54,9 +60,15 @@ UNUSUAL = dict(
     num_key_value_heads=2,
     head_dim=10,
     hidden_act="silu",
+    norm_type="rmsnorm",
     layer_norm_eps=1e-3,
+    parallel_residual=False,
+    qk_norm=True,
+    attention_bias=True,
+    mlp_bias=True,
     initializer_range=0.1,
-    rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+    residual_initializer_range=0.0,
+    rope_parameters=LLAMA3,
     chunk_size=9,
     num_memory_tokens=1,
     memory_write="tokens",
@@ -271,11 +283,25 @@ def test_heads_are_derived(overrides: dict[str, int], num_key_value_heads: int, 
         (dict(rope_theta=50.0), 50.0),
         (dict(rope_parameters={"rope_theta": 50}), 50),
         (dict(rope_parameters={"rope_type": "default"}), 10000.0),
+        (dict(rope_parameters={"type": "default", "rope_theta": 50}), 50),
     ],
 )
 def test_rope_theta(arguments: dict[str, Any], theta: float) -> None:
     """The older argument `rope_theta` and incomplete `rope_parameters` are completed."""
-    assert BakaConfig(**arguments).rope_parameters == {"rope_type": "default", "rope_theta": theta}
+    config = BakaConfig(**arguments)
+    assert config.rope_parameters.items() >= {"rope_type": "default", "rope_theta": theta}.items()
+    assert config.rope == ("default", theta, {})
+
+
+def test_rope_types_that_scale() -> None:
+    """What transformers calls `rope_scaling` too, completed and said in one way; nothing else is asked for."""
+    linear = BakaConfig(rope_scaling={"type": "linear", "factor": 2}, rope_theta=50.0)
+    assert linear.rope == ("linear", 50.0, {"factor": 2.0})
+    assert BakaConfig.from_dict(linear.to_dict()).rope == linear.rope
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    llama3 = BakaConfig(rope_parameters=LLAMA3)
+    assert llama3.rope == ("llama3", 50.0, {name: float(LLAMA3[name]) for name in names})
+    assert not hasattr(llama3, "max_position_embeddings")
 
 
 def test_rope_parameters_are_copied() -> None:
@@ -387,11 +413,21 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     ],
     ("layer_norm_eps", float("inf"), {}),
     ("initializer_range", float("nan"), {}),
+    *[("residual_initializer_range", value, {}) for value in (-0.1, float("inf"), float("nan"), "0", False)],
+    *[("norm_type", value, {}) for value in ("layer_norm", "RMSNorm", None, [])],
     ("rope_parameters", "yarn", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})),
-    ("rope_parameters", "linear", dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})),
     ("rope_parameters", "dynamic", dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
     ("rope_parameters", "longrope", dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})),
-    ("rope_parameters", "linear", dict(rope_scaling={"rope_type": "linear", "factor": 2.0})),
+    ("rope_parameters", "yarn", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0})),
+    ("rope_parameters", "proportional", dict(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4})),
+    ("rope_parameters", ["linear"], dict(rope_parameters={"rope_type": ["linear"]})),
+    ("rope_parameters", None, dict(rope_parameters={"rope_type": "linear"})),
+    ("rope_parameters", -2, dict(rope_scaling={"type": "linear", "factor": -2})),
+    ("rope_parameters", "8", dict(rope_parameters=LLAMA3 | dict(factor="8"))),
+    ("rope_parameters", None, dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=None))),
+    ("rope_parameters", 1.0, dict(rope_parameters=LLAMA3 | dict(high_freq_factor=1.0))),  # as low_freq_factor
+    ("rope_parameters", "beta_fast", dict(rope_parameters=LLAMA3 | dict(beta_fast=32))),
+    ("rope_parameters", "factor", dict(rope_parameters={"factor": 2.0})),
     ("rope_parameters", 0, dict(rope_parameters={"rope_theta": 0})),
     ("rope_parameters", -1.0, dict(rope_theta=-1.0)),
     ("rope_parameters", None, dict(rope_parameters={"rope_theta": None})),
@@ -407,7 +443,8 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     ("separate_solidifiers", True, {}),  # of "none"
     *[
         (name, value, {})
-        for name in ("separate_solidifiers", "memory_norm", "use_xl_cache", "tie_word_embeddings", "use_cache")
+        for name, default in DEFAULTS.items()
+        if isinstance(default, bool)
         for value in (1, None, "yes")
     ],
     *[("bptt_chunks", value, {}) for value in (0, -1, 1.0, True, "2")],
@@ -440,6 +477,7 @@ def test_refuses_what_was_changed_afterwards() -> None:
 def test_says_what_is_allowed() -> None:
     """Whoever mistypes a name reads the names there are."""
     for field, allowed in (
+        ("norm_type", ["layernorm", "rmsnorm"]),
         ("memory_write", ["carry", "tokens"]),
         ("memory_update", ["replace"]),
         ("memory_solidifier", ["none", "glu", "gelephant", "mlp", "layer"]),

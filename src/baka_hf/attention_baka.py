@@ -324,10 +324,14 @@ class BakaAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the mask says it all
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps)
 
     def forward(
         self,
@@ -355,6 +359,8 @@ class BakaAttention(nn.Module):
         above all.
         """
         query, key, value = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (query, key, value))
+        if self.config.qk_norm:  # autocast norms in float32
+            query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         turned = apply_rotary(key, *view.angles)
         kept = turned if view.previous_angles is None else apply_rotary(key, *view.previous_angles)
         return apply_rotary(query, *view.angles), turned, value, kept

@@ -82,7 +82,7 @@ class BakaCacheLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def update_inputs(self, text: torch.Tensor, placement: Placement) -> torch.Tensor:
-        """Write the normed inputs [B, T, D] of a span's text in place, after `update`; return the chunk's, [B, n, D]."""
+        """Write the normed inputs [B, T, D] of a span's text in place, after `update`; return all, [B, n, D]."""
         assert self.inputs is not None
         if placement.slots is None or placement.valid is None:
             self.inputs[:, placement.start : placement.stop] = text

@@ -1,15 +1,18 @@
 """The block of the decoder. Norms, residuals and what multiplies what are decided here and nowhere else."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .associative_baka import ASSOCIATIONS, associative_layers
+from .associative_baka import ASSOCIATIONS
 from .attention_baka import BakaAttention
 from .cache_baka import BakaCacheLayer
 from .compile_baka import recompute
 from .configuration_baka import BakaConfig
-from .functions_baka import get_activation
+from .functions_baka import get_activation, get_norm, initialise
 from .stream_baka import Associated, View
 
 
@@ -18,9 +21,9 @@ class BakaMLP(nn.Module):
 
     def __init__(self, config: BakaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = get_activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -31,13 +34,24 @@ class BakaMLP(nn.Module):
 
 
 class BakaDecoderLayer(GradientCheckpointingLayer):
-    """y = x + attention(LN x) + mlp(LN x): one LayerNorm for both branches."""
+    """y = x + attention(N x) + mlp(N x), one norm for both branches; or, without `parallel_residual`, Llama's block:
+    h = x + attention(N x), y = h + mlp(N' h).
 
-    def __init__(self, config: BakaConfig):
+    An associative memory that vectors write is read before all that; one that tokens write, beside attention.
+    """
+
+    def __init__(self, config: BakaConfig, has_association: bool = False):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.is_parallel = config.parallel_residual
+        self.input_layernorm = get_norm(config)
         self.self_attn = BakaAttention(config)
+        if not self.is_parallel:
+            self.post_attention_layernorm = get_norm(config)
         self.mlp = BakaMLP(config)
+        if config.residual_initializer_range is not None:
+            initialise(config.residual_initializer_range, self.self_attn.o_proj, self.mlp.down_proj)
+        self.association = ASSOCIATIONS[config.associative_write](config) if has_association else None
+        self.is_read_beside = config.associative_write == "tokens"
 
     def forward(
         self,
@@ -46,26 +60,64 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         past_value: torch.Tensor | None,
         view: View,
         slots: BakaCacheLayer | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Returns the output [B, Q, D], the keys and values to keep [B, Q, H_kv, head_dim], the weights (eager only).
+        associated: Associated | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Associated | None]:
+        """Returns the output [B, Q, D], the keys and values to keep [B, Q, H_kv, head_dim], the weights (eager only),
+        and what is left of associations.
 
-        Arguments as `attention_baka.attend` takes them. By position: checkpointing keeps positional arguments for each
-        call of a layer.
+        Arguments as `attention_baka.attend` takes them, and what is found of associations. By position: checkpointing
+        keeps positional arguments for each call of a layer.
         """
+        hidden_states = self.read_before(hidden_states, associated)
         normed = self.input_layernorm(hidden_states)
+        # What else reads the normed input, and not in turn, adds to what attention gives.
         attended, key, value, weights = self.self_attn(normed, past_key, past_value, view, slots)
-        return self.combine(hidden_states, attended, self.mlp(normed)), key, value, weights
+        if self.association is not None and self.is_read_beside:
+            attended = attended + self.association.read(self.association.q_proj(normed), associated)
+        output = self.combine(hidden_states, attended, self.mlp, normed)
+        if self.association is None or associated is None or view.writers is None:
+            return output, key, value, weights, None
+        inputs = view.writers.take(normed if self.is_read_beside else output)
+        if slots is not None and view.writers.placement is not None:
+            associated = associated._replace(inputs=slots.update_inputs(inputs, view.writers.placement))
+        else:
+            associated = self.association.keep(associated, inputs, view.writers)
+        if view.writers.completes:
+            associated = associated._replace(held=self.association.write(associated))
+        elif self.training and torch.is_grad_enabled():
+            # Each weight gets a gradient even if nothing is written yet: distributed training waits for it.
+            output = output + 0 * sum(product.sum() for product in self.association.project(normed[:, :1]))
+        return output, key, value, weights, associated
+
+    def read_before(self, hidden_states: torch.Tensor, associated: Associated | None) -> torch.Tensor:
+        """The block's input, with what is read of associations before all else."""
+        if self.association is None or self.is_read_beside:
+            return hidden_states
+        return hidden_states + self.association.read(self.association.q_proj(hidden_states), associated)
+
+    def combine(
+        self, hidden_states: torch.Tensor, attended: torch.Tensor, mlp: Callable[[Any], torch.Tensor], mlp_input: Any
+    ) -> torch.Tensor:
+        """The output [B, Q, D]: the input, what all that reads the normed input beside the MLP has made of it, and what
+        `mlp` makes of `mlp_input`, or in turn of a norm of the sum of these."""
+        if self.is_parallel:
+            return hidden_states + attended + mlp(mlp_input)
+        hidden_states = hidden_states + attended
+        return hidden_states + mlp(self.post_attention_layernorm(hidden_states))
 
     # Decoding has another order of work (`decoding_graphs_baka`), of these pieces:
 
     @property
     def input_projections(self) -> list[nn.Linear]:
-        """What multiplies the normed input: queries, keys, values, gate, up."""
-        attention, mlp = self.self_attn, self.mlp
-        return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+        """What multiplies the normed input: queries, keys, values, and if the MLP reads it too, gate and up."""
+        attention = self.self_attn
+        of_attention = [attention.q_proj, attention.k_proj, attention.v_proj]
+        return of_attention + self.mlp_projections if self.is_parallel else of_attention
 
-    def combine(self, hidden_states: torch.Tensor, attended: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
-        return hidden_states + attended + transformed
+    @property
+    def mlp_projections(self) -> list[nn.Linear]:
+        """What multiplies the input of the MLP: gate, up."""
+        return [self.mlp.gate_proj, self.mlp.up_proj]
 
 
 class BakaPauseDropout(nn.Dropout):

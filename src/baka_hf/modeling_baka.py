@@ -25,12 +25,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .associative_baka import associations_held, associative_layers
 from .cache_baka import BakaCache
 from .calls_baka import CACHE_NAME, Call, Results, close, plan
 from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
+from .functions_baka import get_norm
 from .generation_baka import BakaGenerationMixin
 from .inputs_baka import (
     check_cache,
@@ -65,11 +67,14 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear) and getattr(module, "starts_small", False):
-            # A thousandth of what comes in: that hardly changes even a small memory, which "mlp" and "layer" norm.
-            init.normal_(module.weight, std=0.001 / module.in_features**0.5)
-        else:
+        std = getattr(module, "initial_std", None)
+        if std is None:
             super()._init_weights(module)
+            return
+        init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            start, stop = getattr(module, "initial_bias", (0.0, 0.0))
+            init.copy_(module.bias, torch.linspace(start, stop, module.out_features))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -166,7 +171,7 @@ class BakaModel(BakaPreTrainedModel):
             self.memory_tokens = nn.Embedding(config.num_memory_tokens, config.hidden_size)
             self.memory_update = MEMORY_UPDATES[config.memory_update](config)
             if config.memory_norm:
-                self.memory_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+                self.memory_norm = get_norm(config)
             if config.separate_solidifiers:
                 self.read_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
                 self.write_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
@@ -174,8 +179,11 @@ class BakaModel(BakaPreTrainedModel):
                 self.solidifier = SOLIDIFIERS[config.memory_solidifier](config)
         if config.uses_random_pauses:
             self.pause_dropout = BakaPauseDropout()
-        self.layers = nn.ModuleList([BakaDecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        has_association = set(associative_layers(config))
+        self.layers = nn.ModuleList(
+            [BakaDecoderLayer(config, index in has_association) for index in range(config.num_hidden_layers)]
+        )
+        self.norm = get_norm(config)
         self.gradient_checkpointing = False
         self.checkpoints_chunks = False
         self.num_plans = 0  # calls that were more than a token from a static state; weights may change between them
@@ -342,7 +350,7 @@ class BakaModel(BakaPreTrainedModel):
 
     def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
         """The memory of rows that have read nothing, on the device of `like` and for a model of its dtype: zeros."""
-        held = self.memory_update.held(self.config)
+        held = MEMORY_UPDATES[self.config.memory_update].held(self.config) | associations_held(self.config)
         return {name: each.zeros(batch_size, like.device, like.dtype) for name, each in held.items()}
 
     def anchor(self, like: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,11 @@ SIGNATURE_FIELDS: dict[str, type] = {
     "num_key_value_heads": int,
     "head_dim": int,
     "hidden_act": str,
+    "norm_type": str,
+    "parallel_residual": bool,
+    "qk_norm": bool,
     "rope_theta": float,
+    "rope_scaling": dict,
     "chunk_size": int,
     "num_memory_tokens": int,
     "memory_write": str,
@@ -68,6 +72,10 @@ ORIGINALLY = {
     "associative_write": "memory",
     "associative_layer_interval": 1,
     "num_associative_heads": 0,
+    "norm_type": "layernorm",
+    "parallel_residual": True,
+    "qk_norm": False,
+    "rope_scaling": {"rope_type": "default"},
 }
 MAY_BE_ZERO = ("num_memory_tokens", "num_pause_tokens", "associative_dim", "num_associative_heads")
 
@@ -110,10 +118,13 @@ class SavedState(NamedTuple):
 
 
 def signature_of(config: Any) -> dict[str, Any]:
-    """The fields of a `BakaConfig` that a state depends on."""
+    """The fields of a `BakaConfig` that a state depends on.
+
+    Biases are not among them: a bias of zero changes nothing, and what weights a state is of, its signature never says.
+    """
     values = {name: getattr(config, name, None) for name in SIGNATURE_FIELDS}
-    values["rope_theta"] = float(config.rope_parameters["rope_theta"])
-    return values
+    rope_type, values["rope_theta"], scaling = config.rope
+    return values | {"rope_scaling": {"rope_type": rope_type, **scaling}}
 
 
 def check_signature(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -60,7 +60,6 @@ class Writers(NamedTuple):
         parts = [hidden_states[:, part] for part in self.where]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-
     def place(self, past: torch.Tensor | None, text: torch.Tensor, length: int) -> torch.Tensor:
         """What is kept [B, length, D] of the text of a chunk, `text` [B, T, D] of the span among it; nothing is written
         in place."""
@@ -309,9 +308,7 @@ def compare_slots(
     return numbers, horizons
 
 
-def writers_of(
-    config: BakaConfig, span: Span, layout: Layout, keeps: bool, device: torch.device
-) -> Writers | None:
+def writers_of(config: BakaConfig, span: Span, layout: Layout, keeps: bool, device: torch.device) -> Writers | None:
     """What of a span writes associations; None if there are none.
 
     Args:
@@ -337,7 +334,7 @@ def writers_of(
             if kind == "text"
         )
         placement = Placement(0, span.start, span.start + span.length)
-        return Writers(where, completes, placement if keeps or not is_chunk(layout) else None)
+        return Writers(where, completes, placement if layout.followed and (keeps or not is_chunk(layout)) else None)
     steps = torch.arange(span.length, device=device)
     slots = (span.start.to(device)[:, None] + steps) % config.chunk_size
     valid = steps < span.count.to(device)[:, None]
