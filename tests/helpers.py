@@ -97,6 +97,8 @@ STATES = {
     "without_xl": CONFIGS["rmt_without_xl"],
     "layer_separate": CONFIGS["layer_separate"],
     "grouped_queries": CONFIGS["grouped_queries"],
+    "associations_of_memory": CONFIGS["associations_of_memory"],
+    "associations_of_tokens": CONFIGS["associations_of_tokens"],
     "random_pauses": dict(pause_placement="random", num_pause_tokens=3),
 }
 every_state = pytest.mark.parametrize("overrides", STATES.values(), ids=STATES)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from .configuration_baka import BakaConfig
 from .functions_baka import at_least_float32, initialise
 from .memory_baka import Held
-from .stream_baka import Associated, Writers
 
 NUM_SHIFTS = 3  # ν of DPFP-ν: a key of d numbers has 2νd features
 EPSILON = 1e-5
@@ -54,23 +53,19 @@ class BakaMemoryAssociation(nn.Module):
         initialise(config.hidden_size**-0.5, self.q_proj, self.k_proj)
         initialise(0.0, self.v_proj, self.beta_proj)
 
-    def read(self, query: torch.Tensor, associated: Associated) -> torch.Tensor:
+    def read(self, query: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What is stored under `query`, a product of `q_proj` [B, Q, d]: [B, Q, D]."""
-        return recall(*associated.held, dpfp(query))
-
-    def keep(self, associated: Associated, inputs: torch.Tensor, writers: Writers) -> Associated:
-        """Be ready to write `inputs` [B, R, D]: they are all there at once."""
-        return associated._replace(inputs=inputs)
+        association, normalizer = held
+        return recall(association, normalizer, dpfp(query))
 
     def project(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys [B, R, d], values [B, R, D] and what strengths are made of [B, R, 1]."""
         return self.k_proj(inputs), self.v_proj(inputs), self.beta_proj(inputs)
 
-    def write(self, associated: Associated) -> tuple[torch.Tensor, ...]:
-        """What is held after a chunk whose write positions gave `associated.inputs` [B, R, D]."""
-        assert associated.inputs is not None
-        association, normalizer = associated.held
-        keys, values, strengths = self.project(associated.inputs)
+    def write(self, held: tuple[torch.Tensor, ...], inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is held after a chunk whose write positions gave `inputs` [B, R, D]."""
+        association, normalizer = held
+        keys, values, strengths = self.project(inputs)
         with torch.autocast(association.device.type, enabled=False):
             keys, values, strengths = (x.to(association) for x in (keys, values, strengths))
             return store(association, normalizer, dpfp(keys), values, strengths[..., 0].sigmoid())
@@ -85,7 +80,7 @@ class BakaTokenAssociation(nn.Module):
 
     def __init__(self, config: BakaConfig):
         super().__init__()
-        self.num_heads, self.chunk_size = config.num_associative_heads, config.chunk_size
+        self.num_heads = config.num_associative_heads
         keys, values = self.num_heads * config.associative_dim, self.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -98,25 +93,20 @@ class BakaTokenAssociation(nn.Module):
         # Some heads keep three quarters in a chunk, others all but nothing is lost.
         self.gamma_proj.initial_bias = (2.0, 6.0)  # type: ignore[assignment]
 
-    def read(self, query: torch.Tensor, associated: Associated) -> torch.Tensor:
+    def read(self, query: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What is stored under `query`, a product of `q_proj` [B, Q, H · d]: [B, Q, D]."""
         query = self.of_heads(query)
         query = F.normalize(query.to(at_least_float32(query.dtype)), dim=-1).to(query.dtype)
-        return self.o_proj((query @ associated.held[0].to(query.dtype)).transpose(1, 2).flatten(2))
-
-    def keep(self, associated: Associated, inputs: torch.Tensor, writers: Writers) -> Associated:
-        """Take in the normed inputs [B, T, D] of a span's text."""
-        return associated._replace(inputs=writers.place(associated.inputs, inputs, self.chunk_size))
+        return self.o_proj((query @ held[0].to(query.dtype)).transpose(1, 2).flatten(2))
 
     def project(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys [B, n, H · d], values [B, n, H · head_dim], and what strengths and decay are made of [B, n, H]."""
         return self.k_proj(inputs), self.v_proj(inputs), self.beta_proj(inputs), self.gamma_proj(inputs)
 
-    def write(self, associated: Associated) -> tuple[torch.Tensor, ...]:
-        """What is held after a chunk whose text had the normed inputs `associated.inputs` [B, n, D]."""
-        assert associated.inputs is not None
-        (state,) = associated.held
-        products = self.project(associated.inputs)
+    def write(self, held: tuple[torch.Tensor, ...], inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What is held after a chunk whose text had the normed inputs `inputs` [B, n, D]."""
+        (state,) = held
+        products = self.project(inputs)
         with torch.autocast(state.device.type, enabled=False):
             keys, values, strengths, decay = (self.of_heads(x.to(state)) for x in products)
             keys = F.pad(F.normalize(keys[:, :, :-1], dim=-1), (0, 0, 1, 0))

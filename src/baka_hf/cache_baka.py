@@ -62,7 +62,10 @@ class BakaCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, placement: Placement, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a span's keys and values [B, H, Q, head_dim] in place; return all that its queries may look at."""
+        """Write a span's keys and values [B, H, Q, head_dim] in place; return all that its queries may look at.
+
+        From then on `inputs` may be written in place as well.
+        """
         if self.keys.shape[1] != key_states.shape[1] and not (self.keys.any() or self.values.any()):
             # Under tensor parallelism each process has its share of the heads.
             heads = key_states.shape[1]
@@ -80,16 +83,6 @@ class BakaCacheLayer(CacheLayerMixin):
         self.keys.scatter_(2, index, torch.where(placement.valid, key_states, self.keys.gather(2, index)))
         self.values.scatter_(2, index, torch.where(placement.valid, value_states, self.values.gather(2, index)))
         return self.keys, self.values
-
-    def update_inputs(self, text: torch.Tensor, placement: Placement) -> torch.Tensor:
-        """Write the normed inputs [B, T, D] of a span's text in place, after `update`; return all, [B, n, D]."""
-        assert self.inputs is not None
-        if placement.slots is None or placement.valid is None:
-            self.inputs[:, placement.start : placement.stop] = text
-        else:
-            index = placement.slots[:, 0].expand_as(text)
-            self.inputs.scatter_(1, index, torch.where(placement.valid[:, 0], text, self.inputs.gather(1, index)))
-        return self.inputs
 
     def _writable(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if buffer.device != like.device or buffer.dtype != like.dtype:

@@ -50,7 +50,7 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         self.mlp = BakaMLP(config)
         if config.residual_initializer_range is not None:
             initialise(config.residual_initializer_range, self.self_attn.o_proj, self.mlp.down_proj)
-        self.association = ASSOCIATIONS[config.associative_write](config) if has_association else None
+        self.association: Any = ASSOCIATIONS[config.associative_write](config) if has_association else None
         self.is_read_beside = config.associative_write == "tokens"
 
     def forward(
@@ -68,32 +68,35 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         Arguments as `attention_baka.attend` takes them, and what is found of associations. By position: checkpointing
         keeps positional arguments for each call of a layer.
         """
-        hidden_states = self.read_before(hidden_states, associated)
+        if associated is not None:
+            hidden_states = self.read_before(hidden_states, associated.held)
         normed = self.input_layernorm(hidden_states)
         # What else reads the normed input, and not in turn, adds to what attention gives.
         attended, key, value, weights = self.self_attn(normed, past_key, past_value, view, slots)
-        if self.association is not None and self.is_read_beside:
-            attended = attended + self.association.read(self.association.q_proj(normed), associated)
+        if associated is not None and self.is_read_beside:
+            attended = attended + self.association.read(self.association.q_proj(normed), associated.held)
         output = self.combine(hidden_states, attended, self.mlp, normed)
-        if self.association is None or associated is None or view.writers is None:
+        writers = view.writers
+        if associated is None or writers is None:
             return output, key, value, weights, None
-        inputs = view.writers.take(normed if self.is_read_beside else output)
-        if slots is not None and view.writers.placement is not None:
-            associated = associated._replace(inputs=slots.update_inputs(inputs, view.writers.placement))
+        inputs = writers.take(normed if self.is_read_beside else output).to(key.dtype)  # that of products
+        if slots is None or slots.inputs is None:
+            inputs = writers.place(associated.inputs, inputs)
         else:
-            associated = self.association.keep(associated, inputs, view.writers)
-        if view.writers.completes:
-            associated = associated._replace(held=self.association.write(associated))
+            inputs = writers.place_(slots.inputs, inputs)
+        held = associated.held
+        if writers.completes:
+            held = self.association.write(held, inputs)
         elif self.training and torch.is_grad_enabled():
             # Each weight gets a gradient even if nothing is written yet: distributed training waits for it.
             output = output + 0 * sum(product.sum() for product in self.association.project(normed[:, :1]))
-        return output, key, value, weights, associated
+        return output, key, value, weights, Associated(held, inputs)
 
-    def read_before(self, hidden_states: torch.Tensor, associated: Associated | None) -> torch.Tensor:
-        """The block's input, with what is read of associations before all else."""
-        if self.association is None or self.is_read_beside:
+    def read_before(self, hidden_states: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The block's input, with what is read of associations if they come before all else."""
+        if self.is_read_beside:
             return hidden_states
-        return hidden_states + self.association.read(self.association.q_proj(hidden_states), associated)
+        return hidden_states + self.association.read(self.association.q_proj(hidden_states), held)
 
     def combine(
         self, hidden_states: torch.Tensor, attended: torch.Tensor, mlp: Callable[[Any], torch.Tensor], mlp_input: Any
@@ -109,10 +112,15 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
 
     @property
     def input_projections(self) -> list[nn.Linear]:
-        """What multiplies the normed input: queries, keys, values, and if the MLP reads it too, gate and up."""
+        """What multiplies the normed input: queries, keys, values, if the MLP reads it too gate and up, and if
+        associations are read by it the queries of these."""
         attention = self.self_attn
-        of_attention = [attention.q_proj, attention.k_proj, attention.v_proj]
-        return of_attention + self.mlp_projections if self.is_parallel else of_attention
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if self.is_parallel:
+            projections += self.mlp_projections
+        if self.association is not None and self.is_read_beside:
+            projections.append(self.association.q_proj)
+        return projections
 
     @property
     def mlp_projections(self) -> list[nn.Linear]:

@@ -68,7 +68,7 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = getattr(module, "initial_std", None)
-        if std is None:
+        if std is None or not isinstance(module, nn.Linear):
             super()._init_weights(module)
             return
         init.normal_(module.weight, std=std)

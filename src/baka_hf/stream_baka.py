@@ -51,6 +51,7 @@ class Writers(NamedTuple):
 
     where: Any  # slices of its positions in step, else their index [B, T]
     completes: bool  # whether a row's chunk may become full, which is when they are written
+    chunk_size: int
     placement: Placement | None  # of its text in the chunk; None: a whole one, or of a kind of which nothing is kept
 
     def take(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -60,27 +61,38 @@ class Writers(NamedTuple):
         parts = [hidden_states[:, part] for part in self.where]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def place(self, past: torch.Tensor | None, text: torch.Tensor, length: int) -> torch.Tensor:
-        """What is kept [B, length, D] of the text of a chunk, `text` [B, T, D] of the span among it; nothing is written
-        in place."""
+    def place(self, past: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+        """`inputs` [B, T, D] of these positions and what is kept of the chunk from `past` [B, n, D], [B, n, D]; nothing
+        is written in place."""
         if self.placement is None:
-            return text
-        if self.placement.slots is None or self.placement.valid is None:
+            return inputs
+        if self.placement.slots is None:
             start, stop = self.placement.start, self.placement.stop
             if start:
                 assert past is not None
-                text = torch.cat([past[:, :start].to(text), text], dim=1)
-            return nn.functional.pad(text, (0, 0, 0, length - stop))
-        past = text.new_zeros(text.shape[0], length, text.shape[2]) if past is None else past.to(text)
-        index = self.placement.slots[:, 0].expand_as(text)
-        return past.scatter(1, index, torch.where(self.placement.valid[:, 0], text, past.gather(1, index)))
+                inputs = torch.cat([past[:, :start].to(inputs), inputs], dim=1)
+            return nn.functional.pad(inputs, (0, 0, 0, self.chunk_size - stop))
+        past = inputs.new_zeros(len(inputs), self.chunk_size, inputs.shape[2]) if past is None else past.to(inputs)
+        return self.place_(past.clone(), inputs)
+
+    def place_(self, kept: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """As `place`, in place of `kept` [B, n, D]."""
+        if self.placement is None:
+            return inputs
+        _, start, stop, slots, valid = self.placement
+        if slots is None or valid is None:
+            kept[:, start:stop] = inputs
+        else:
+            index = torch.arange(len(kept), device=kept.device)[:, None], slots[:, 0, :, 0]
+            kept.index_put_(index, torch.where(valid[:, 0], inputs, kept[index]))
+        return kept
 
 
 class Associated(NamedTuple):
     """What a block finds of its associations, and leaves of them."""
 
     held: tuple[torch.Tensor, ...]  # its part of what `associations_held` names, [B, …] each
-    inputs: torch.Tensor | None  # what will be written, see `BakaMemoryAssociation` and `BakaTokenAssociation`
+    inputs: torch.Tensor | None  # what will be written, see the classes in `associative_baka`
 
 
 class View(NamedTuple):
@@ -320,12 +332,12 @@ def writers_of(config: BakaConfig, span: Span, layout: Layout, keeps: bool, devi
     """
     if not config.associative_dim:
         return None
-    completes = any_rows(layout.completes)
+    n, completes = config.chunk_size, any_rows(layout.completes)
     if config.associative_write == "memory":
         if layout.in_step:
             width = layout.hi - layout.lo
-            return Writers((slice(width - config.num_memory_tokens, width),), completes, None)
-        return Writers(layout.write.to(device), completes, None)
+            return Writers((slice(width - config.num_memory_tokens, width),), completes, n, None)
+        return Writers(layout.write.to(device), completes, n, None)
     if layout.in_step:
         stops = list(accumulate(length for _, length in layout.pieces))
         where = tuple(
@@ -334,12 +346,13 @@ def writers_of(config: BakaConfig, span: Span, layout: Layout, keeps: bool, devi
             if kind == "text"
         )
         placement = Placement(0, span.start, span.start + span.length)
-        return Writers(where, completes, placement if layout.followed and (keeps or not is_chunk(layout)) else None)
+        is_kept = layout.followed and (keeps or not is_chunk(layout))
+        return Writers(where, completes, n, placement if is_kept else None)
     steps = torch.arange(span.length, device=device)
-    slots = (span.start.to(device)[:, None] + steps) % config.chunk_size
+    slots = (span.start.to(device)[:, None] + steps) % n
     valid = steps < span.count.to(device)[:, None]
     placement = Placement(slots=slots[:, None, :, None], valid=valid[:, None, :, None])
-    return Writers(layout.text.to(device), completes, placement)
+    return Writers(layout.text.to(device), completes, n, placement)
 
 
 def is_chunk(layout: Layout) -> bool:
