@@ -43,22 +43,18 @@ def test_size_is_the_formula_and_stays_so(overrides: dict[str, Any], dtype: torc
         slots *= 2
     numbers = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * slots
     numbers += config.num_memory_tokens * config.hidden_size
-    in_float32 = 0
+    associations = config.num_hidden_layers // config.associative_layer_interval
+    in_float32 = associations * 6 * config.associative_dim * (config.hidden_size + 1)
     if config.associative_write == "tokens":
-        in_float32 = config.num_attention_heads * config.associative_dim * config.head_dim
-        numbers += (
-            config.num_hidden_layers // config.associative_layer_interval * config.chunk_size * config.hidden_size
-        )
-    elif config.associative_dim:
-        in_float32 = 6 * config.associative_dim * (config.hidden_size + 1)
-    in_float32 *= config.num_hidden_layers // config.associative_layer_interval
+        in_float32 = associations * config.num_attention_heads * config.associative_dim * config.head_dim
+        numbers += associations * config.chunk_size * config.hidden_size
     expected = 3 * (numbers * dtype.itemsize + in_float32 * 4)
     assert cache.nbytes == expected
     for length in (1, 1, 3, 5, 60):
         logits_of(model, random_tokens(config, 3, length), cache)
         assert cache.nbytes == expected
     # No other tensor grows with the text either. The first 32 ids of each row's text are kept.
-    kept = cache.memory.numel() + 3 * 32 + 50
+    kept = sum(t.numel() for t in cache.carried.values()) + 3 * 32 + 50
     assert sum(t.numel() for t in vars(cache).values() if isinstance(t, Tensor)) < kept
 
 

@@ -379,7 +379,7 @@ class BakaCache(Cache):
         """
         if self.get_seq_length() or self._num_tokens.any():
             raise ValueError(f"a memory can only seed a fresh state, this one has read {self._num_tokens.tolist()}.")
-        if self.memory.shape[1] == 0:
+        if self.memory.shape[1] == 0 and len(self.carried) == 1:
             raise ValueError("this model has no memory tokens to seed (num_memory_tokens=0).")
         if memory.shape not in (self.memory.shape, self.memory.shape[1:]):
             raise ValueError(

@@ -76,21 +76,21 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         if associated is not None and self.is_read_beside:
             attended = attended + self.association.read(self.association.q_proj(normed), associated.held)
         output = self.combine(hidden_states, attended, self.mlp, normed)
-        writers = view.writers
-        if associated is None or writers is None:
+        if associated is None:
             return output, key, value, weights, None
-        inputs = writers.take(normed if self.is_read_beside else output).to(key.dtype)  # that of products
-        if slots is None or slots.inputs is None:
-            inputs = writers.place(associated.inputs, inputs)
-        else:
-            inputs = writers.place_(slots.inputs, inputs)
-        held = associated.held
-        if writers.completes:
-            held = self.association.write(held, inputs)
-        elif self.training and torch.is_grad_enabled():
+        writers = view.writers
+        if writers is not None:
+            inputs = writers.take(normed if self.is_read_beside else output).to(key.dtype)  # that of products
+            if slots is None or slots.inputs is None:
+                inputs = writers.place(associated.inputs, inputs)
+            else:
+                inputs = writers.place_(slots.inputs, inputs)
+            held = self.association.write(associated.held, inputs) if writers.completes else associated.held
+            associated = Associated(held, inputs)
+        if self.training and torch.is_grad_enabled() and (writers is None or not writers.completes):
             # Each weight gets a gradient even if nothing is written yet: distributed training waits for it.
             output = output + 0 * sum(product.sum() for product in self.association.project(normed[:, :1]))
-        return output, key, value, weights, Associated(held, inputs)
+        return output, key, value, weights, associated
 
     def read_before(self, hidden_states: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The block's input, with what is read of associations if they come before all else."""

@@ -49,7 +49,7 @@ Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin, see `functions_baka.r
 class Writers(NamedTuple):
     """The positions of a span that write associations: its text, or its write memory."""
 
-    where: Any  # slices of its positions in step, else their index [B, T]
+    where: Any  # slices of its positions, or their index [T] or [B, T]
     completes: bool  # whether a row's chunk may become full, which is when they are written
     chunk_size: int
     placement: Placement | None  # of its text in the chunk; None: a whole one, or of a kind of which nothing is kept
@@ -57,7 +57,7 @@ class Writers(NamedTuple):
     def take(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """These positions of [B, Q, D], [B, T, D]."""
         if isinstance(self.where, torch.Tensor):
-            return gather_positions(hidden_states, self.where)
+            return gather_positions(hidden_states, self.where.expand(len(hidden_states), -1))
         parts = [hidden_states[:, part] for part in self.where]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
@@ -321,7 +321,7 @@ def compare_slots(
 
 
 def writers_of(config: BakaConfig, span: Span, layout: Layout, keeps: bool, device: torch.device) -> Writers | None:
-    """What of a span writes associations; None if there are none.
+    """What of a span writes associations, now or when its chunk is full; None if nothing does.
 
     Args:
         config: the model's configuration.
@@ -330,29 +330,31 @@ def writers_of(config: BakaConfig, span: Span, layout: Layout, keeps: bool, devi
         keeps: whether the text of a chunk is kept even if the span is a whole one.
         device: where an index is wanted.
     """
-    if not config.associative_dim:
-        return None
     n, completes = config.chunk_size, any_rows(layout.completes)
+    if not config.associative_dim or not layout.followed:
+        return None
     if config.associative_write == "memory":
+        if not completes:
+            return None
         if layout.in_step:
             width = layout.hi - layout.lo
             return Writers((slice(width - config.num_memory_tokens, width),), completes, n, None)
         return Writers(layout.write.to(device), completes, n, None)
-    if layout.in_step:
-        stops = list(accumulate(length for _, length in layout.pieces))
-        where = tuple(
-            slice(stop - length, stop)
-            for (kind, length), stop in zip(layout.pieces, stops, strict=True)
-            if kind == "text"
-        )
-        placement = Placement(0, span.start, span.start + span.length)
-        is_kept = layout.followed and (keeps or not is_chunk(layout))
-        return Writers(where, completes, n, placement if is_kept else None)
-    steps = torch.arange(span.length, device=device)
-    slots = (span.start.to(device)[:, None] + steps) % n
-    valid = steps < span.count.to(device)[:, None]
-    placement = Placement(slots=slots[:, None, :, None], valid=valid[:, None, :, None])
-    return Writers(layout.text.to(device), completes, n, placement)
+    if not layout.in_step:
+        steps = torch.arange(span.length, device=device)
+        slots = (span.start.to(device)[:, None] + steps) % n
+        valid = steps < span.count.to(device)[:, None]
+        placement = Placement(slots=slots[:, None, :, None], valid=valid[:, None, :, None])
+        return Writers(layout.text.to(device), completes, n, placement)
+    stops = accumulate(length for _, length in layout.pieces)
+    pieces = zip(layout.pieces, stops, strict=True)
+    texts = [slice(stop - length, stop) for (kind, length), stop in pieces if kind == "text"]
+    placement = Placement(0, span.start, span.start + span.length)
+    if is_chunk(layout):
+        return Writers(tuple(texts), completes, n, placement if keeps else None)
+    # An index, so that pieces of all lengths share a program.
+    index = torch.cat([torch.arange(text.start, text.stop, device=device) for text in texts])
+    return Writers(index, completes, n, placement)
 
 
 def is_chunk(layout: Layout) -> bool:
