@@ -34,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pause_without_xl": dict(num_memory_tokens=0, use_xl_cache=False),
     "rmt_tokens": dict(memory_write="tokens"),
     "rmt_carry": dict(),
+    "default": dict(hidden_act="silu", qk_norm=True, memory_norm=True),
     "rmt_without_xl": dict(use_xl_cache=False),
     "rmt_without_pauses": dict(num_pause_tokens=0),
     "rmt_alone": dict(num_pause_tokens=0, use_xl_cache=False),
@@ -112,8 +113,8 @@ CHECKPOINTING = next(
 
 
 def tiny_config(**overrides: Any) -> BakaConfig:
-    """Two layers, D = 12, chunks of 5 with 2 pauses that do not divide them, 2 memory tokens."""
-    fields = dict(
+    """Two layers, D = 12, chunks of 5 with 2 pauses that do not divide them, 2 memory tokens; the diary's blocks."""
+    fields: dict[str, Any] = dict(
         vocab_size=19,
         hidden_size=12,
         intermediate_size=20,
@@ -122,6 +123,9 @@ def tiny_config(**overrides: Any) -> BakaConfig:
         chunk_size=5,
         num_memory_tokens=2,
         num_pause_tokens=2,
+        hidden_act="elephant",
+        qk_norm=False,
+        memory_norm=False,
     )
     return BakaConfig(**fields | overrides)
 

@@ -22,15 +22,15 @@ DEFAULTS = dict(
     num_attention_heads=12,
     num_key_value_heads=12,
     head_dim=64,
-    hidden_act="elephant",
+    hidden_act="silu",
     norm_type="layernorm",
     layer_norm_eps=1e-5,
     parallel_residual=True,
-    qk_norm=False,
+    qk_norm=True,
     attention_bias=False,
     mlp_bias=False,
     initializer_range=0.02,
-    residual_initializer_range=None,
+    residual_initializer_range=0.0,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     chunk_size=512,
     num_memory_tokens=16,
@@ -38,7 +38,7 @@ DEFAULTS = dict(
     memory_update="replace",
     memory_solidifier="none",
     separate_solidifiers=False,
-    memory_norm=False,
+    memory_norm=True,
     associative_dim=0,
     associative_write="memory",
     associative_layer_interval=1,
@@ -53,6 +53,9 @@ DEFAULTS = dict(
     eos_token_id=None,
 )
 
+# What evidence has changed of the diary's, which files without a word of it mean.
+DIARY = DEFAULTS | dict(hidden_act="elephant", qk_norm=False, residual_initializer_range=None, memory_norm=False)
+
 # Every field away from its default.
 UNUSUAL = dict(
     vocab_size=7,
@@ -62,15 +65,15 @@ UNUSUAL = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=10,
-    hidden_act="silu",
+    hidden_act="gelu",
     norm_type="rmsnorm",
     layer_norm_eps=1e-3,
     parallel_residual=False,
-    qk_norm=True,
+    qk_norm=False,
     attention_bias=True,
     mlp_bias=True,
     initializer_range=0.1,
-    residual_initializer_range=0.0,
+    residual_initializer_range=0.03,
     rope_parameters=LLAMA3,
     chunk_size=9,
     num_memory_tokens=1,
@@ -78,7 +81,7 @@ UNUSUAL = dict(
     memory_update="other",
     memory_solidifier="mlp",
     separate_solidifiers=True,
-    memory_norm=True,
+    memory_norm=False,
     associative_dim=5,
     associative_write="tokens",
     associative_layer_interval=2,
@@ -144,7 +147,7 @@ class Later(BakaConfig):
     num_attention_heads: int = 2
     hidden_act: str = "gelu"
     num_memory_tokens: int = 3
-    memory_norm: bool = True
+    memory_solidifier: str = "mlp"
     num_pause_tokens: int = 0
     use_xl_cache: bool = False
     tie_word_embeddings: bool = True
@@ -166,17 +169,18 @@ def test_a_file_holds_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.smoke
 def test_a_file_means_what_it_meant_when_it_was_written(tmp_path: Path) -> None:
     """A field that it lacks is read as it was by default then, by all that read configs."""
-    assert Later().hidden_act == "gelu" and Later().memory_norm  # new models are as they are now
+    assert Later().hidden_act == "gelu" and Later().memory_solidifier == "mlp"  # new models are as they are now
     config = BakaConfig()
     config.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     written = json.loads(file.read_text())
     assert architecture(Later.from_pretrained(tmp_path)) == DEFAULTS
-    for absent in ([name] for name in DEFAULTS):
-        assert architecture(Later.from_dict({k: v for k, v in written.items() if k not in absent})) == DEFAULTS
+    for absent in DEFAULTS:
+        read = Later.from_dict({name: value for name, value in written.items() if name != absent})
+        assert architecture(read) == DEFAULTS | {absent: DIARY[absent]}
     file.write_text(json.dumps({"model_type": "baka", "vocab_size": 7}))
     for read in (Later.from_pretrained(tmp_path), Later.from_json_file(file)):
-        assert architecture(read) == DEFAULTS | dict(vocab_size=7)
+        assert architecture(read) == DIARY | dict(vocab_size=7)
     assert Later.from_pretrained(tmp_path, num_memory_tokens=1).num_memory_tokens == 1
     assert BakaConfig.from_dict({"rope_theta": 50.0}).rope_parameters["rope_theta"] == 50.0
 
@@ -203,12 +207,12 @@ RUNGS: dict[str, dict[str, Any]] = {
 def test_rungs(rung: str) -> None:
     """The same whatever the defaults have become, and sizes are anybody's choice."""
     for cls in (BakaConfig, Later):
-        assert architecture(cls.rung(rung)) == DEFAULTS | RUNGS[rung]
+        assert architecture(cls.rung(rung)) == DIARY | RUNGS[rung]
         sizes = dict(vocab_size=19, hidden_size=12, num_attention_heads=2, num_hidden_layers=1, chunk_size=5)
         sizes |= {} if "num_pause_tokens" in RUNGS[rung] else dict(num_pause_tokens=2)
         sizes |= {} if "num_memory_tokens" in RUNGS[rung] else dict(num_memory_tokens=3)
         derived = dict(num_key_value_heads=2, head_dim=6)
-        assert architecture(cls.rung(rung, **sizes)) == DEFAULTS | RUNGS[rung] | sizes | derived
+        assert architecture(cls.rung(rung, **sizes)) == DIARY | RUNGS[rung] | sizes | derived
     assert BakaConfig.rung(rung, **RUNGS[rung]).to_dict() == BakaConfig.rung(rung).to_dict()
     BakaModel(BakaConfig.rung(rung, **sizes))
 
@@ -239,7 +243,7 @@ def test_a_rung_stays_what_it_is(rung: str, field: str, value: Any) -> None:
 
 def test_what_no_rung_speaks_of_is_added_to_it() -> None:
     config = BakaConfig.rung("carry", memory_norm=True, memory_solidifier="mlp")
-    assert architecture(config) == DEFAULTS | dict(memory_norm=True, memory_solidifier="mlp")
+    assert architecture(config) == DIARY | dict(memory_norm=True, memory_solidifier="mlp")
 
 
 def test_auto_config_for_model() -> None:
@@ -379,8 +383,7 @@ def test_takes_names_that_are_not_ours() -> None:
     [
         dict(memory_update="other"),
         dict(memory_solidifier="glu"),
-        dict(memory_norm=True),
-        dict(memory_solidifier="mlp", memory_norm=True),
+        dict(memory_solidifier="mlp", separate_solidifiers=True),
     ],
 )
 def test_refuses_what_is_done_with_no_memory(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,7 +398,8 @@ def test_refuses_what_is_done_with_no_memory(fields: dict[str, Any], monkeypatch
 
 
 def test_takes_no_memory_where_the_default_does_something_with_one() -> None:
-    assert Later(num_memory_tokens=0).memory_norm and Later(num_memory_tokens=0, memory_norm=False).chunk_size == 512
+    assert Later(num_memory_tokens=0).memory_solidifier == "mlp"
+    assert Later(num_memory_tokens=0, memory_solidifier="none").chunk_size == 512
 
 
 REFUSED: list[tuple[str, Any, dict[str, Any]]] = [

@@ -19,6 +19,7 @@ EXACT = dict(rtol=1e-9, atol=1e-9)
 SPLIT = {torch.float64: dict(rtol=0, atol=1e-10), torch.float32: dict(rtol=0, atol=1e-4)}
 # The configs that differ in what a row's state is made of.
 STATES = ["pristine", "xl", "pause_without_xl", "rmt_tokens", "rmt_alone", "layer_separate", "chunk_of_one"]
+STATES += ["block_of_qwen3"]
 
 state_configs = pytest.mark.parametrize("overrides", [CONFIGS[name] for name in STATES], ids=STATES)
 

@@ -359,8 +359,11 @@ class BakaAttention(nn.Module):
         above all.
         """
         query, key, value = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (query, key, value))
-        if self.config.qk_norm:  # autocast norms in float32
-            query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        if self.config.qk_norm:
+            # Under autocast in the weights' float32. Kernels want queries, keys and values of one dtype.
+            query, key = (
+                norm(x.to(norm.weight.dtype)).to(x.dtype) for norm, x in ((self.q_norm, query), (self.k_norm, key))
+            )
         turned = apply_rotary(key, *view.angles)
         kept = turned if view.previous_angles is None else apply_rotary(key, *view.previous_angles)
         return apply_rotary(query, *view.angles), turned, value, kept

@@ -101,19 +101,19 @@ class BakaConfig(PreTrainedConfig):
             `num_attention_heads`, which is the default.
         head_dim (`int`, *optional*): Width of a head, even (RoPE turns pairs). Defaults to
             `hidden_size // num_attention_heads`.
-        hidden_act (`str`, defaults to `"elephant"`): Gate of the feed-forward layers: `"elephant"`,
-            1 / (1 + |x|^8) (arXiv 2310.01365), or any name in `transformers.activations.ACT2FN`.
+        hidden_act (`str`, defaults to `"silu"`): Gate of the feed-forward layers: any name in
+            `transformers.activations.ACT2FN`, or the diary's `"elephant"`, 1 / (1 + |x|^8) (arXiv 2310.01365).
         norm_type (`str`, defaults to `"layernorm"`): Norm of the blocks, the memory, the solidifiers and the output:
             `"layernorm"`, with weight and bias, or `"rmsnorm"` (arXiv 1910.07467), with a weight alone.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every norm.
         parallel_residual (`bool`, defaults to `True`): Attention and MLP read one norm, side by side. `False`: the MLP
             reads what attention has added to, by a norm of its own, as in Llama.
-        qk_norm (`bool`, defaults to `False`): RMSNorm of each head's queries and keys before RoPE, as in Qwen3.
+        qk_norm (`bool`, defaults to `True`): RMSNorm of each head's queries and keys before RoPE, as in Qwen3.
         attention_bias (`bool`, defaults to `False`): Biases of attention's four projections.
         mlp_bias (`bool`, defaults to `False`): Biases of the feed-forward layers.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
-        residual_initializer_range (`float`, *optional*): That of the weights whose products a block adds to the
-            residual stream, `o_proj` and `down_proj`; 0: each block is the identity at first. Defaults to
+        residual_initializer_range (`float`, *optional*, defaults to 0.0): That of the weights whose products a block
+            adds to the residual stream, `o_proj` and `down_proj`; 0: each block is the identity at first. `None`:
             `initializer_range`.
         rope_parameters (`dict`, *optional*): `{"rope_type": "default", "rope_theta": 10000.0}`, or of type `"linear"`
             or `"llama3"` with what transformers has for these. Positions are re-based every chunk and stay below 2S,
@@ -127,7 +127,7 @@ class BakaConfig(PreTrainedConfig):
         memory_solidifier (`str`, defaults to `"none"`): What a memory passes through on its way into the next
             chunk: `"none"`, `"glu"`, `"gelephant"`, `"mlp"` or `"layer"`.
         separate_solidifiers (`bool`, defaults to `False`): One solidifier for reading and one for writing.
-        memory_norm (`bool`, defaults to `False`): LayerNorm on each new memory.
+        memory_norm (`bool`, defaults to `True`): LayerNorm on each new memory.
         associative_dim (`int`, defaults to 0): Width of the keys of an associative memory, a matrix that blocks keep;
             0 for none.
         associative_write (`str`, defaults to `"memory"`): What writes to it when a chunk is full: `"memory"`, the
@@ -173,15 +173,15 @@ class BakaConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below
     head_dim: int = None  # type: ignore[assignment]
-    hidden_act: str = "elephant"
+    hidden_act: str = "silu"
     norm_type: str = "layernorm"
     layer_norm_eps: float = 1e-5
     parallel_residual: bool = True
-    qk_norm: bool = False
+    qk_norm: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
-    residual_initializer_range: float | None = None
+    residual_initializer_range: float | None = 0.0
     rope_parameters: dict = None  # type: ignore[assignment]
     chunk_size: int = 512
     num_memory_tokens: int = 16
@@ -189,7 +189,7 @@ class BakaConfig(PreTrainedConfig):
     memory_update: str = "replace"
     memory_solidifier: str = "none"
     separate_solidifiers: bool = False
-    memory_norm: bool = False
+    memory_norm: bool = True
     associative_dim: int = 0
     associative_write: str = "memory"
     associative_layer_interval: int = 1
@@ -399,7 +399,6 @@ class BakaConfig(PreTrainedConfig):
             ("memory_update", "replace"),
             ("memory_solidifier", "none"),
             ("separate_solidifiers", False),
-            ("memory_norm", False),
         ):
             value = getattr(self, name)
             if not self.num_memory_tokens and value not in (nothing, getattr(type(self), name)):
