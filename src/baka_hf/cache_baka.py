@@ -107,7 +107,7 @@ class BakaCache(Cache):
 
         batch · (num_hidden_layers · 2 · num_key_value_heads · head_dim · 2S + R · hidden_size) numbers, see `nbytes`,
 
-    and what else a `memory_update` holds, which may be in float32 where all else is not.
+    and what else a `memory_update` and associations hold (docs/memory.md), in float32 where all else may not be.
 
     A model takes it as `past_key_values`, changes it in place and returns it. Rows may be in different phases of their
     chunks. It behaves as any transformers `Cache` does in `generate`.
