@@ -162,9 +162,9 @@ class Run:
         """Whether it is among the results; a ValueError if what has its name there was made otherwise."""
         results = read_results(database) if database.exists() else []
         found = [result for result in results if (result.run_id, result.seed) == (self.name, seed)]
-        model = facts_about(self.configure(tokens.vocab_size, tokens.end_of_text_id))["model"]
-        wanted = asdict(self.setting) | self.training | model
-        for known in (result.training | result.model for result in found):
+        for result in found:
+            model = facts_about(self.configure(tokens.vocab_size, tokens.end_of_text_id))["model"]
+            known, wanted = result.training | result.model, asdict(self.setting) | self.training | model
             for name in wanted.keys() & known.keys():
                 if known[name] != wanted[name]:
                     raise ValueError(
@@ -312,8 +312,7 @@ def main() -> None:
 
     lasted, failed = 0.0, []
     for run, seed in todo:
-        name = f"{run.name}, seed {seed}"
-        start = time.perf_counter()
+        name, start = f"{run.name}, seed {seed}", time.perf_counter()
         if args.deadline is not None and start - begin + lasted > args.deadline:
             print(f"{name}: no time is left for it", flush=True)
             continue
@@ -334,9 +333,10 @@ def main() -> None:
             continue
         finally:  # nothing of this model is left when the next one is measured
             model = None
-            gc.collect()
             torch.compiler.reset()
-            torch.cuda.empty_cache()
+            if torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
         lasted = time.perf_counter() - start
         losses = ", ".join(f"{result.dataset}/{result.split} {result.loss:.4f}" for result in results)
         print(f"{name}: {lasted:.0f} s, of which {results[0].wall_time:.0f} in training; {losses}", flush=True)

@@ -303,6 +303,15 @@ def test_rope_theta(arguments: dict[str, Any], theta: float) -> None:
     assert config.rope == ("default", theta, {})
 
 
+def test_norms_of_heads_are_in_the_plan_of_tensor_parallel() -> None:
+    """Where there are some; and the plan is in no file."""
+    for qk_norm in (True, False):
+        config = BakaConfig(qk_norm=qk_norm)
+        plan = config.base_model_tp_plan
+        assert plan["layers.*.self_attn.q_proj"] == "colwise" and "base_model_tp_plan" not in config.to_dict()
+        assert ("layers.*.self_attn.q_norm" in plan) is ("layers.*.self_attn.k_norm" in plan) is qk_norm
+
+
 def test_rope_types_that_scale() -> None:
     """What transformers calls `rope_scaling` too, completed and said in one way; nothing else is asked for."""
     linear = BakaConfig(rope_scaling={"type": "linear", "factor": 2}, rope_theta=50.0)

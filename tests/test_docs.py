@@ -264,6 +264,7 @@ ELSEWHERE |= {
     "max_batch_size",
     "batch_size",
 }
+ELSEWHERE |= {"zero_init"}  # an option of examples/ladder.py
 ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 
 

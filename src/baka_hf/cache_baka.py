@@ -194,11 +194,6 @@ class BakaCache(Cache):
         return self.memory.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """That of keys and values, and of all else that is not kept in float32 at least."""
-        return self.layers[0].keys.dtype
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the recurrent state: keys, values and memory."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
@@ -310,7 +305,7 @@ class BakaCache(Cache):
             raise ValueError("expected at least one state, got none.")
         for state in states:
             state.check_whole()
-        kinds = [(state.signature, state.device, state.dtype, state.get_seq_length()) for state in states]
+        kinds = [(state.signature, state.device, state.layers[0].keys.dtype, state.get_seq_length()) for state in states]
         for kind in kinds:
             check_signature(kind[0], kinds[0][0])
             if kind != kinds[0]:

@@ -158,8 +158,6 @@ class BakaConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -222,6 +220,9 @@ class BakaConfig(PreTrainedConfig):
             self.rope_parameters = dict(self.rope_parameters)  # transformers completes it in place
         super().__post_init__(**kwargs)
         self.validate_architecture()
+        if self.qk_norm:  # each process norms its own heads; what a plan names in vain is a warning
+            names = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
+            self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(names, "replicated_with_grad_allreduce")
 
     @classmethod
     def rung(cls, name: str, /, **fields: Any) -> "BakaConfig":
