@@ -49,8 +49,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gelephant_silu": dict(memory_solidifier="gelephant", hidden_act="silu"),
     "memory_norm": dict(memory_norm=True),
     "memory_norm_tokens": dict(memory_norm=True, memory_write="tokens"),
+    "gate": dict(memory_update="gate", memory_norm=True, num_memory_tokens=3),
+    "gate_for_tokens": dict(
+        memory_update="gate", memory_norm=True, memory_write="tokens", memory_solidifier="glu", use_xl_cache=False
+    ),
     "one_memory_token": dict(num_memory_tokens=1),
-    "more_memory_than_text": dict(num_memory_tokens=5, chunk_size=2, num_pause_tokens=1),
+    "more_memory_than_text": dict(num_memory_tokens=40, chunk_size=2, num_pause_tokens=1),
     "chunk_of_one": dict(chunk_size=1, num_pause_tokens=1),
     "chunk_of_one_bare": dict(chunk_size=1, num_pause_tokens=0, num_memory_tokens=0),
     "chunk_of_seven": dict(chunk_size=7, num_pause_tokens=3),
@@ -126,6 +130,7 @@ def tiny_config(**overrides: Any) -> BakaConfig:
         hidden_act="elephant",
         qk_norm=False,
         memory_norm=False,
+        residual_initializer_range=None,
     )
     return BakaConfig(**fields | overrides)
 

@@ -4,7 +4,8 @@
     read_0   = write_0 = m_0                                R learned vectors
     read_i   = f_read(m_i)                                  f: the solidifier
     write_i  = f_write(m_i), or m_0                         memory_write "carry", or "tokens"
-    m_i+1    = last block's output at chunk i's write slots, with memory_norm its LayerNorm
+    m_i+1    = last block's output at chunk i's write slots, with memory_norm its LN; memory_update "gate":
+               g ⊙ m_i + (1 - g) ⊙ that, g = σ(W that + b)
     y        = x + attention(LN x) + mlp(LN x)              in every block; without parallel_residual
                h + mlp(LN' h) of h = x + attention(LN x)    LN: LayerNorm or RMSNorm, everywhere
     RoPE       previous stream at slots 0 … S-1, own stream at S … 2S-1; `allowed` says which slots see which
@@ -236,6 +237,11 @@ def solidify(config: Any, weights: Weights, role: str, x: Tensor) -> Tensor:
     raise NotImplementedError(config.memory_solidifier)
 
 
+def gated(weights: Weights, memory: Tensor, written: Tensor) -> Tensor:
+    gate = written @ weights["model.memory_update.gate_proj.weight"].T + weights["model.memory_update.gate_bias"]
+    return torch.sigmoid(gate) * memory + torch.sigmoid(-gate) * written
+
+
 def read(
     config: Any,
     weights: Weights,
@@ -320,7 +326,7 @@ def read(
             written = x[len(x) - num_memory :]
             if config.memory_norm:
                 written = norm(config, weights, "model.memory_norm", written)
-            m = update(m, written)
+            m = gated(weights, m, written) if config.memory_update == "gate" else update(m, written)
             memories.append(m)
             if config.use_xl_cache:
                 previous = own

@@ -112,10 +112,10 @@ def test_is_a_transformers_cache() -> None:
 
 def test_dtype_of_a_new_state() -> None:
     """The model's own; for a state made by hand the one given, else the config's, else PyTorch's default."""
-    assert tiny_model(tiny_config(), torch.bfloat16).new_cache().dtype == torch.bfloat16
-    assert BakaCache(tiny_config()).dtype == torch.float32
-    assert BakaCache(tiny_config(dtype="float16")).dtype == torch.float16
-    assert BakaCache(tiny_config(dtype="float16"), 1, "cpu", torch.float64).dtype == torch.float64
+    assert tiny_model(tiny_config(), torch.bfloat16).new_cache().memory.dtype == torch.bfloat16
+    assert BakaCache(tiny_config()).memory.dtype == torch.float32
+    assert BakaCache(tiny_config(dtype="float16")).memory.dtype == torch.float16
+    assert BakaCache(tiny_config(dtype="float16"), 1, "cpu", torch.float64).memory.dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, "float32"], ids=str)
@@ -372,7 +372,7 @@ def test_to_another_dtype(overrides: dict[str, Any]) -> None:
     assert cache.memory.dtype == cache.layers[1].values.dtype == torch.float32
     assert cache.nbytes == nbytes / 2
     assert cache.num_tokens.tolist() == [12, 12] and cache.num_tokens.dtype == torch.int64
-    assert cache.to("cpu").dtype == torch.float32
+    assert cache.to("cpu").memory.dtype == torch.float32
     assert_close(logits_of(model.to(torch.float32), tokens[:, 12:], cache).double(), expected, rtol=0, atol=1e-4)
 
 

@@ -67,7 +67,9 @@ def test_training_compiles_to_few_programs(solidifier: str, granularity: str | N
     assert num_programs() == programs
 
 
-@pytest.mark.parametrize("name", ["rmt_carry", "pause_without_xl", "xl", "one_memory_token", "block_of_qwen3"])
+@pytest.mark.parametrize(
+    "name", ["more_memory_than_text", "pause_without_xl", "xl", "one_memory_token", "block_of_qwen3"]
+)
 def test_training_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled attention without a mask, in calls with and without a state: losses and gradients of the plain model."""
     config = tiny_config(**CONFIGS[name])

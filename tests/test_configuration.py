@@ -469,6 +469,7 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     *[("memory_solidifier", value, {}) for value in ("gated", None, True)],
     *[("pause_placement", value, {}) for value in ("Fixed", None)],
     ("separate_solidifiers", True, {}),  # of "none"
+    ("memory_norm", False, dict(memory_update="gate")),
     *[
         (name, value, {})
         for name, default in DEFAULTS.items()
@@ -507,7 +508,7 @@ def test_says_what_is_allowed() -> None:
     for field, allowed in (
         ("norm_type", ["layernorm", "rmsnorm"]),
         ("memory_write", ["carry", "tokens"]),
-        ("memory_update", ["replace"]),
+        ("memory_update", ["replace", "gate"]),
         ("memory_solidifier", ["none", "glu", "gelephant", "mlp", "layer"]),
         ("pause_placement", ["fixed", "random"]),
         ("hidden_act", ["elephant", "silu", "gelu"]),

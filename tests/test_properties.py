@@ -48,7 +48,8 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         fields["memory_write"] = write = draw(st.sampled_from(["carry", "tokens"]))
         fields["memory_solidifier"] = solidifier = draw(st.sampled_from(["none", "glu", "gelephant", "mlp", "layer"]))
         fields["separate_solidifiers"] = write == "carry" and solidifier != "none" and draw(st.booleans())
-        fields["memory_norm"] = draw(st.booleans())
+        fields["memory_update"] = update = draw(st.sampled_from(["replace", "gate"]))
+        fields["memory_norm"] = update == "gate" or draw(st.booleans())
     return fields
 
 

@@ -19,6 +19,8 @@ from .stream_baka import Parts, Placement, View
 # Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device.
 IN_PARTS: dict[str, SDPBackend] = {"cuda": SDPBackend.CUDNN_ATTENTION}
 
+FEW_VECTORS = 32  # up to so many memory vectors, products of all with all are left to the kernel around them
+
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
     """[B, key-value heads, T, head_dim] to [B, heads, T, head_dim]."""
@@ -230,9 +232,17 @@ def _(grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: 
 
 
 def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[..., R, R], the products of all rows of [..., R, head_dim]; unlike a matrix product's, they are not rounded."""
+    """[..., R, R], the products of all rows of [..., R, head_dim], in float32 at least: softmax takes their exponent.
+
+    A few are done where they are needed, by whatever kernel is compiled around them. For many that would be R · R ·
+    head_dim numbers in memory or on their way: these are a matrix product, which autocast must not round. TF32 does
+    not, as it has all bits of half precision.
+    """
     left, right = (x.to(at_least_float32(x.dtype)) for x in (left, right))
-    return (left[..., :, None, :] * right[..., None, :, :]).sum(-1)
+    if left.shape[-2] <= FEW_VECTORS:
+        return (left[..., :, None, :] * right[..., None, :, :]).sum(-1)
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right.mT
 
 
 def _ends(ends: tuple[slice, ...], *tensors: torch.Tensor) -> torch.Tensor:

@@ -305,7 +305,9 @@ class BakaCache(Cache):
             raise ValueError("expected at least one state, got none.")
         for state in states:
             state.check_whole()
-        kinds = [(state.signature, state.device, state.layers[0].keys.dtype, state.get_seq_length()) for state in states]
+        kinds = [
+            (state.signature, state.device, state.layers[0].keys.dtype, state.get_seq_length()) for state in states
+        ]
         for kind in kinds:
             check_signature(kind[0], kinds[0][0])
             if kind != kinds[0]:

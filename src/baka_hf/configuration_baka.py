@@ -123,11 +123,13 @@ class BakaConfig(PreTrainedConfig):
         memory_write (`str`, defaults to `"carry"`): What stands at the write positions of a chunk: `"carry"`, the
             memory of the chunks before it, or `"tokens"`, the learned vectors again (an ablation).
         memory_update (`str`, defaults to `"replace"`): What becomes of a memory when a chunk has written: a name in
-            `memory_baka.MEMORY_UPDATES`, where code can add others. `"replace"`: what was written.
+            `memory_baka.MEMORY_UPDATES`, where code can add others. `"replace"`: what was written; its norm has no
+            bound without `memory_norm`. `"gate"`: a gated mean of what it was and what was written, normed; it is
+            bounded, and kept in float32 in models of any dtype.
         memory_solidifier (`str`, defaults to `"none"`): What a memory passes through on its way into the next
             chunk: `"none"`, `"glu"`, `"gelephant"`, `"mlp"` or `"layer"`.
         separate_solidifiers (`bool`, defaults to `False`): One solidifier for reading and one for writing.
-        memory_norm (`bool`, defaults to `True`): LayerNorm on each new memory.
+        memory_norm (`bool`, defaults to `True`): A norm of what is written to memory. `memory_update="gate"` needs it.
         associative_dim (`int`, defaults to 0): Width of the keys of an associative memory, a matrix that blocks keep;
             0 for none.
         associative_write (`str`, defaults to `"memory"`): What writes to it when a chunk is full: `"memory"`, the
@@ -395,6 +397,8 @@ class BakaConfig(PreTrainedConfig):
             )
         if self.separate_solidifiers and self.memory_solidifier == "none":
             raise ValueError("`separate_solidifiers` must be False when `memory_solidifier` is 'none', got True.")
+        if MEMORY_UPDATES[self.memory_update].needs_norm and not self.memory_norm:
+            raise ValueError(f"`memory_norm` must be True when `memory_update` is {self.memory_update!r}, got False.")
         # Unless it is the default: who asks for no memory need not know all that is done with one.
         for name, nothing in (
             ("memory_update", "replace"),

@@ -65,14 +65,14 @@ def get_activation(name: str) -> nn.Module:
     return ElephantActivation() if name == "elephant" else ACT2FN[name]
 
 
-def initialise(std: float, *linears: nn.Linear) -> None:
-    """Mark layers whose weights are drawn with another standard deviation than `initializer_range`.
+def initialise(std: float, *modules: nn.Linear | nn.Embedding) -> None:
+    """Mark modules whose weights are drawn with another standard deviation than `initializer_range`.
 
     The mark is on them, not on the module that they are in, since transformers passes over modules without parameters
     of their own when it initialises a model whose code is not its own.
     """
-    for linear in linears:
-        linear.initial_std = std  # type: ignore[assignment]
+    for module in modules:
+        module.initial_std = std  # type: ignore[assignment]
 
 
 def get_norm(config: BakaConfig) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 Memory = dict[str, torch.Tensor]  # [B, …] each: what a memory holds, by the names of `BakaMemoryUpdate.held`
 
@@ -34,8 +35,14 @@ class BakaMemoryUpdate(nn.Module):
     Another update is a subclass. It may have parameters, and hold more than the memory vectors.
     """
 
+    needs_norm = False  # of what is written, by `memory_norm`; m_0 is then drawn with a norm's std of 1
+
     def __init__(self, config: Any):  # a BakaConfig
         super().__init__()
+
+    def reset_parameters(self) -> None:
+        """Give parameters of its own their first values, after those of its parts; by `transformers.initialization`,
+        which passes over what was loaded."""
 
     @classmethod
     def held(cls, config: Any) -> dict[str, Held]:
@@ -59,4 +66,46 @@ class BakaMemoryUpdate(nn.Module):
         return memory | {"memory": written}
 
 
-MEMORY_UPDATES: dict[str, type[BakaMemoryUpdate]] = {"replace": BakaMemoryUpdate}
+class BakaGatedMemoryUpdate(BakaMemoryUpdate):
+    """A moving average with a learned gate (the input gate of an LSTM tied to its forget gate), which holds:
+
+        g = σ(W written + b)    m ← g ⊙ m + (1 - g) ⊙ written
+
+    Each number of m is between the least and the greatest of what it was and of all that was written since. What is
+    written is normed (`memory_norm`): LayerNorm gives no number beyond |w| √(D - 1) + |c|, with its weight w and bias c
+    there, and RMSNorm none beyond |w| √D. So after any number of chunks
+
+        |m| ≤ max(|m_0|, |w| √(D - 1) + |c|)
+
+    in each number, and as a norm's vectors have rms 1, m has at most about that.
+
+    At first W is 0 and b goes from 0 to 3 over the R vectors: 1 - g is from 1/2 to 1/21, so some vectors keep a thing
+    for 2 chunks and others for 21. Such small changes are less than half precision can add: m is kept, and the mean
+    taken, in float32. m_0 is drawn with std 1. It leaves a slow vector over many chunks, so at any other scale m
+    would grow or shrink for that long, and a model would meet chunks unlike any that it was trained on. It is also the
+    part by which the R vectors differ, and embeddings' std of 0.02 is little in a sum with what blocks add.
+    """
+
+    needs_norm = True
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate_bias = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.gate_proj.weight)
+        num_vectors, hidden_size = self.gate_bias.shape
+        init.copy_(self.gate_bias, torch.linspace(0, 3, num_vectors)[:, None].expand(-1, hidden_size))
+
+    @classmethod
+    def held(cls, config: Any) -> dict[str, Held]:
+        return {"memory": Held((config.num_memory_tokens, config.hidden_size), in_float32=True)}
+
+    def forward(self, memory: Memory, written: torch.Tensor) -> Memory:
+        vectors = memory["memory"]
+        gate = (self.gate_proj(written).to(vectors) + self.gate_bias.to(vectors)).sigmoid()
+        return {"memory": gate * vectors + (1 - gate) * written.to(vectors)}
+
+
+MEMORY_UPDATES: dict[str, type[BakaMemoryUpdate]] = {"replace": BakaMemoryUpdate, "gate": BakaGatedMemoryUpdate}

@@ -32,7 +32,7 @@ from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
-from .functions_baka import get_norm
+from .functions_baka import get_norm, initialise
 from .generation_baka import BakaGenerationMixin
 from .inputs_baka import (
     check_cache,
@@ -47,7 +47,7 @@ from .inputs_baka import (
 )
 from .layers_baka import BakaDecoderLayer, BakaPauseDropout
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .memory_baka import MEMORY_UPDATES, Memory
+from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
 from .reading_baka import Reading
 from .solidifiers_baka import SOLIDIFIERS
 from .stream_baka import fixed_pauses
@@ -67,14 +67,17 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, BakaMemoryUpdate):
+            module.reset_parameters()
         std = getattr(module, "initial_std", None)
-        if std is None or not isinstance(module, nn.Linear):
+        if std is None:
             super()._init_weights(module)
             return
         init.normal_(module.weight, std=std)
-        if module.bias is not None:
-            start, stop = getattr(module, "initial_bias", (0.0, 0.0))
-            init.copy_(module.bias, torch.linspace(start, stop, module.out_features))
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            first, last = getattr(module, "initial_bias", (0.0, 0.0))
+            init.copy_(bias, torch.linspace(first, last, len(bias)))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -170,6 +173,8 @@ class BakaModel(BakaPreTrainedModel):
         if config.num_memory_tokens:
             self.memory_tokens = nn.Embedding(config.num_memory_tokens, config.hidden_size)
             self.memory_update = MEMORY_UPDATES[config.memory_update](config)
+            if self.memory_update.needs_norm:
+                initialise(1.0, self.memory_tokens)
             if config.memory_norm:
                 self.memory_norm = get_norm(config)
             if config.separate_solidifiers:
