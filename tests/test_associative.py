@@ -1,14 +1,18 @@
 """The formulas of associations, against loops over tokens and features."""
 
+from typing import Any
+
 import pytest
 import torch
+from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 
-from baka_hf import associative_baka
+from baka_hf import BakaForCausalLM, associative_baka
 from baka_hf.associative_baka import delta_rule, dpfp, recall, solve_unit_lower, store
 
 EXACT = dict(rtol=0, atol=1e-9)
+FLOATS = (torch.float64, torch.float32)
 
 
 def unit_keys(*shape: int) -> Tensor:
@@ -81,3 +85,73 @@ def test_triangular_systems() -> None:
     lower, right = torch.randn(2, 64, 64).double().tril(-1) / 8, torch.randn(2, 64, 3).double()
     expected = torch.linalg.solve_triangular(lower + torch.eye(64), right, upper=False, unitriangular=True)
     assert_close(solve_unit_lower(lower, right), expected, **EXACT)
+
+
+# As parts of a model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "memory": dict(associative_dim=16),
+    "tokens": dict(associative_dim=16, associative_write="tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_models(kind: str) -> None:
+    """What is read is zero at first, queries and keys are of length 1, and heads forget in different times."""
+    model = BakaForCausalLM(
+        tiny_config(hidden_size=64, num_hidden_layers=3, associative_layer_interval=2, **KINDS[kind])
+    )
+    assert [layer.association is not None for layer in model.model.layers] == [False, True, False]
+    found = dict(model.model.layers[1].association.named_parameters())
+    zero = {"v_proj.weight", "beta_proj.weight", "beta_proj.bias"}
+    if kind == "tokens":
+        zero = zero - {"v_proj.weight"} | {"o_proj.weight", "gamma_proj.weight"}
+        assert found.pop("gamma_proj.bias").tolist() == [2, 6]
+    assert {name for name, weight in found.items() if not weight.any()} == zero
+    for name in found.keys() - zero:
+        assert found[name].std().item() == pytest.approx(64**-0.5, rel=0.1), name
+    plain = BakaForCausalLM(tiny_config(hidden_size=64, num_hidden_layers=3))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    tokens = random_tokens(model.config, 1, 12)
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [3, 12])
+def test_every_weight_has_a_gradient(kind: str, length: int) -> None:
+    """Also in a text that ends before anything is written."""
+    model = tiny_model(tiny_config(**KINDS[kind])).train()
+    tokens = random_tokens(model.config, 1, length)
+    model(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["associations_of_memory", "associations_of_tokens_and_memory"])
+def test_precisions(name: str) -> None:
+    """float32 is close to the naive reading; in models of less, and in states made less, associations are float32."""
+    model = tiny_model(tiny_config(**CONFIGS[name]), torch.float32)
+    tokens = random_tokens(model.config, 40)
+    assert_close(model(tokens[None]).logits[0].double(), naive_read(model, tokens).logits, rtol=0, atol=1e-4)
+    model = model.bfloat16()
+    state = model.new_cache()
+    logits = [model(part, cache=state).logits for part in tokens[None].split(13, dim=1)]
+    assert (torch.cat(logits, dim=1)[0] - naive_read(model, tokens).logits).abs().mean() < 0.05
+    state.to(dtype=torch.float16)
+    assert {state.associations.dtype, state.layers[0].keys.dtype} == {torch.float32, torch.float16}
+
+
+def test_float32_does_not_drift() -> None:
+    """Chunk after chunk errors are forgotten with what they are of."""
+    torch.manual_seed(0)
+    helds = {dtype: [torch.zeros(size, dtype=dtype) for size in ((1, 8, 4), (1, 48, 4), (1, 48))] for dtype in FLOATS}
+    errors = []
+    for _ in range(300):
+        inputs = unit_keys(1, 16, 8), torch.randn(1, 16, 4).double(), torch.rand(1, 16).double()
+        for dtype, held in helds.items():
+            keys, values, strengths = (x.to(dtype) for x in inputs)
+            held[0] = delta_rule(held[0], keys, values, strengths, torch.full((1,), 0.999, dtype=dtype))
+            held[1:] = store(*held[1:], dpfp(keys), values, strengths)
+        pairs = zip(*helds.values(), strict=True)
+        errors.append([((exact - single).norm() / exact.norm()).item() for exact, single in pairs])
+    assert all(max(late) < 2e-6 for late in errors[100:])
