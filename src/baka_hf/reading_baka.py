@@ -577,7 +577,8 @@ class Reading:
             if self.half:
                 angles = backwards(self.config, layer.keys)
                 layer.keys, layer.values = with_previous(layer.keys, layer.values, angles, layout.completes)
-                layer.inputs = None if layer.inputs is None else layer.inputs.clone()
+                if layer.inputs is not None:
+                    layer.inputs = layer.inputs.clone()
 
     @on_host
     def results(self) -> Results:
