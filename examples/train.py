@@ -101,6 +101,11 @@ class ModelArguments:
     )
     separate_solidifiers: bool = field(default=False, metadata={"help": "One solidifier to read, one to write."})
     memory_norm: bool = field(default=True, metadata={"help": "Norm over the memory that is handed on."})
+    associative_dim: int = field(default=0, metadata={"help": "Width of an associative memory's keys; 0: none."})
+    associative_write: Literal["memory", "tokens"] = field(
+        default="memory", metadata={"help": "What writes to it: the memory vectors or every token."}
+    )
+    associative_layer_interval: int = field(default=1, metadata={"help": "Every so many blocks one has it."})
     num_pause_tokens: int = field(default=2, metadata={"help": "Pause tokens in a chunk; 0: none."})
     pause_placement: Literal["fixed", "random"] = field(
         default="fixed", metadata={"help": "Where pauses stand while training."}

@@ -70,6 +70,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gelu": dict(hidden_act="gelu"),
     "other_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
     "other_epsilon": dict(layer_norm_eps=0.1),
+    "associations_of_memory": dict(associative_dim=3, memory_norm=True),
+    "associations_of_tokens": dict(
+        **dict(associative_dim=3, associative_write="tokens", associative_layer_interval=2, num_hidden_layers=3),
+        num_memory_tokens=0,
+    ),
+    "associations_of_tokens_and_memory": dict(
+        **dict(associative_dim=4, associative_write="tokens", use_xl_cache=False, chunk_size=7),
+        **dict(norm_type="rmsnorm", parallel_residual=False, num_attention_heads=4, num_key_value_heads=2, head_dim=4),
+    ),
     "block_of_llama": dict(norm_type="rmsnorm", parallel_residual=False, hidden_act="silu", rope_parameters=LLAMA3),
     "block_of_qwen3": dict(
         **dict(norm_type="rmsnorm", parallel_residual=False, qk_norm=True, layer_norm_eps=0.01, memory_norm=True),
@@ -93,6 +102,8 @@ STATES = {
     "without_xl": CONFIGS["rmt_without_xl"],
     "layer_separate": CONFIGS["layer_separate"],
     "grouped_queries": CONFIGS["grouped_queries"],
+    "associations_of_memory": CONFIGS["associations_of_memory"],
+    "associations_of_tokens": CONFIGS["associations_of_tokens"],
     "random_pauses": dict(pause_placement="random", num_pause_tokens=3),
 }
 every_state = pytest.mark.parametrize("overrides", STATES.values(), ids=STATES)

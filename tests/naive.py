@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 Weights = Mapping[str, Tensor]
 KeysValues = tuple[Tensor, Tensor]
+Association = Sequence[Tensor]  # A [F, D] and z [F], or of each head S [d, head_dim]
 
 
 @dataclass
@@ -137,12 +139,80 @@ def attention(
     return output, attended, (own_key, own_value)
 
 
+def features(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """DPFP-3 (arXiv 2102.11174) of W x: r_i r_(i - j) for j = 1, 2, 3, where r = relu of W x and of -W x"""
+    x = weights[f"{name}.weight"] @ x
+    r = [max(number, 0 * number) for number in [*x, *-x]]
+    return torch.stack([r[i] * r[i - j] for j in (1, 2, 3) for i in range(len(r))])
+
+
+def recall(weights: Weights, name: str, x: Tensor, association: Association) -> Tensor:
+    """Aᵀφ / (z·φ + 1e-5) of one position x [D]"""
+    A, z = association
+    phi = features(weights, f"{name}.q_proj", x)
+    return A.T @ phi / (z @ phi + 1e-5)
+
+
+def store(weights: Weights, name: str, written: Tensor, association: Association) -> Association:
+    """A and z after a chunk whose write positions gave `written` [R, D] (ARMT, arXiv 2407.04841)"""
+    A, z = after = association
+    for o in written:
+        k = features(weights, f"{name}.k_proj", o)
+        there = A.T @ k / (z @ k + 1e-5)
+        beta = linear(weights, f"{name}.beta_proj", o, True).sigmoid()
+        gamma = (1 - z @ k / (k @ k + 1e-5)).clamp(0, 1).detach()
+        change = beta * (weights[f"{name}.v_proj.weight"] @ o - there)
+        after = after[0] + torch.outer(k, change), after[1] + gamma * k
+    return after
+
+
+def heads_of(weights: Weights, name: str, x: Tensor, heads: int) -> list[Tensor]:
+    return list((weights[f"{name}.weight"] @ x).chunk(heads))
+
+
+def recall_in_heads(weights: Weights, name: str, x: Tensor, states: Association) -> Tensor:
+    """W_o concat(q S) of one position x [D], whose queries have length 1"""
+    queries = heads_of(weights, f"{name}.q_proj", x, len(states))
+    recalled = [query / query.norm() @ state for query, state in zip(queries, states, strict=True)]
+    return weights[f"{name}.o_proj.weight"] @ torch.cat(recalled)
+
+
+def store_in_heads(weights: Weights, name: str, text: Tensor, states: Association) -> Association:
+    """The states after a chunk with the normed inputs `text` [n, D]: the gated delta rule (arXiv 2412.06464), each
+    token under the key of the one before it"""
+    gammas = linear(weights, f"{name}.gamma_proj", text.mean(0), True).sigmoid()
+    states = [gamma * state for gamma, state in zip(gammas, states, strict=True)]
+    for before, token in pairwise(text):
+        keys = heads_of(weights, f"{name}.k_proj", before, len(states))
+        values = heads_of(weights, f"{name}.v_proj", token, len(states))
+        betas = linear(weights, f"{name}.beta_proj", token, True).sigmoid()
+        for head, (key, value, beta) in enumerate(zip(keys, values, betas, strict=True)):
+            key = key / key.norm()
+            states[head] = states[head] + beta * torch.outer(key, value - key @ states[head])
+    return states
+
+
 def block(
-    config: Any, weights: Weights, name: str, x: Tensor, previous: KeysValues | None, first_slot: int, mask: Tensor
+    config: Any,
+    weights: Weights,
+    name: str,
+    x: Tensor,
+    previous: KeysValues | None,
+    first_slot: int,
+    mask: Tensor,
+    association: Association | None = None,
 ) -> tuple[Tensor, Tensor, KeysValues]:
-    """y = x + attention(LN x) + mlp(LN x), or h + mlp(LN' h) of h = x + attention(LN x)"""
+    """y = x + attention(LN x) + mlp(LN x), or h + mlp(LN' h) of h = x + attention(LN x); associations are read by x
+    before all that, or by LN x beside attention"""
+    by_tokens = config.associative_write == "tokens"
+    if association is not None and not by_tokens:
+        x = x + torch.stack([recall(weights, f"{name}.association", position, association) for position in x])
     normed = norm(config, weights, f"{name}.input_layernorm", x)
     out, attended, keys_values = attention(config, weights, f"{name}.self_attn", normed, previous, first_slot, mask)
+    if association is not None and by_tokens:
+        out = out + torch.stack(
+            [recall_in_heads(weights, f"{name}.association", position, association) for position in normed]
+        )
     if not config.parallel_residual:
         x, out = x + out, 0
         normed = norm(config, weights, f"{name}.post_attention_layernorm", x)
@@ -199,6 +269,16 @@ def read(
     m_0 = weights["model.memory_tokens.weight"] if num_memory else text.new_zeros(0, config.hidden_size)
     m = m_0 if memory is None else memory.double()
     previous: list[KeysValues | None] = [None] * num_layers
+    associations: list[Association | None] = [None] * num_layers
+    for layer in range(num_layers):
+        if config.associative_dim and (layer + 1) % config.associative_layer_interval == 0:
+            shapes: list[tuple[int, ...]] = [
+                (6 * config.associative_dim, config.hidden_size),
+                (6 * config.associative_dim,),
+            ]
+            if config.associative_write == "tokens":
+                shapes = [(config.associative_dim, config.head_dim)] * config.num_attention_heads
+            associations[layer] = [text.new_zeros(shape) for shape in shapes]
     memories = [m]
     hidden: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
     attentions: list[list[Tensor]] = [[] for _ in range(num_layers)]
@@ -207,6 +287,7 @@ def read(
         if i in detach_at:
             m = m.detach()
             previous = [kv and (kv[0].detach(), kv[1].detach()) for kv in previous]
+            associations = [held and [tensor.detach() for tensor in held] for held in associations]
 
         learned = i == 0 and memory is None  # chunk 0 reads and writes m_0 itself; solidifiers are for what was written
         stream = list(m if learned else solidify(config, weights, "read", m))
@@ -227,7 +308,15 @@ def read(
         for layer in range(num_layers):
             hidden[layer].append(x[text_slots])
             name = f"model.layers.{layer}"
-            x, attended, keys_values = block(config, weights, name, x, previous[layer], num_slots, mask)
+            before, held = x, associations[layer]
+            x, attended, keys_values = block(config, weights, name, x, previous[layer], num_slots, mask, held)
+            if full and held is not None:
+                name = f"{name}.association"
+                if config.associative_write == "tokens":
+                    normed = norm(config, weights, f"model.layers.{layer}.input_layernorm", before[text_slots])
+                    associations[layer] = store_in_heads(weights, name, normed, held)
+                else:
+                    associations[layer] = store(weights, name, x[len(x) - num_memory :], held)
             own.append(keys_values)
             unseen = num_slots if previous[layer] is None else 0, num_slots - len(stream)
             attentions[layer].append(F.pad(attended[:, text_slots], unseen))

@@ -51,7 +51,9 @@ def train_on_lanes(model: BakaForCausalLM, run: Callable[..., Any], num_steps: i
 @pytest.mark.parametrize(("solidifier", "granularity"), [("gelephant", None), ("layer", "chunk")])
 def test_training_compiles_to_few_programs(solidifier: str, granularity: str | None) -> None:
     """Losses and gradients are those of the plain model, and later steps need no new program."""
-    model = tiny_model(tiny_config(memory_solidifier=solidifier, num_hidden_layers=1), torch.float64).train()
+    associations = {} if granularity else dict(associative_dim=3, associative_write="tokens")
+    config = tiny_config(memory_solidifier=solidifier, num_hidden_layers=1, **associations)
+    model = tiny_model(config, torch.float64).train()
     losses, gradients = train_on_lanes(model, model, 8)
     if granularity:
         checkpoint_activations(model, granularity)
@@ -92,7 +94,7 @@ def test_training_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_programs_serve_texts_of_any_length() -> None:
     """One for the first chunk, one for those after it, and one for any length of what is left, or of a last chunk."""
-    config = tiny_config(chunk_size=9, num_hidden_layers=2)
+    config = tiny_config(chunk_size=9, num_hidden_layers=2, associative_dim=3, associative_write="tokens")
     model = tiny_model(config, torch.float64).train()
     programs = []
 

@@ -39,6 +39,9 @@ DEFAULTS = dict(
     memory_solidifier="none",
     separate_solidifiers=False,
     memory_norm=True,
+    associative_dim=0,
+    associative_write="memory",
+    associative_layer_interval=1,
     num_pause_tokens=8,
     pause_placement="fixed",
     use_xl_cache=True,
@@ -58,7 +61,7 @@ UNUSUAL = dict(
     vocab_size=7,
     hidden_size=24,
     intermediate_size=10,
-    num_hidden_layers=1,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=10,
@@ -79,6 +82,9 @@ UNUSUAL = dict(
     memory_solidifier="mlp",
     separate_solidifiers=True,
     memory_norm=False,
+    associative_dim=5,
+    associative_write="tokens",
+    associative_layer_interval=2,
     num_pause_tokens=3,
     pause_placement="random",
     use_xl_cache=False,
@@ -446,7 +452,16 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     ("rope_parameters", None, dict(rope_parameters={"rope_theta": None})),
     ("rope_parameters", "partial_rotary_factor", dict(rope_parameters={"partial_rotary_factor": 0.5})),
     *[("chunk_size", value, {}) for value in (0, -1, 8.0, True)],
-    *[(name, value, {}) for name in ("num_memory_tokens", "num_pause_tokens") for value in (-1, 1.0, None, True)],
+    *[
+        (name, value, {})
+        for name in ("num_memory_tokens", "num_pause_tokens", "associative_dim")
+        for value in (-1, 1.0, None, True)
+    ],
+    *[("associative_write", value, dict(associative_dim=8)) for value in ("carry", None, [])],
+    ("associative_write", "memory", dict(associative_dim=8, num_memory_tokens=0)),
+    *[("associative_layer_interval", value, dict(associative_dim=8)) for value in (0, 13, 1.0, None, True)],
+    ("associative_write", "tokens", {}),  # of none
+    ("associative_layer_interval", 2, {}),
     ("num_pause_tokens", 513, {}),
     ("num_pause_tokens", 3, dict(chunk_size=2)),
     *[("memory_write", value, {}) for value in ("token", "", None)],

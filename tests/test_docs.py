@@ -323,7 +323,7 @@ def test_table_of_weights_is_that_of_the_models() -> None:
     """Names and shapes of all models together, no more and no less."""
     sizes = dict(vocab_size=17, hidden_size=12, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2)
     sizes |= dict(head_dim=8, num_hidden_layers=1, num_memory_tokens=3)
-    symbols = {"V": 17, "D": 12, "I": 20, "H·d": 32, "K·d": 16, "d": 8, "R": 3, "1": 1}
+    symbols = {"V": 17, "D": 12, "I": 20, "H·d": 32, "K·d": 16, "d": 8, "R": 3, "1": 1, "H": 4, "H·a": 24}
     table = {}
     for name, shape, _ in table_rows(TEXTS["docs/porting.md"], "| name | shape | there is one |"):
         front, endings, back = re.fullmatch(r"`([^{`]*)(?:\{([\w,]+)\})?([^`]*)`", name).groups()
@@ -332,6 +332,7 @@ def test_table_of_weights_is_that_of_the_models() -> None:
     found = {}
     variants = [dict(memory_solidifier=name, qk_norm=False) for name in ("glu", "gelephant", "mlp", "layer")]
     block = dict(parallel_residual=False, qk_norm=True, attention_bias=True, mlp_bias=True)
+    block |= dict(associative_dim=6, associative_write="tokens")
     for fields in (*variants, block, dict(memory_update="gate")):
         model = BakaForCausalLM(BakaConfig(**sizes, **fields))
         found |= {name.replace(".0.", ".N."): tuple(weight.shape) for name, weight in model.state_dict().items()}

@@ -265,16 +265,19 @@ def losses_with(model: BakaForCausalLM, documents: list[list[int]], memory: str,
                 losses[-1].append(None)
                 continue
             other = states[others[0]][chunk] if others else own
+            learned = {name: torch.zeros_like(tensor) for name, tensor in own.carried.items()}
+            if model.config.num_memory_tokens:
+                learned["memory"] = model.model.memory_tokens.weight[None].detach()
             given = {
-                "carried": own.memory,
-                "exchanged": other.memory,
-                "learned": model.model.memory_tokens.weight[None].detach(),
-                "frozen": states[number][min(chunk, 1)].memory,
+                "carried": own.carried,
+                "exchanged": other.carried,
+                "learned": learned,
+                "frozen": states[number][min(chunk, 1)].carried,
             }[memory]
             state = own.clone()
             if chunk:
-                state = model.new_cache(memory=given) if keys == "none" else state
-                state.memory = given
+                state = model.new_cache(memory=given["memory"]) if keys == "none" else state
+                state.carried = given
                 if keys == "exchanged":
                     for mine, its in zip(state.layers, other.layers, strict=True):
                         mine.keys, mine.values = its.keys, its.values
@@ -285,11 +288,19 @@ def losses_with(model: BakaForCausalLM, documents: list[list[int]], memory: str,
     return losses
 
 
+# What a model may carry beside keys and values.
+PASTS: list[dict[str, Any]] = [
+    dict(memory_solidifier="glu", associative_dim=3),
+    dict(num_memory_tokens=0, associative_dim=3, associative_write="tokens"),
+]
+
+
 @pytest.mark.parametrize("keys", ["carried", "exchanged", "none"])
 @pytest.mark.parametrize("memory", ["carried", "exchanged", "learned", "frozen"])
-def test_chunks_that_read_another_past(memory: str, keys: str) -> None:
+@pytest.mark.parametrize("fields", PASTS, ids=["vectors and associations", "associations"])
+def test_chunks_that_read_another_past(memory: str, keys: str, fields: dict[str, Any]) -> None:
     """As if each chunk was read alone from such a state; the first chunk has no past, whatever is asked."""
-    model = tiny_model(tiny_config(memory_solidifier="glu"))
+    model = tiny_model(tiny_config(**fields))
     documents = documents_of(model, [26, 13, 31, 3])
     scores = evaluate_documents(model, documents, 4, memory=memory, keys=keys, by_document=True)
     expected = losses_with(model, documents, memory, keys)

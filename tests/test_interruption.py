@@ -166,6 +166,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
+BY_TOKENS = dict(associative_dim=3, associative_write="tokens")
+
+
 @modes
 @pytest.mark.parametrize(
     ("before", "arguments", "overrides"),
@@ -173,11 +176,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         ("fresh", "plain", {}),
         ("in step", "plain", {}),
         ("in step", "masked", {}),
-        ("in step", "packed", dict(use_xl_cache=False)),
+        ("in step", "packed", dict(use_xl_cache=False, **BY_TOKENS)),
         ("in step", "with a loss", {}),
-        ("out of step", "plain", {}),
+        ("out of step", "plain", BY_TOKENS),
         ("out of step", "packed", {}),
-        ("out of step", "plain", dict(use_xl_cache=False)),
+        ("out of step", "plain", dict(use_xl_cache=False, associative_dim=3)),
     ],
     ids=str,
 )

@@ -55,9 +55,16 @@ def others(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(MEMORY_UPDATES, name, update)
 
 
-@pytest.fixture(params=UPDATES)
+ASSOCIATIONS = {
+    "associations_of_memory": dict(associative_dim=3, associative_layer_interval=2),
+    "associations_of_tokens": dict(associative_dim=3, associative_write="tokens", parallel_residual=False),
+}
+
+
+@pytest.fixture(params=[*UPDATES, *ASSOCIATIONS])
 def model(request: pytest.FixtureRequest) -> BakaForCausalLM:
-    return tiny_model(tiny_config(memory_update=request.param, memory_norm=True, memory_solidifier="glu"))
+    fields = ASSOCIATIONS.get(request.param, dict(memory_update=request.param))
+    return tiny_model(tiny_config(memory_norm=True, memory_solidifier="glu", **fields))
 
 
 @pytest.fixture
@@ -77,6 +84,8 @@ def formula(model: BakaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
         before.append(memory)
         if model.config.memory_update == "every_second":
             return written if len(before) % 2 else memory
+        if model.config.memory_update == "replace":
+            return written
         earlier = before[-2] if len(before) > 1 else torch.zeros_like(written)
         return (written + (earlier if memory.requires_grad else earlier.detach())) / 2  # cut where memory is
 
@@ -88,9 +97,14 @@ def naive_logits(model: BakaForCausalLM, tokens: Tensor) -> Tensor:
 
 
 def assert_same_state(found: BakaCache, expected: BakaCache, **tolerance: float) -> None:
+    """Of memory and associations; of a chunk's inputs those it has, which the rest of what was read follows from."""
     assert found.carried.keys() == expected.carried.keys()
     for name, tensor in expected.carried.items():
         assert_close(found.carried[name], tensor, **tolerance)
+    for layer, other in zip(found.layers, expected.layers, strict=True):
+        if other.inputs is not None:
+            for row, count in enumerate((expected.num_tokens % expected.chunk_size).tolist()):
+                assert_close(layer.inputs[row, :count], other.inputs[row, :count], **tolerance)
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
@@ -285,6 +299,8 @@ def test_training_graphs(on_cpus: None, model: BakaForCausalLM) -> None:
 
 
 def test_compiled(model: BakaForCausalLM) -> None:
+    if model.config.num_associative_heads:
+        pytest.skip("compiled in test_compile")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
     tokens = random_tokens(model.config, 2, 17)

@@ -36,7 +36,11 @@ RECORDED_POSITIONS = 128
 
 
 class BakaCacheLayer(CacheLayerMixin):
-    """Keys and values of one block, [B, num_key_value_heads, 2S, head_dim] (S slots with `use_xl_cache=False`)."""
+    """Keys and values of one block, [B, num_key_value_heads, 2S, head_dim] (S slots with `use_xl_cache=False`).
+
+    Where tokens write associations also its normed inputs [B, n, D], of the text of the chunk in progress: from these
+    follows what they will write.
+    """
 
     is_compileable = False
     is_croppable = True
@@ -44,6 +48,7 @@ class BakaCacheLayer(CacheLayerMixin):
 
     keys: torch.Tensor
     values: torch.Tensor
+    inputs: torch.Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,8 +62,17 @@ class BakaCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, placement: Placement, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a span's keys and values [B, H, Q, head_dim] in place; return all that its queries may look at."""
+        """Write a span's keys and values [B, H, Q, head_dim] in place; return all that its queries may look at.
+
+        From then on `inputs` may be written in place as well.
+        """
+        if self.keys.shape[1] != key_states.shape[1] and not (self.keys.any() or self.values.any()):
+            # Under tensor parallelism each process has its share of the heads.
+            heads = key_states.shape[1]
+            self.keys, self.values = self.keys[:, :heads].clone(), self.values[:, :heads].clone()
         self.keys, self.values = self._writable(self.keys, key_states), self._writable(self.values, value_states)
+        if self.inputs is not None:
+            self.inputs = self._writable(self.inputs, key_states)
         self.is_shared = False
         if placement.slots is None or placement.valid is None:
             self.keys[:, :, placement.start : placement.stop] = key_states
@@ -71,9 +85,6 @@ class BakaCacheLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def _writable(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        if buffer.shape[1] != like.shape[1] and not buffer.any():
-            # Under tensor parallelism each process has its share of the heads.
-            return like.new_zeros(buffer.shape[0], like.shape[1], *buffer.shape[2:])
         if buffer.device != like.device or buffer.dtype != like.dtype:
             return buffer.detach().to(device=like.device, dtype=like.dtype)
         if self.is_shared or buffer.requires_grad or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
@@ -96,7 +107,7 @@ class BakaCache(Cache):
 
         batch · (num_hidden_layers · 2 · num_key_value_heads · head_dim · 2S + R · hidden_size) numbers, see `nbytes`,
 
-    and what else a `memory_update` holds, which may be in float32 where all else is not.
+    and what else a `memory_update` and associations hold (docs/memory.md), in float32 where all else may not be.
 
     A model takes it as `past_key_values`, changes it in place and returns it. Rows may be in different phases of their
     chunks. It behaves as any transformers `Cache` does in `generate`.
@@ -365,7 +376,7 @@ class BakaCache(Cache):
         """
         if self.get_seq_length() or self._num_tokens.any():
             raise ValueError(f"a memory can only seed a fresh state, this one has read {self._num_tokens.tolist()}.")
-        if self.memory.shape[1] == 0:
+        if self.memory.shape[1] == 0 and len(self.carried) == 1:
             raise ValueError("this model has no memory tokens to seed (num_memory_tokens=0).")
         if memory.shape not in (self.memory.shape, self.memory.shape[1:]):
             raise ValueError(

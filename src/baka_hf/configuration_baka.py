@@ -19,6 +19,7 @@ AUTO_MAP = {
 }
 MEMORY_WRITES = ("carry", "tokens")
 MEMORY_SOLIDIFIERS = ("none", "glu", "gelephant", "mlp", "layer")
+ASSOCIATIVE_WRITES = ("memory", "tokens")
 PAUSE_PLACEMENTS = ("fixed", "random")
 NORM_TYPES = ("layernorm", "rmsnorm")
 # The kinds of RoPE whose angles do not depend on a text's length, and what each is told beside `rope_theta`.
@@ -57,6 +58,9 @@ ORIGINALLY: dict[str, Any] = {
     "memory_solidifier": "none",
     "separate_solidifiers": False,
     "memory_norm": False,
+    "associative_dim": 0,
+    "associative_write": "memory",
+    "associative_layer_interval": 1,
     "num_pause_tokens": 8,
     "pause_placement": "fixed",
     "use_xl_cache": True,
@@ -126,6 +130,13 @@ class BakaConfig(PreTrainedConfig):
             chunk: `"none"`, `"glu"`, `"gelephant"`, `"mlp"` or `"layer"`.
         separate_solidifiers (`bool`, defaults to `False`): One solidifier for reading and one for writing.
         memory_norm (`bool`, defaults to `True`): A norm of what is written to memory. `memory_update="gate"` needs it.
+        associative_dim (`int`, defaults to 0): Width of the keys of an associative memory, a matrix that blocks keep;
+            0 for none.
+        associative_write (`str`, defaults to `"memory"`): What writes to it when a chunk is full: `"memory"`, the
+            blocks' outputs at the write positions of the memory vectors (ARMT, arXiv 2407.04841), or `"tokens"`, every
+            token of the text, in each of `num_attention_heads` heads (the gated delta rule, arXiv 2412.06464).
+        associative_layer_interval (`int`, defaults to 1): Every so many blocks one has an associative memory: of 1, 2,
+            3, … counted from 1, those that it divides.
         num_pause_tokens (`int`, defaults to 8): Pauses in a chunk (arXiv 2310.02226), at most `chunk_size`.
         pause_placement (`str`, defaults to `"fixed"`): `"fixed"`, before every (n // P)-th token, or `"random"`
             while training, unless dropout is switched off.
@@ -179,6 +190,9 @@ class BakaConfig(PreTrainedConfig):
     memory_solidifier: str = "none"
     separate_solidifiers: bool = False
     memory_norm: bool = True
+    associative_dim: int = 0
+    associative_write: str = "memory"
+    associative_layer_interval: int = 1
     num_pause_tokens: int = 8
     pause_placement: str = "fixed"
     use_xl_cache: bool = True
@@ -298,6 +312,11 @@ class BakaConfig(PreTrainedConfig):
         return 2 * self.num_memory_tokens + self.chunk_size + self.num_pause_tokens
 
     @property
+    def num_associative_heads(self) -> int:
+        """Of an associative memory that tokens write; 0 of all others."""
+        return self.num_attention_heads if self.associative_dim and self.associative_write == "tokens" else 0
+
+    @property
     def rope(self) -> tuple[str, float, dict[str, float]]:
         """The type of RoPE, its theta, and the numbers that `ROPE_TYPES` names for the type."""
         found = self.rope_parameters
@@ -321,6 +340,8 @@ class BakaConfig(PreTrainedConfig):
             ("head_dim", 2),
             ("chunk_size", 1),
             ("num_memory_tokens", 0),
+            ("associative_dim", 0),
+            ("associative_layer_interval", 1),
             ("num_pause_tokens", 0),
         ):
             if not _is_int(getattr(self, name), least):
@@ -352,6 +373,7 @@ class BakaConfig(PreTrainedConfig):
             ("memory_write", MEMORY_WRITES),
             ("memory_update", tuple(MEMORY_UPDATES)),
             ("memory_solidifier", MEMORY_SOLIDIFIERS),
+            ("associative_write", ASSOCIATIVE_WRITES),
             ("pause_placement", PAUSE_PLACEMENTS),
         ):
             if getattr(self, name) not in allowed:
@@ -386,6 +408,20 @@ class BakaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not self.num_memory_tokens and value not in (nothing, getattr(type(self), name)):
                 raise ValueError(f"`{name}` must be {nothing!r} when `num_memory_tokens` is 0, got {value!r}.")
+        if self.associative_dim and self.associative_write == "memory" and not self.num_memory_tokens:
+            raise ValueError(
+                "`associative_write` must be 'tokens' when `num_memory_tokens` is 0, got 'memory': there are no memory "
+                "vectors to write with."
+            )
+        if self.associative_layer_interval > self.num_hidden_layers:
+            raise ValueError(
+                f"`associative_layer_interval` must be at most `num_hidden_layers` ({self.num_hidden_layers}), got "
+                f"{self.associative_layer_interval}."
+            )
+        for name in ("associative_write", "associative_layer_interval"):
+            value, nothing = getattr(self, name), ORIGINALLY[name]
+            if not self.associative_dim and value not in (nothing, getattr(type(self), name)):
+                raise ValueError(f"`{name}` must be {nothing!r} when `associative_dim` is 0, got {value!r}.")
 
         self._validate_rope(self.rope_parameters)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

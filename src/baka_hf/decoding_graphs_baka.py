@@ -27,7 +27,18 @@ from .graphs_baka import PlainWeights, recording
 from .history_baka import hash_of_nothing, hash_tokens
 from .memory_baka import Memory
 from .reading_baka import ChunkPass, backwards, rolled_over
-from .stream_baka import Layout, Placement, Span, Stream, View, compare_slots, fixed_pauses, lay_out
+from .stream_baka import (
+    Associated,
+    Layout,
+    Placement,
+    Span,
+    Stream,
+    View,
+    compare_slots,
+    fixed_pauses,
+    lay_out,
+    writers_of,
+)
 
 # Where states are read this way. Without a graph it is right everywhere, but no faster.
 DEVICES = ("cuda",)
@@ -112,10 +123,14 @@ class StaticReader:
                 self.ids[length] = self.num_tokens.new_zeros(self.batch_size, length)
                 self.states[length] = slots.new_zeros(self.batch_size, length, config.hidden_size)
             compiled: Callable = torch.compile(dynamic=False) if self.device.type == "cuda" else _as_it_is
-            self.slots = list(zip(self.keys, self.values, strict=True))  # of each block
-            programs = compiled(enter), compiled(leave)
+            self.slots: list[dict[str, torch.Tensor]] = []  # of each block
+            for layer, *both in zip(cache.layers, self.keys, self.values, strict=True):
+                self.slots.append(dict(zip(("keys", "values"), both, strict=True)))
+                if layer.inputs is not None:
+                    self.slots[-1]["inputs"] = torch.zeros_like(layer.inputs)
+            programs = compiled(enter), compiled(leave), compiled(write)
             self.blocks = [
-                DecodingBlock(layer, *slots, *programs) for layer, slots in zip(model.layers, self.slots, strict=True)
+                DecodingBlock(layer, slots, *programs) for layer, slots in zip(model.layers, self.slots, strict=True)
             ]
             self.locate, self.roll = compiled(locate), compiled(roll_over)
             self.pauses = torch.tensor(fixed_pauses(config), dtype=torch.int64, device=self.device)[None]
@@ -157,9 +172,10 @@ class StaticReader:
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
         for layer, slots in zip(cache.layers, self.slots, strict=True):
-            if layer.keys is not slots[0] or layer.values is not slots[1]:
-                layer.keys, layer.values = slots[0].copy_(layer.keys), slots[1].copy_(layer.values)
-                layer.is_shared = False
+            for name, own in slots.items():
+                if getattr(layer, name) is not own:
+                    setattr(layer, name, own.copy_(getattr(layer, name)))
+                    layer.is_shared = False
         carried = cache.carried
         if any(carried[name] is not own for name, own in self.memory.items()):
             self._remember(carried)
@@ -169,9 +185,9 @@ class StaticReader:
 
     def _remember(self, memory: Memory) -> None:
         """Make this what the memory holds. A tensor of it may be one of these, under another name."""
-        copies = {name: tensor.clone() for name, tensor in memory.items()}
-        for name, own in self.memory.items():
-            own.copy_(copies[name])
+        copies = {name: memory[name].clone() for name, own in self.memory.items() if memory[name] is not own}
+        for name, copy in copies.items():
+            self.memory[name].copy_(copy)
 
     def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
@@ -228,6 +244,8 @@ class StaticReader:
         view = view._replace(mask=view.mask[..., :stop].contiguous(), placement=view.placement._replace(stop=stop))
         if kind != EDGE:
             layout.begins = layout.completes = False
+            if view.writers is not None:
+                view = view._replace(writers=view.writers._replace(completes=False))
         states = self._read(model, cache, span, layout, view)
         self.states[1].copy_(states.masked_fill(~self.reads[:, None, None], 0))
         self.num_tokens.copy_(span.num_tokens)
@@ -243,7 +261,9 @@ class StaticReader:
             numbers, horizons = compare_slots(self.config, span, layout, placement, self.device)
             cos, sin = self.angles
             own = slice(S, 2 * S)
-            self.views[key] = View((cos[own], sin[own]), _bias(numbers, horizons, self.keys.dtype), placement)
+            writers = writers_of(self.config, span, layout, False, self.device)
+            mask = _bias(numbers, horizons, self.keys.dtype)
+            self.views[key] = View((cos[own], sin[own]), mask, placement, writers=writers)
         self.states[span.length].copy_(self._read(model, cache, span, layout, self.views[key]))
 
     def _read(self, model: Any, cache: BakaCache, span: Span, layout: Layout, view: View) -> torch.Tensor:
@@ -262,11 +282,11 @@ class DecodingBlock:
     """A `BakaDecoderLayer` in another order of work, for callers that take it for one: what multiplies the same input
     is one product, and keys and values are written in place."""
 
-    def __init__(self, layer: Any, keys: torch.Tensor, values: torch.Tensor, enter: Callable, leave: Callable):
-        self.layer, self.keys, self.values = layer, keys, values
+    def __init__(self, layer: Any, slots: dict[str, torch.Tensor], enter: Callable, leave: Callable, write: Callable):
+        self.layer, self.slots = layer, slots
         self.of_input = Joined.of(layer.input_projections)
         self.of_mlp = None if layer.is_parallel else Joined.of(layer.mlp_projections)
-        self.enter, self.leave = enter, leave
+        self.enter, self.leave, self.write = enter, leave, write
 
     def refresh(self) -> None:
         with torch.no_grad(), torch.inference_mode(False):
@@ -275,22 +295,31 @@ class DecodingBlock:
                 self.of_mlp.copy_(self.layer.mlp_projections)
 
     def __call__(
-        self, hidden_states: torch.Tensor, past_key: None, past_value: None, view: View, slots: None
-    ) -> tuple[torch.Tensor, None, None, None]:
-        query, gated = self.enter(
-            self.layer, hidden_states, self.of_input, view._replace(mask=None), self.keys, self.values
-        )
+        self,
+        hidden_states: torch.Tensor,
+        past_key: None,
+        past_value: None,
+        view: View,
+        slots: None,
+        associated: Associated | None,
+    ) -> tuple[torch.Tensor, None, None, None, Associated | None]:
+        held = None if associated is None else associated.held
+        entered = self.enter(self.layer, hidden_states, self.of_input, view._replace(mask=None), held, self.slots)
         attention = self.layer.self_attn
         visible = slice(view.placement.first, view.placement.stop)
         attended = nn.functional.scaled_dot_product_attention(
-            query,
-            self.keys[:, :, visible],
-            self.values[:, :, visible],
+            entered.query,
+            self.slots["keys"][:, :, visible],
+            self.slots["values"][:, :, visible],
             attn_mask=view.mask,
             scale=attention.scaling,
             enable_gqa=attention.num_key_value_groups > 1,
         )
-        return self.leave(self.layer, hidden_states, attended, gated, self.of_mlp), None, None, None
+        output = self.leave(self.layer, entered, attended, self.of_mlp, held)
+        if associated is not None and view.writers is not None and view.writers.completes:
+            inputs = view.writers.take(output) if entered.inputs is None else entered.inputs
+            associated = associated._replace(held=self.write(self.layer, held, inputs))
+        return output, None, None, None, associated
 
 
 class Joined(NamedTuple):
@@ -319,20 +348,38 @@ class Joined(NamedTuple):
                     part.copy_(linear.bias)
 
 
+class Entered(NamedTuple):
+    """What is known of a block before attention."""
+
+    hidden_states: torch.Tensor  # [B, Q, D]
+    query: torch.Tensor  # [B, H, Q, head_dim]
+    gated: torch.Tensor | None  # act(gate) ⊙ up [B, Q, ·], if their input is there already
+    association_query: torch.Tensor | None  # [B, Q, ·], if associations are read beside attention
+    inputs: torch.Tensor | None  # what the text of the chunk will write to them, if it does
+
+
 def enter(
     layer: Any,
     hidden_states: torch.Tensor,
     of_input: Joined,
     view: View,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a block does before attention: queries [B, H, Q, head_dim], and act(gate) ⊙ up [B, Q, ·] if their input is
-    there already.
+    held: tuple[torch.Tensor, ...] | None,
+    own: dict[str, torch.Tensor],
+) -> Entered:
+    """What a block does before attention.
 
-    New keys and values are left in their slots of `keys` and `values` [B, H_kv, slots, head_dim].
+    New keys and values are left in their slots of `own`, [B, H_kv, slots, head_dim], and so are inputs that will be
+    written to associations. Of these the block finds `held`.
     """
-    products = one_product(layer.input_projections, layer.input_layernorm(hidden_states), of_input)
+    keys, values, inputs, association_query = own["keys"], own["values"], None, None
+    if held is not None:
+        hidden_states = layer.read_before(hidden_states, held)
+    normed = layer.input_layernorm(hidden_states)
+    products = list(one_product(layer.input_projections, normed, of_input))
+    if held is not None and layer.is_read_beside:
+        association_query = products.pop()
+        assert view.writers is not None
+        inputs = view.writers.place_(own["inputs"], view.writers.take(normed))
     query, key, value = (x.transpose(1, 2) for x in layer.self_attn.arrange(*products[:3], view)[:3])
     _, start, _, slots, valid = view.placement
     if slots is None or valid is None:
@@ -345,7 +392,8 @@ def enter(
         index = rows[:, None, None], heads[:, None], slots[:, :, :, 0]
         keys.index_put_(index, torch.where(valid, key, keys[index]))
         values.index_put_(index, torch.where(valid, value, values[index]))
-    return query, layer.mlp.activate(*products[3:]) if layer.is_parallel else None
+    gated = layer.mlp.activate(*products[3:]) if layer.is_parallel else None
+    return Entered(hidden_states, query, gated, association_query, inputs)
 
 
 def one_product(linears: list[nn.Linear], normed: torch.Tensor, joined: Joined) -> Sequence[torch.Tensor]:
@@ -355,19 +403,26 @@ def one_product(linears: list[nn.Linear], normed: torch.Tensor, joined: Joined) 
 
 def leave(
     layer: Any,
-    hidden_states: torch.Tensor,
+    entered: Entered,
     attended: torch.Tensor,
-    gated: torch.Tensor | None,
     of_mlp: Joined | None,
+    held: tuple[torch.Tensor, ...] | None,
 ) -> torch.Tensor:
     """What a block does after attention, [B, H, Q, head_dim]: its output [B, Q, D]."""
     attended = layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
+    if entered.association_query is not None:
+        attended = attended + layer.association.read(entered.association_query, held)
     mlp = layer.mlp.down_proj if of_mlp is None else partial(_mlp, layer, of_mlp)
-    return layer.combine(hidden_states, attended, mlp, gated)
+    return layer.combine(entered.hidden_states, attended, mlp, entered.gated)
 
 
 def _mlp(layer: Any, of_mlp: Joined, normed: torch.Tensor) -> torch.Tensor:
     return layer.mlp.down_proj(layer.mlp.activate(*one_product(layer.mlp_projections, normed, of_mlp)))
+
+
+def write(layer: Any, held: tuple[torch.Tensor, ...], inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a block holds of associations after a chunk."""
+    return layer.association.write(held, inputs)
 
 
 def roll_over(keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, completes: Any) -> None:
@@ -409,7 +464,8 @@ def locate(
     numbers, horizons = compare_slots(config, span, layout, placement, num_tokens.device)
     cos, sin = table
     angles = cos[S + layout.slots], sin[S + layout.slots]
-    return span, layout, View(angles, _bias(numbers, horizons, dtype), placement)
+    writers = writers_of(config, span, layout, False, num_tokens.device)
+    return span, layout, View(angles, _bias(numbers, horizons, dtype), placement, writers=writers)
 
 
 def _bias(numbers: torch.Tensor, horizons: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

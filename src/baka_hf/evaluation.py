@@ -44,7 +44,7 @@ class Lane:
     document: torch.Tensor
     scores: list[tuple[float, int]]  # nats and how many tokens they are of, chunk by chunk; 0 of 0 if not scored
     chunk: int = 0
-    frozen: Any = field(default=None)  # the memory [R, D] that its first chunk has left
+    frozen: Any = field(default=None)  # what memory held, by name, after its first chunk
 
 
 @torch.no_grad()
@@ -287,7 +287,7 @@ class _Reader:
 
 def _check_past(config: Any, batch_size: int, memory: str, keys: str) -> None:
     for name, value, allowed, has_any in (
-        ("memory", memory, MEMORIES, config.num_memory_tokens > 0),
+        ("memory", memory, MEMORIES, config.num_memory_tokens > 0 or config.associative_dim > 0),
         ("keys", keys, KEYS, config.use_xl_cache),
     ):
         if value not in allowed:
@@ -323,7 +323,7 @@ def _score(model: Any, documents: Iterator[Lane], batch_size: int, memory: str, 
         for row, (lane, part) in enumerate(zip(lanes, losses.split([len(row) for row in rows]), strict=True)):
             lane.scores.append((float(part.sum()), len(part)) if is_scored else (0.0, 0))
             if lane.chunk == 0 and memory == "frozen":
-                lane.frozen = cache.memory[row].clone()
+                lane.frozen = {name: tensor[row].clone() for name, tensor in cache.carried.items()}
             lane.chunk += 1
         bar.update(len(losses))
 
@@ -345,20 +345,23 @@ def _score(model: Any, documents: Iterator[Lane], batch_size: int, memory: str, 
 def _with_another_past(model: Any, cache: Any, lanes: list[Lane], memory: str, keys: str) -> Any:
     """The state that the next chunk of each lane is scored with; rows that begin a document have no past to change."""
     begins = torch.tensor([lane.chunk == 0 for lane in lanes])
-    given = cache.memory
+    given, config = cache.carried, model.config
     if memory == "exchanged":
-        given = given.roll(-1, 0)
+        given = {name: tensor.roll(-1, 0) for name, tensor in given.items()}
     elif memory == "learned":
-        given = model.get_decoder().learned_memory(given).expand_as(given)
+        given = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
+        if config.num_memory_tokens:
+            given["memory"] = model.get_decoder().learned_memory(given["memory"]).expand_as(given["memory"]).clone()
     elif memory == "frozen":
-        given = torch.stack(
-            [row if lane.frozen is None else lane.frozen for row, lane in zip(given, lanes, strict=True)]
-        )
+        for name, tensor in given.items():
+            rows = [row if lane.frozen is None else lane.frozen[name] for row, lane in zip(tensor, lanes, strict=True)]
+            given[name] = torch.stack(rows)
     if keys == "none":
-        other = model.new_cache(len(lanes), memory=given if given.shape[1] else None)
+        has_memory = config.num_memory_tokens or config.associative_dim
+        other = model.new_cache(len(lanes), memory=given["memory"] if has_memory else None)
     else:
         other = cache.clone()
-        other.memory = given
+    other.carried = given
     if keys == "exchanged":
         for layer in other.layers:
             layer.keys, layer.values = layer.keys.roll(-1, 0), layer.values.roll(-1, 0)

@@ -65,6 +65,16 @@ def get_activation(name: str) -> nn.Module:
     return ElephantActivation() if name == "elephant" else ACT2FN[name]
 
 
+def initialise(std: float, *modules: nn.Linear | nn.Embedding) -> None:
+    """Mark modules whose weights are drawn with another standard deviation than `initializer_range`.
+
+    The mark is on them, not on the module that they are in, since transformers passes over modules without parameters
+    of their own when it initialises a model whose code is not its own.
+    """
+    for module in modules:
+        module.initial_std = std  # type: ignore[assignment]
+
+
 def get_norm(config: BakaConfig) -> nn.Module:
     """A norm of states [..., D], of the kind that the configuration says."""
     kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm

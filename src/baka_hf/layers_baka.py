@@ -7,22 +7,13 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .associative_baka import ASSOCIATIONS
 from .attention_baka import BakaAttention
 from .cache_baka import BakaCacheLayer
 from .compile_baka import recompute
 from .configuration_baka import BakaConfig
-from .functions_baka import get_activation, get_norm
-from .stream_baka import View
-
-
-def initialise(std: float, *modules: nn.Linear | nn.Embedding) -> None:
-    """Mark modules whose weights are drawn with another standard deviation than `initializer_range`.
-
-    The mark is on them, not on the module that they are in, since transformers passes over modules without parameters
-    of their own when it initialises a model whose code is not its own.
-    """
-    for module in modules:
-        module.initial_std = std  # type: ignore[assignment]
+from .functions_baka import get_activation, get_norm, initialise
+from .stream_baka import Associated, View
 
 
 class BakaMLP(nn.Module):
@@ -44,9 +35,12 @@ class BakaMLP(nn.Module):
 
 class BakaDecoderLayer(GradientCheckpointingLayer):
     """y = x + attention(N x) + mlp(N x), one norm for both branches; or, without `parallel_residual`, Llama's block:
-    h = x + attention(N x), y = h + mlp(N' h)."""
+    h = x + attention(N x), y = h + mlp(N' h).
 
-    def __init__(self, config: BakaConfig):
+    An associative memory that vectors write is read before all that; one that tokens write, beside attention.
+    """
+
+    def __init__(self, config: BakaConfig, has_association: bool = False):
         super().__init__()
         self.is_parallel = config.parallel_residual
         self.input_layernorm = get_norm(config)
@@ -56,6 +50,8 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         self.mlp = BakaMLP(config)
         if config.residual_initializer_range is not None:
             initialise(config.residual_initializer_range, self.self_attn.o_proj, self.mlp.down_proj)
+        self.association: Any = ASSOCIATIONS[config.associative_write](config) if has_association else None
+        self.is_read_beside = config.associative_write == "tokens"
 
     def forward(
         self,
@@ -64,16 +60,43 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         past_value: torch.Tensor | None,
         view: View,
         slots: BakaCacheLayer | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Returns the output [B, Q, D], the keys and values to keep [B, Q, H_kv, head_dim], the weights (eager only).
+        associated: Associated | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Associated | None]:
+        """Returns the output [B, Q, D], the keys and values to keep [B, Q, H_kv, head_dim], the weights (eager only),
+        and what is left of associations.
 
-        Arguments as `attention_baka.attend` takes them. By position: checkpointing keeps positional arguments for each
-        call of a layer.
+        Arguments as `attention_baka.attend` takes them, and what is found of associations. By position: checkpointing
+        keeps positional arguments for each call of a layer.
         """
+        if associated is not None:
+            hidden_states = self.read_before(hidden_states, associated.held)
         normed = self.input_layernorm(hidden_states)
         # What else reads the normed input, and not in turn, adds to what attention gives.
         attended, key, value, weights = self.self_attn(normed, past_key, past_value, view, slots)
-        return self.combine(hidden_states, attended, self.mlp, normed), key, value, weights
+        if associated is not None and self.is_read_beside:
+            attended = attended + self.association.read(self.association.q_proj(normed), associated.held)
+        output = self.combine(hidden_states, attended, self.mlp, normed)
+        if associated is None:
+            return output, key, value, weights, None
+        writers = view.writers
+        if writers is not None:
+            inputs = writers.take(normed if self.is_read_beside else output).to(key.dtype)  # that of products
+            if slots is None or slots.inputs is None:
+                inputs = writers.place(associated.inputs, inputs)
+            else:
+                inputs = writers.place_(slots.inputs, inputs)
+            held = self.association.write(associated.held, inputs) if writers.completes else associated.held
+            associated = Associated(held, inputs)
+        if self.training and torch.is_grad_enabled() and (writers is None or not writers.completes):
+            # Each weight gets a gradient even if nothing is written yet: distributed training waits for it.
+            output = output + 0 * sum(product.sum() for product in self.association.project(normed[:, :1]))
+        return output, key, value, weights, associated
+
+    def read_before(self, hidden_states: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The block's input, with what is read of associations if they come before all else."""
+        if self.is_read_beside:
+            return hidden_states
+        return hidden_states + self.association.read(self.association.q_proj(hidden_states), held)
 
     def combine(
         self, hidden_states: torch.Tensor, attended: torch.Tensor, mlp: Callable[[Any], torch.Tensor], mlp_input: Any
@@ -89,10 +112,15 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
 
     @property
     def input_projections(self) -> list[nn.Linear]:
-        """What multiplies the normed input: queries, keys, values, and if the MLP reads it too, gate and up."""
+        """What multiplies the normed input: queries, keys, values, if the MLP reads it too gate and up, and if
+        associations are read by it the queries of these."""
         attention = self.self_attn
-        of_attention = [attention.q_proj, attention.k_proj, attention.v_proj]
-        return of_attention + self.mlp_projections if self.is_parallel else of_attention
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        if self.is_parallel:
+            projections += self.mlp_projections
+        if self.association is not None and self.is_read_beside:
+            projections.append(self.association.q_proj)
+        return projections
 
     @property
     def mlp_projections(self) -> list[nn.Linear]:

@@ -25,13 +25,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .associative_baka import associations_held, associative_layers
 from .cache_baka import BakaCache
 from .calls_baka import CACHE_NAME, Call, Results, close, plan
 from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
-from .functions_baka import get_norm
+from .functions_baka import get_norm, initialise
 from .generation_baka import BakaGenerationMixin
 from .inputs_baka import (
     check_cache,
@@ -44,7 +45,7 @@ from .inputs_baka import (
     either_name,
     state_among,
 )
-from .layers_baka import BakaDecoderLayer, BakaPauseDropout, initialise
+from .layers_baka import BakaDecoderLayer, BakaPauseDropout
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
 from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
 from .reading_baka import Reading
@@ -73,8 +74,10 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
             super()._init_weights(module)
             return
         init.normal_(module.weight, std=std)
-        if getattr(module, "bias", None) is not None:
-            init.zeros_(module.bias)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, torch.Tensor):
+            first, last = getattr(module, "initial_bias", (0.0, 0.0))
+            init.copy_(bias, torch.linspace(first, last, len(bias)))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -181,7 +184,10 @@ class BakaModel(BakaPreTrainedModel):
                 self.solidifier = SOLIDIFIERS[config.memory_solidifier](config)
         if config.uses_random_pauses:
             self.pause_dropout = BakaPauseDropout()
-        self.layers = nn.ModuleList([BakaDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        has_association = set(associative_layers(config))
+        self.layers = nn.ModuleList(
+            [BakaDecoderLayer(config, index in has_association) for index in range(config.num_hidden_layers)]
+        )
         self.norm = get_norm(config)
         self.gradient_checkpointing = False
         self.checkpoints_chunks = False
@@ -349,7 +355,7 @@ class BakaModel(BakaPreTrainedModel):
 
     def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
         """The memory of rows that have read nothing, on the device of `like` and for a model of its dtype: zeros."""
-        held = self.memory_update.held(self.config)
+        held = MEMORY_UPDATES[self.config.memory_update].held(self.config) | associations_held(self.config)
         return {name: each.zeros(batch_size, like.device, like.dtype) for name, each in held.items()}
 
     def anchor(self, like: torch.Tensor) -> torch.Tensor:

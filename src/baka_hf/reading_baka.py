@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from .associative_baka import associations_held, associative_layers
 from .attention_baka import any_length, can_attend_in_parts, place
 from .cache_baka import BakaCache, BakaCacheLayer
 from .calls_baka import Call, Results
@@ -26,9 +27,10 @@ from .functions_baka import (
     rotary_table_of,
     where_rows,
 )
-from .memory_baka import Memory
+from .memory_baka import MEMORY_UPDATES, Memory
 from .stream_baka import (
     Angles,
+    Associated,
     Layout,
     Parts,
     Placement,
@@ -37,8 +39,10 @@ from .stream_baka import (
     View,
     compare_slots,
     fixed_pauses,
+    is_chunk,
     is_whole,
     lay_out,
+    writers_of,
 )
 
 
@@ -79,6 +83,8 @@ class ChunkPass:
         self.slots: list[Any] = slots or [None] * len(self.blocks)
         self.in_place, self.with_states, self.with_weights = in_place, with_states, with_weights
         self.half = self.config.stream_length if self.config.use_xl_cache else 0  # slots of the previous stream
+        self.associative_layers = associative_layers(self.config)
+        self.vectors = MEMORY_UPDATES[self.config.memory_update].held(self.config)
 
     def run(self, first: Any, layout: Layout, view: View, text: torch.Tensor, stream: Stream) -> Passed:
         """Read one span.
@@ -89,30 +95,33 @@ class ChunkPass:
             text: ids [B, T] or embeddings [B, T, D].
             stream: the state before it.
         """
-        memory, hidden_states, pasts = self.enter(first, layout, view, text, stream)
+        memory, hidden_states, pasts, associated = self.enter(first, layout, view, text, stream)
         states, news, weights = [hidden_states], [], []
-        for layer, past, slots in zip(self.blocks, pasts, self.slots, strict=True):
-            hidden_states, key, value, weight = layer(hidden_states, *past, view, slots)
+        for index, (layer, past, slots) in enumerate(zip(self.blocks, pasts, self.slots, strict=True)):
+            hidden_states, key, value, weight, associated[index] = layer(
+                hidden_states, *past, view, slots, associated[index]
+            )
             states = [*states, hidden_states] if self.with_states else [hidden_states]
             is_kept = layout.followed and not self.in_place
             news.append((key.transpose(1, 2), value.transpose(1, 2)) if is_kept else None)
             weights.append(weight if self.with_weights else None)
-        return self.leave(layout, view.placement, memory, pasts, news, states, weights)
+        return self.leave(layout, view.placement, memory, pasts, news, states, weights, associated)
 
     def enter(
         self, first: Any, layout: Layout, view: View, text: torch.Tensor, stream: Stream
-    ) -> tuple[Memory | None, torch.Tensor, list[tuple[Any, Any]]]:
+    ) -> tuple[Memory | None, torch.Tensor, list[tuple[Any, Any]], list[Associated | None]]:
         """What is ready before the blocks run: the memory that the chunk reads, what the first block reads [B, Q, D],
-        and the keys and values of each block from before."""
+        and of each block the keys and values from before and the associations."""
         model, R, placement = self.model, self.config.num_memory_tokens, view.placement
         text = model.embed_tokens(text) if text.ndim == 2 else text
         memory, read, write = stream.memory, None, None
-        if R and (any_rows(layout.begins) or any_rows(layout.completes)):
-            learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
-            begins_text = and_rows(layout.begins, first)
+        begins_text = and_rows(layout.begins, first)
+        if (R or self.associative_layers) and (any_rows(layout.begins) or any_rows(layout.completes)):
             empty = model.empty_memory(text, self.batch_size)
             memory = empty if memory is None else memory
-            memory = {name: where_rows(begins_text, x, memory[name].to(x)) for name, x in empty.items()}
+            memory = memory | {name: where_rows(begins_text, x, memory[name].to(x)) for name, x in empty.items()}
+        if R and memory is not None and (any_rows(layout.begins) or any_rows(layout.completes)):
+            learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
             memory["memory"] = where_rows(begins_text, learned.to(memory["memory"]), memory["memory"])
             read = write = learned
             vectors = memory["memory"].to(text)  # it may be kept in more than the model's dtype
@@ -124,7 +133,30 @@ class ChunkPass:
         pasts: list[tuple[Any, Any]] = [(None, None)] * len(self.blocks)
         if not self.in_place:
             pasts = [stream.kept(index, placement.first, stop) for index in range(len(self.blocks))]
-        return memory, self._assemble(layout, text, read, write), pasts
+        return memory, self._assemble(layout, text, read, write), pasts, self._associated(memory)
+
+    def _associated(self, memory: Memory | None) -> list[Associated | None]:
+        """What each block finds of its associations."""
+        associated: list[Associated | None] = [None] * len(self.blocks)
+        if self.associative_layers:
+            assert memory is not None
+            held = zip(*(memory[name].unbind(1) for name in associations_held(self.config)), strict=True)
+            for layer, part in zip(self.associative_layers, held, strict=True):
+                associated[layer] = Associated(part, memory.get(f"layers.{layer}.inputs"))
+        return associated
+
+    def _after(self, layout: Layout, memory: Memory, associated: list[Any]) -> Memory:
+        """The memory after a span, with what the blocks leave of associations."""
+        left = [associated[layer] for layer in self.associative_layers]
+        if any_rows(layout.completes):
+            parts = zip(*(part.held for part in left), strict=True)
+            for name, new in zip(associations_held(self.config), parts, strict=True):
+                stacked = torch.stack([x.to(memory[name]) for x in new], dim=1)
+                memory = memory | {name: where_rows(layout.completes, stacked, memory[name])}
+        if self.config.num_associative_heads and not self.in_place and layout.completes is not True:
+            names = [f"layers.{layer}.inputs" for layer in self.associative_layers]
+            memory = memory | dict(zip(names, (part.inputs for part in left), strict=True))
+        return memory
 
     def leave(
         self,
@@ -135,6 +167,7 @@ class ChunkPass:
         news: list[Any],
         states: list[torch.Tensor],
         weights: list[Any],
+        associated: list[Associated | None],
     ) -> Passed:
         """What a span gives, of what the blocks gave."""
         read, R = memory, self.config.num_memory_tokens
@@ -145,8 +178,11 @@ class ChunkPass:
         begin = placement.first if layout.completes is False and not self.in_place else 0
         if R and memory is not None and any_rows(layout.completes):
             written = states[-1][:, -R:] if layout.in_step else gather_positions(states[-1], layout.write)
-            updated = self.model.update_memory(memory, written)
-            memory = {name: where_rows(layout.completes, updated[name], memory[name]) for name in memory}
+            vectors = {name: x for name, x in memory.items() if name in self.vectors}
+            updated = self.model.update_memory(vectors, written)
+            memory = memory | {name: where_rows(layout.completes, x, memory[name]) for name, x in updated.items()}
+        if self.associative_layers and memory is not None:
+            memory = self._after(layout, memory, associated)
         after = Stream(memory, [keys for keys, _ in kept], [values for _, values in kept], begin)
         *states, last = (self._text(layout, state) for state in states)
         weights = [self._text_weights(layout, placement, weight) for weight in weights if weight is not None]
@@ -206,11 +242,6 @@ class ChunkPass:
         return with_previous(keys, values, angles, layout.completes)
 
 
-def is_chunk(layout: Layout) -> bool:
-    """Whether a span is a whole chunk in all rows, its write memory included."""
-    return layout.begins is True and layout.completes is True
-
-
 def backwards(config: Any, like: torch.Tensor) -> Angles:
     """cos and sin [1, head_dim] that turn keys of the own stream into those of a previous one: S slots earlier."""
     cos, sin = rotary_table_of(config, like.device, like.dtype)
@@ -261,7 +292,9 @@ def _borrow(cache: BakaCache) -> Stream:
     dtype = dtype_of_products(cache.layers[0].keys.dtype, cache.device)
     keys = [readable(layer.keys).to(dtype) for layer in cache.layers]
     values = [readable(layer.values).to(dtype) for layer in cache.layers]
-    return Stream({name: readable(x) for name, x in cache.carried.items()}, keys, values)
+    inputs = {name: x for name, x in cache.tensors().items() if name.endswith(".inputs")}
+    memory = {name: readable(x) for name, x in (cache.carried | inputs).items()}
+    return Stream(memory, keys, values)
 
 
 class Reading:
@@ -456,12 +489,13 @@ class Reading:
         """What all blocks share for a span."""
         config, half, S = self.config, self.half, self.config.stream_length
         cos, sin = rotary_table_of(config, device, dtype)
+        writers = writers_of(config, span, layout, self.in_place, device)
         if not layout.in_step:
             slots = layout.slots.to(device)
             index = (half + slots)[:, None, :, None]
             placement = Placement(slots=index, valid=layout.valid.to(device)[:, None, :, None])
             mask = self._mask(span, layout, placement, device, dtype)
-            return View((cos[S + slots], sin[S + slots]), mask, placement)
+            return View((cos[S + slots], sin[S + slots]), mask, placement, writers=writers)
         own, previous = slice(S + layout.lo, S + layout.hi), slice(layout.lo, layout.hi)
         angles = cos[own], sin[own]
         previous_angles = (cos[previous], sin[previous]) if is_chunk(layout) and half and not self.in_place else None
@@ -472,7 +506,7 @@ class Reading:
         if key is None or key not in self.masks:
             self.masks[key] = self._mask(span, layout, placement, device, dtype)
         mask = self.masks[key]
-        return View(angles, mask, placement, self._parts(span, layout, dtype, device), previous_angles)
+        return View(angles, mask, placement, self._parts(span, layout, dtype, device), previous_angles, writers)
 
     def _parts(self, span: Span, layout: Layout, dtype: torch.dtype, device: torch.device) -> Parts | None:
         """What compiled attention needs to know of a span in step to do without a mask; None if it cannot."""
@@ -543,6 +577,8 @@ class Reading:
             if self.half:
                 angles = backwards(self.config, layer.keys)
                 layer.keys, layer.values = with_previous(layer.keys, layer.values, angles, layout.completes)
+                if layer.inputs is not None:
+                    layer.inputs = layer.inputs.clone()
 
     @on_host
     def results(self) -> Results:

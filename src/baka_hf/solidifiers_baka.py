@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from .configuration_baka import BakaConfig
-from .functions_baka import ElephantActivation, get_norm, rotary_table_of
-from .layers_baka import BakaDecoderLayer, BakaMLP, initialise
+from .functions_baka import ElephantActivation, get_norm, initialise, rotary_table_of
+from .layers_baka import BakaDecoderLayer, BakaMLP
 from .stream_baka import Placement, View
 
 

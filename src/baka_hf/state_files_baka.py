@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import nn
 
+from .associative_baka import associations_held, associative_layers
 from .memory_baka import MEMORY_UPDATES, Held
 
 try:
@@ -56,6 +57,10 @@ SIGNATURE_FIELDS: dict[str, type] = {
     "memory_solidifier": str,
     "separate_solidifiers": bool,
     "memory_norm": bool,
+    "associative_dim": int,
+    "associative_write": str,
+    "associative_layer_interval": int,
+    "num_associative_heads": int,
     "num_pause_tokens": int,
     "pause_placement": str,
     "use_xl_cache": bool,
@@ -63,12 +68,16 @@ SIGNATURE_FIELDS: dict[str, type] = {
 # What a file means that lacks a field, for it was written before there was a choice.
 ORIGINALLY = {
     "memory_update": "replace",
+    "associative_dim": 0,
+    "associative_write": "memory",
+    "associative_layer_interval": 1,
+    "num_associative_heads": 0,
     "norm_type": "layernorm",
     "parallel_residual": True,
     "qk_norm": False,
     "rope_scaling": {"rope_type": "default"},
 }
-MAY_BE_ZERO = ("num_memory_tokens", "num_pause_tokens")
+MAY_BE_ZERO = ("num_memory_tokens", "num_pause_tokens", "associative_dim", "num_associative_heads")
 
 NUM_HASHES = 3  # numbers that stand for what a row has read, see `hash_tokens`
 OPENING = 32  # first ids of a row's text that are kept: `generate` tells by them a text that begins again
@@ -131,18 +140,22 @@ def check_signature(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def tensors_held(signature: dict[str, Any]) -> dict[str, Held]:
     """What the recurrent state of a configuration with this signature holds: floating tensors, all zero at first.
 
-    What its memory declares, "memory" [B, R, D] first, and of each block "layers.0.keys" and "layers.0.values"
-    [B, H_kv, 2S, head_dim] (S slots without the XL cache). It is the one list: states are made by it, and files are
-    checked by it.
+    What its memory declares, "memory" [B, R, D] first, associations, and of each block "layers.0.keys" and
+    "layers.0.values" [B, H_kv, 2S, head_dim] (S slots without the XL cache). Where tokens write associations, also
+    "layers.0.inputs" [B, n, D]: what of the chunk in progress will be written. It is the one list: states are made by
+    it, and files are checked by it.
     """
     memories = signature["num_memory_tokens"]
     stream_length = 2 * memories + signature["chunk_size"] + signature["num_pause_tokens"]
     slots = stream_length * (2 if signature["use_xl_cache"] else 1)
-    held = MEMORY_UPDATES[signature["memory_update"]].held(SimpleNamespace(**signature))
+    config = SimpleNamespace(**signature)
+    held = MEMORY_UPDATES[config.memory_update].held(config) | associations_held(config)
     for layer in range(signature["num_hidden_layers"]):
         for name in ("keys", "values"):
             shape = (signature["num_key_value_heads"], slots, signature["head_dim"])
             held[f"layers.{layer}.{name}"] = Held(shape)
+    for layer in associative_layers(config) if config.num_associative_heads else ():
+        held[f"layers.{layer}.inputs"] = Held((config.chunk_size, config.hidden_size))
     return held
 
 

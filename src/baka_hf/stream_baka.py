@@ -10,13 +10,14 @@ of one chunk that are read in one pass. Nothing in here waits for a device.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .configuration_baka import BakaConfig
-from .functions_baka import gather_positions, pad_slots, where_rows
+from .functions_baka import any_rows, gather_positions, pad_slots, where_rows
 from .memory_baka import Memory
 
 
@@ -45,6 +46,55 @@ class Placement(NamedTuple):
 Angles = tuple[torch.Tensor, torch.Tensor]  # cos and sin, see `functions_baka.rotary_table`
 
 
+class Writers(NamedTuple):
+    """The positions of a span that write associations: its text, or its write memory."""
+
+    where: Any  # slices of its positions, or their index [T] or [B, T]
+    completes: bool  # whether a row's chunk may become full, which is when they are written
+    chunk_size: int
+    placement: Placement | None  # of its text in the chunk; None: a whole one, or of a kind of which nothing is kept
+
+    def take(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """These positions of [B, Q, D], [B, T, D]."""
+        if isinstance(self.where, torch.Tensor):
+            return gather_positions(hidden_states, self.where.expand(len(hidden_states), -1))
+        parts = [hidden_states[:, part] for part in self.where]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def place(self, past: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+        """`inputs` [B, T, D] of these positions and what is kept of the chunk from `past` [B, n, D], [B, n, D]; nothing
+        is written in place."""
+        if self.placement is None:
+            return inputs
+        if self.placement.slots is None:
+            start, stop = self.placement.start, self.placement.stop
+            if start:
+                assert past is not None
+                inputs = torch.cat([past[:, :start].to(inputs), inputs], dim=1)
+            return nn.functional.pad(inputs, (0, 0, 0, self.chunk_size - stop))
+        past = inputs.new_zeros(len(inputs), self.chunk_size, inputs.shape[2]) if past is None else past.to(inputs)
+        return self.place_(past.clone(), inputs)
+
+    def place_(self, kept: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+        """As `place`, in place of `kept` [B, n, D]."""
+        if self.placement is None:
+            return inputs
+        _, start, stop, slots, valid = self.placement
+        if slots is None or valid is None:
+            kept[:, start:stop] = inputs
+        else:
+            index = torch.arange(len(kept), device=kept.device)[:, None], slots[:, 0, :, 0]
+            kept.index_put_(index, torch.where(valid[:, 0], inputs, kept[index]))
+        return kept
+
+
+class Associated(NamedTuple):
+    """What a block finds of its associations, and leaves of them."""
+
+    held: tuple[torch.Tensor, ...]  # its part of what `associations_held` names, [B, …] each
+    inputs: torch.Tensor | None  # what will be written, see the classes in `associative_baka`
+
+
 class View(NamedTuple):
     """What all blocks share for a span."""
 
@@ -54,6 +104,7 @@ class View(NamedTuple):
     parts: Parts | None = None  # with it compiled attention does without a mask
     # A whole chunk's keys are left behind as those of a previous stream, S slots earlier: the angles of that.
     previous_angles: Angles | None = None
+    writers: Writers | None = None  # None if there are no associations
 
 
 def fixed_pauses(config: BakaConfig) -> list[int]:
@@ -267,6 +318,48 @@ def compare_slots(
     elif not span.has_previous:
         numbers = numbers.masked_fill(numbers < S, 2 * S)
     return numbers, horizons
+
+
+def writers_of(config: BakaConfig, span: Span, layout: Layout, keeps: bool, device: torch.device) -> Writers | None:
+    """What of a span writes associations, now or when its chunk is full; None if nothing does.
+
+    Args:
+        config: the model's configuration.
+        span: the span.
+        layout: of the span.
+        keeps: whether the text of a chunk is kept even if the span is a whole one.
+        device: where an index is wanted.
+    """
+    n, completes = config.chunk_size, any_rows(layout.completes)
+    if not config.associative_dim or not layout.followed:
+        return None
+    if config.associative_write == "memory":
+        if not completes:
+            return None
+        if layout.in_step:
+            width = layout.hi - layout.lo
+            return Writers((slice(width - config.num_memory_tokens, width),), completes, n, None)
+        return Writers(layout.write.to(device), completes, n, None)
+    if not layout.in_step:
+        steps = torch.arange(span.length, device=device)
+        slots = (span.start.to(device)[:, None] + steps) % n
+        valid = steps < span.count.to(device)[:, None]
+        placement = Placement(slots=slots[:, None, :, None], valid=valid[:, None, :, None])
+        return Writers(layout.text.to(device), completes, n, placement)
+    stops = accumulate(length for _, length in layout.pieces)
+    pieces = zip(layout.pieces, stops, strict=True)
+    texts = [slice(stop - length, stop) for (kind, length), stop in pieces if kind == "text"]
+    placement = Placement(0, span.start, span.start + span.length)
+    if is_chunk(layout):
+        return Writers(tuple(texts), completes, n, placement if keeps else None)
+    # An index, so that pieces of all lengths share a program.
+    index = torch.cat([torch.arange(text.start, text.stop, device=device) for text in texts])
+    return Writers(index, completes, n, placement)
+
+
+def is_chunk(layout: Layout) -> bool:
+    """Whether a span is a whole chunk in all rows, its write memory included."""
+    return layout.begins is True and layout.completes is True
 
 
 def is_whole(layout: Layout, config: BakaConfig) -> bool:

@@ -179,6 +179,7 @@ class TrainingGraph:
     known_flags: torch.Tensor  # what they are, on the host
     inputs: list[torch.Tensor]  # the leaves
     outputs: list[torch.Tensor]
+    names: list[str]  # of what memory holds among them
     gradients: list[torch.Tensor | None]  # of `inputs`
 
     def __init__(self, recorder: Recorder, parameters: list[torch.Tensor], call_number: int):
@@ -209,8 +210,7 @@ class TrainingGraph:
         states, *state = _Replay.apply(turn, model, call.text, *self.parameters)
         memory, keys_values = None, []
         if call.cache is not None:
-            names = list(call.cache.carried)
-            memory, rest = dict(zip(names, state, strict=False)), state[len(names) :]
+            memory, rest = dict(zip(self.names, state, strict=False)), state[len(self.names) :]
             keys_values = list(zip(rest[::2], rest[1::2], strict=True))
         pauses = torch.tensor(fixed_pauses(model.config), dtype=torch.int64)
         return Results([[states]], [[]], memory, keys_values, pauses)
@@ -290,6 +290,7 @@ class TrainingGraph:
         self.outputs = [torch.cat([states[-1] for states in results.states], dim=1)]
         if self.call.cache is not None:
             assert results.memory is not None
+            self.names = list(results.memory)
             self.outputs += [*results.memory.values(), *(x for both in results.keys_values for x in both)]
 
     @on_host

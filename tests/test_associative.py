@@ -1,0 +1,157 @@
+"""The formulas of associations, against loops over tokens and features."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
+from torch import Tensor
+from torch.testing import assert_close
+
+from baka_hf import BakaForCausalLM, associative_baka
+from baka_hf.associative_baka import delta_rule, dpfp, recall, solve_unit_lower, store
+
+EXACT = dict(rtol=0, atol=1e-9)
+FLOATS = (torch.float64, torch.float32)
+
+
+def unit_keys(*shape: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def test_features() -> None:
+    x = torch.randn(2, 5, dtype=torch.float64)
+    rectified = torch.cat([x, -x], dim=-1).clamp(min=0)
+    expected = [rectified[:, i] * rectified[:, (i - j) % 10] for j in (1, 2, 3) for i in range(10)]
+    assert_close(dpfp(x), torch.stack(expected, dim=1), **EXACT)
+
+
+def test_a_few_vectors_at_once() -> None:
+    """Twice, since a first time nothing is there: then what is read is zero and every key is new."""
+    torch.manual_seed(0)
+    association, normalizer = torch.zeros(1, 12, 4, dtype=torch.float64), torch.zeros(1, 12, dtype=torch.float64)
+    assert not recall(association, normalizer, dpfp(torch.randn(1, 3, 2, dtype=torch.float64))).any()
+    for _ in range(2):
+        keys, values = dpfp(torch.randn(1, 3, 2, dtype=torch.float64)), torch.randn(1, 3, 4, dtype=torch.float64)
+        strengths = torch.rand(1, 3, dtype=torch.float64)
+        A, z = association[0].clone(), normalizer[0].clone()
+        for key, value, strength in zip(keys[0], values[0], strengths[0], strict=True):
+            there = association[0].T @ key / (normalizer[0] @ key + 1e-5)
+            A += strength * torch.outer(key, value - there)
+            z += (1 - normalizer[0] @ key / (key @ key + 1e-5)).clamp(0, 1) * key
+        association, normalizer = store(association, normalizer, keys, values, strengths)
+        assert_close(association[0], A, **EXACT)
+        assert_close(normalizer[0], z, **EXACT)
+        assert_close(recall(association, normalizer, keys[:, :1])[0, 0], A.T @ keys[0, 0] / (z @ keys[0, 0] + 1e-5))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 40, 64, 65, 129, 200, 512])
+def test_every_token_in_turn(length: int) -> None:
+    torch.manual_seed(length)
+    keys, values, state = unit_keys(2, 3, length, 4), torch.randn(2, 3, length, 5).double(), torch.randn(2, 3, 4, 5)
+    strengths, decay = torch.rand(2, 3, length).double(), torch.rand(2, 3).double()
+    expected = decay[..., None, None] * state
+    for t in range(length):
+        key, value = keys[..., t, :], values[..., t, :]
+        there = torch.einsum("bhd,bhdv->bhv", key, expected)
+        expected = expected + torch.einsum("bhd,bhv->bhdv", strengths[..., t, None] * key, value - there)
+    assert_close(delta_rule(state.double(), keys, values, strengths, decay), expected, **EXACT)
+    floats = (x.float() for x in (state, keys, values, strengths, decay))
+    assert_close(delta_rule(*floats), expected.float(), rtol=0, atol=1e-4)
+
+
+def test_the_same_key_again_and_again() -> None:
+    """The hardest system: what was stored last is what is there, also in float32."""
+    keys = unit_keys(1, 1, 4).expand(1, 512, 4).float()
+    values = torch.randn(1, 512, 3)
+    state = delta_rule(torch.randn(1, 4, 3), keys, values, torch.ones(1, 512), torch.ones(1))
+    assert_close(keys[:, 0] @ state, values[:, -1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [5, 21])
+def test_gradients(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(associative_baka, "MAX_PIECE", 8)
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 3, 2), unit_keys(1, length, 3), torch.randn(1, length, 2), torch.rand(1, length)
+    leaves = [x.double().requires_grad_() for x in (*inputs, torch.rand(1))]
+    torch.autograd.gradcheck(delta_rule, leaves)
+    A, z, features = torch.randn(1, 12, 2), torch.rand(1, 12), dpfp(torch.randn(1, 3, 2))
+    leaves = [x.double().requires_grad_() for x in (A, features, torch.randn(1, 3, 2), torch.rand(1, 3))]
+    torch.autograd.gradcheck(lambda A, *others: store(A, z.double(), *others)[0], leaves)
+
+
+def test_triangular_systems() -> None:
+    torch.manual_seed(0)
+    lower, right = torch.randn(2, 64, 64).double().tril(-1) / 8, torch.randn(2, 64, 3).double()
+    expected = torch.linalg.solve_triangular(lower + torch.eye(64), right, upper=False, unitriangular=True)
+    assert_close(solve_unit_lower(lower, right), expected, **EXACT)
+
+
+# As parts of a model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "memory": dict(associative_dim=16),
+    "tokens": dict(associative_dim=16, associative_write="tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_models(kind: str) -> None:
+    """What is read is zero at first, queries and keys are of length 1, and heads forget in different times."""
+    model = BakaForCausalLM(
+        tiny_config(hidden_size=64, num_hidden_layers=3, associative_layer_interval=2, **KINDS[kind])
+    )
+    assert [layer.association is not None for layer in model.model.layers] == [False, True, False]
+    found = dict(model.model.layers[1].association.named_parameters())
+    zero = {"v_proj.weight", "beta_proj.weight", "beta_proj.bias"}
+    if kind == "tokens":
+        zero = zero - {"v_proj.weight"} | {"o_proj.weight", "gamma_proj.weight"}
+        assert found.pop("gamma_proj.bias").tolist() == [2, 6]
+    assert {name for name, weight in found.items() if not weight.any()} == zero
+    for name in found.keys() - zero:
+        assert found[name].std().item() == pytest.approx(64**-0.5, rel=0.1), name
+    plain = BakaForCausalLM(tiny_config(hidden_size=64, num_hidden_layers=3))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    tokens = random_tokens(model.config, 1, 12)
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [3, 12])
+def test_every_weight_has_a_gradient(kind: str, length: int) -> None:
+    """Also in a text that ends before anything is written."""
+    model = tiny_model(tiny_config(**KINDS[kind])).train()
+    tokens = random_tokens(model.config, 1, length)
+    model(tokens, labels=tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["associations_of_memory", "associations_of_tokens_and_memory"])
+def test_precisions(name: str) -> None:
+    """float32 is close to the naive reading; in models of less, and in states made less, associations are float32."""
+    model = tiny_model(tiny_config(**CONFIGS[name]), torch.float32)
+    tokens = random_tokens(model.config, 40)
+    assert_close(model(tokens[None]).logits[0].double(), naive_read(model, tokens).logits, rtol=0, atol=1e-4)
+    model = model.bfloat16()
+    state = model.new_cache()
+    logits = [model(part, cache=state).logits for part in tokens[None].split(13, dim=1)]
+    assert (torch.cat(logits, dim=1)[0] - naive_read(model, tokens).logits).abs().mean() < 0.05
+    state.to(dtype=torch.float16)
+    assert {state.associations.dtype, state.layers[0].keys.dtype} == {torch.float32, torch.float16}
+
+
+def test_float32_does_not_drift() -> None:
+    """Chunk after chunk errors are forgotten with what they are of."""
+    torch.manual_seed(0)
+    helds = {dtype: [torch.zeros(size, dtype=dtype) for size in ((1, 8, 4), (1, 48, 4), (1, 48))] for dtype in FLOATS}
+    errors = []
+    for _ in range(300):
+        inputs = unit_keys(1, 16, 8), torch.randn(1, 16, 4).double(), torch.rand(1, 16).double()
+        for dtype, held in helds.items():
+            keys, values, strengths = (x.to(dtype) for x in inputs)
+            held[0] = delta_rule(held[0], keys, values, strengths, torch.full((1,), 0.999, dtype=dtype))
+            held[1:] = store(*held[1:], dpfp(keys), values, strengths)
+        pairs = zip(*helds.values(), strict=True)
+        errors.append([((exact - single).norm() / exact.norm()).item() for exact, single in pairs])
+    assert all(max(late) < 2e-6 for late in errors[100:])
