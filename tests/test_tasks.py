@@ -1,5 +1,6 @@
 """The tasks of `baka_hf.tasks` against their definitions, and the example that shows what memory is for."""
 
+import csv
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from baka_hf import BakaConfig, BakaForCausalLM
 from baka_hf.tasks import (
     BabiInBooksDataset,
     BabiQuestion,
@@ -26,6 +28,7 @@ from baka_hf.tasks import (
     answer_accuracy,
     guessing_accuracy,
     read_babi,
+    streamed_accuracy,
     tokenize_books,
 )
 
@@ -280,6 +283,50 @@ def test_accuracy_of_what_has_none(predictions: Any, labels: Any, message: str) 
         answer_accuracy(predictions, labels)
 
 
+@pytest.mark.parametrize("chunks_per_call", [1, 3, 100])
+def test_streamed_accuracy_equals_that_of_whole_samples(chunks_per_call: int) -> None:
+    config = BakaConfig(
+        vocab_size=37,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        chunk_size=5,
+        num_memory_tokens=2,
+        num_pause_tokens=1,
+        residual_initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    model = BakaForCausalLM(config).train()
+    samples = [sample for length in (4, 7) for sample in RecallDataset(2, length, 5, 6, num_symbols=10)]
+    model.eval()
+    for number, sample in enumerate(samples):  # of which none, some or all are right
+        with torch.no_grad():
+            said = model(sample["input_ids"][None]).logits.argmax(-1)[0].roll(1)
+        agrees = (sample["labels"] != -100) & (torch.arange(len(said)) % 3 < number % 4)
+        sample["labels"] = torch.where(agrees, said, sample["labels"])
+    whole = [
+        answer_accuracy(model(sample["input_ids"][None]).logits.argmax(-1), sample["labels"][None])
+        for sample in samples
+    ]
+    expected = {
+        name: np.mean([accuracy[name] for accuracy in whole]) for name in ("token_accuracy", "sequence_accuracy")
+    }
+    assert 0 < expected["sequence_accuracy"] < expected["token_accuracy"] < 1
+    model.train()
+    found = streamed_accuracy(model, samples, batch_size=5, chunks_per_call=chunks_per_call)
+    assert found == pytest.approx(expected) and model.training
+
+
+def test_streamed_accuracy_of_what_has_none() -> None:
+    model = BakaForCausalLM(BakaConfig.rung("xl", vocab_size=9, hidden_size=8, num_attention_heads=2))
+    sample = {"input_ids": torch.zeros(3, dtype=torch.int64), "labels": torch.full((3,), -100)}
+    with pytest.raises(ValueError, match="got none in sample 0"):
+        streamed_accuracy(model, [sample])
+    with pytest.raises(ValueError, match="chunks_per_call"):
+        streamed_accuracy(model, [sample], chunks_per_call=0)
+
+
 # ---- facts in books ----
 
 BABI = """1 Mary moved to the bathroom.
@@ -460,16 +507,57 @@ def test_memory_solves_what_cannot_be_solved_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = (
-        "--compare --num_segments 3 --num_symbols 6 --eval_samples 200 --max_steps 200 --eval_steps 25 "
+        "--num_segments 3 --num_symbols 6 --eval_samples 200 --max_steps 200 --eval_steps 25 "
         "--per_device_train_batch_size 64 --learning_rate 4e-3 --warmup_steps 20"
     )
-    memory, nothing = run_example(arguments, tmp_path, monkeypatch, capsys)
+    [memory] = run_example(arguments, tmp_path, monkeypatch, capsys)
+    [nothing] = run_example(f"{arguments} --num_memory_tokens 0", tmp_path, monkeypatch, capsys)
     assert (memory["model"], nothing["model"]) == ("4 memory tokens", "no memory")
     assert memory["segments"] == "3" and memory["source"] == "4"
+    assert memory["guessing"] == nothing["guessing"]
     assert float(memory["answers right"]) == 1.0 and int(memory["steps"]) < 200
     # The last symbol to be copied stands in the last segment for the first time too: 1/8 + 7/8 · 1/6 can be right.
     assert float(nothing["answers right"]) < 0.02 and 0.2 < float(nothing["tokens right"]) < 0.35
     assert nothing["steps"] == "200"
+
+
+def test_memories_are_compared_over_distances_and_pairs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = (
+        f"--task recall --compare --num_pairs 2 --num_segments 4 --test_longer 3 --told anywhere --cut true "
+        f"--curriculum 1 --curriculum_steps 1 --max_steps 2 --eval_samples 20 --csv {tmp_path}/rows.csv"
+    )
+    rows = run_example(arguments, tmp_path, monkeypatch, capsys)
+    kinds = ["4 memory tokens", "associative 16", "4 memory tokens, associative 16", "no memory, XL cache", "no memory"]
+    assert [row["model"] for row in rows] == [kind for kind in kinds for _ in range(2)]
+    assert [row["tested"] for row in rows] == ["4", "12"] * 5
+    assert all(row["source"] == row["steps"] == "2" for row in rows)
+    sizes = [int(row["state bytes"]) for row in rows[::2]]
+    assert sizes[0] + sizes[1] - sizes[2] == sizes[4] < sizes[0]
+    with open(tmp_path / "rows.csv", newline="") as file:
+        written = [*csv.DictReader(file)]
+    assert [row["model"] for row in written] == [row["model"] for row in rows]
+    assert all(row["task"] == "recall" and row["segment_length"] == "4" for row in written)
+
+
+def test_the_capacity_is_the_most_pairs_that_are_recalled() -> None:
+    def row(model: str, source: int, accuracy: float, tested: int = 4) -> dict[str, Any]:
+        about = {"model": model, "state bytes": 64, "seed": 0, "segments": 4, "tested": tested}
+        return about | {"source": source, "token_accuracy": accuracy}
+
+    rows = [row("a", 8, 0.96), row("a", 4, 1.0), row("a", 16, 0.94), row("a", 16, 1.0, 8), row("b", 4, 0.5)]
+    found = {capacity["model"]: capacity["pairs"] for capacity in memory_tasks.capacities(rows)}
+    assert found == {"a": 8, "b": 0}
+
+
+def test_a_curriculum_comes_first_and_the_task_last() -> None:
+    task = memory_tasks.TaskArguments(task="recall", segment_length=4, curriculum=[1, 2], curriculum_steps=3)
+    samples = task.training_samples((6, 4), max_steps=10, step_samples=5, seed=1)
+    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
+    assert counts == [1] * 15 + [2] * 15 + [4] * 20
+    with pytest.raises(ValueError, match="max_steps: expected more than the 6 of the curriculum, got 6"):
+        task.training_samples((6, 4), max_steps=6, step_samples=5, seed=1)
 
 
 def test_the_example_resumes(

@@ -32,10 +32,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .data import SECONDS_UNTIL_PROGRESS
+from .data import SECONDS_UNTIL_PROGRESS, check_positive
+from .evaluation import in_eval_mode
 from .loss_baka import IGNORED
 from .texts import read_documents
 
@@ -456,6 +458,52 @@ def answer_accuracy(predictions: Any, labels: Any) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def streamed_accuracy(
+    model: Any, dataset: Dataset[dict[str, torch.Tensor]], batch_size: int = 8, *, chunks_per_call: int = 16
+) -> dict[str, float]:
+    """What `answer_accuracy` gives for a data set whose samples may be of any length.
+
+    Samples are read once, in pieces, with the state carried from piece to piece, and logits are computed only where
+    something is asked: device memory does not depend on the length. An answer of several tokens is right when greedy
+    search would have given it.
+
+    Args:
+        model: a `BakaForCausalLM`. It is read in eval mode; then each of its modules is back in the mode it was in.
+        dataset: samples, of whatever lengths.
+        batch_size: samples read side by side. Shorter ones end in tokens that nothing depends on.
+        chunks_per_call: chunks of a piece.
+
+    Raises:
+        ValueError: a size is below 1, or there is a sample without an answer.
+    """
+    check_positive(batch_size=batch_size, chunks_per_call=chunks_per_call)
+    size, count = chunks_per_call * model.config.chunk_size, len(dataset)  # type: ignore[arg-type]
+    num_asked, num_right, num_solved = 0, 0, 0
+    with in_eval_mode(model):
+        for start in range(0, count, batch_size):
+            samples = [dataset[index] for index in range(start, min(start + batch_size, count))]
+            input_ids = pad_sequence([sample["input_ids"][:-1] for sample in samples], batch_first=True)
+            targets = [sample["labels"][1:] for sample in samples]
+            asked = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+            is_right = torch.zeros_like(asked, dtype=torch.bool)
+            state = model.new_cache(len(samples))
+            pieces = zip(input_ids.split(size, 1), asked.split(size, 1), is_right.split(size, 1), strict=True)
+            for ids, labels, is_right_here in pieces:
+                hidden = model.base_model(ids.to(model.device), past_key_values=state, use_cache=True)[0]
+                where = (labels != IGNORED).nonzero(as_tuple=True)
+                if len(where[0]):
+                    said = model.lm_head(hidden[where]).argmax(-1)
+                    is_right_here[where] = said.cpu() == labels[where]
+            is_asked = asked != IGNORED
+            for row in (~is_asked.any(1)).nonzero()[:1, 0].tolist():
+                raise ValueError(f"expected labels in every sample, got none in sample {start + row}.")
+            num_asked += int(is_asked.sum())
+            num_right += int(is_right.sum())
+            num_solved += int((is_right | ~is_asked).all(1).sum())
+    return {"token_accuracy": num_right / num_asked, "sequence_accuracy": num_solved / count}
+
+
 def _check_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
@@ -501,5 +549,6 @@ __all__ = [
     "answer_accuracy",
     "guessing_accuracy",
     "read_babi",
+    "streamed_accuracy",
     "tokenize_books",
 ]
