@@ -103,8 +103,8 @@ def planned(**options: Any) -> Iterator[None]:
         yield
 
 
-def products_apart(layer: Any, normed: torch.Tensor, projection: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-    return [linear(normed) for linear in layer.input_projections]
+def products_apart(linears: list[torch.nn.Linear], normed: torch.Tensor, joined: Any) -> list[torch.Tensor]:
+    return [linear(normed) for linear in linears]
 
 
 # By the work with most to gain: its size on a GPU, where it is quick, and what is put in the place of each path.

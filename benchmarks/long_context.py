@@ -126,7 +126,9 @@ def measure_steps(comparison: Comparison, args: argparse.Namespace) -> None:
 def report_size(comparison: Comparison, model: PreTrainedModel, state: Any) -> None:
     config = model.config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * config.stream_length
-    formula = (numbers + config.num_memory_tokens * config.hidden_size) * state.memory.element_size()
+    formula = (
+        numbers * state.layers[0].keys.itemsize + config.num_memory_tokens * config.hidden_size * state.memory.itemsize
+    )
     comparison.note(state_bytes_a_row=state.nbytes // state.batch_size, by_formula=formula)
 
 

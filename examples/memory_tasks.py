@@ -35,7 +35,7 @@ class ModelArguments:
     intermediate_size: int = field(default=256, metadata={"help": "Width of the gated MLPs."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Blocks."})
     num_attention_heads: int = field(default=4, metadata={"help": "Heads of a block."})
-    hidden_act: str = field(default="elephant", metadata={"help": "Gate of the MLPs: elephant or any ACT2FN name."})
+    hidden_act: str = field(default="silu", metadata={"help": "Gate of the MLPs: elephant or any ACT2FN name."})
     num_memory_tokens: int = field(default=8, metadata={"help": "Memory vectors handed from chunk to chunk; 0: none."})
     memory_write: Literal["carry", "tokens"] = field(
         default="carry", metadata={"help": "What a chunk's write positions start from: the memory read, or m_0."}
@@ -43,7 +43,7 @@ class ModelArguments:
     memory_solidifier: Literal["none", "glu", "gelephant", "mlp", "layer"] = field(
         default="none", metadata={"help": "Network that memory passes between two chunks."}
     )
-    memory_norm: bool = field(default=False, metadata={"help": "LayerNorm over the memory that is handed on."})
+    memory_norm: bool = field(default=True, metadata={"help": "LayerNorm over the memory that is handed on."})
     num_pause_tokens: int = field(default=0, metadata={"help": "Pause tokens in a chunk; 0: none."})
     use_xl_cache: bool = field(default=False, metadata={"help": "Attend to the previous chunk's keys and values."})
     bptt_chunks: int | None = field(

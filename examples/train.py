@@ -74,9 +74,19 @@ class ModelArguments:
         default=None, metadata={"help": "Key and value heads of a block; fewer than query heads is GQA."}
     )
     head_dim: int | None = field(default=None, metadata={"help": "Width of a head, if not hidden_size / heads."})
-    hidden_act: str = field(default="elephant", metadata={"help": "Gate of the MLPs: elephant or any ACT2FN name."})
-    layer_norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the LayerNorms."})
+    hidden_act: str = field(default="silu", metadata={"help": "Gate of the MLPs: elephant or any ACT2FN name."})
+    norm_type: Literal["layernorm", "rmsnorm"] = field(default="layernorm", metadata={"help": "Kind of all norms."})
+    layer_norm_eps: float = field(default=1e-5, metadata={"help": "Epsilon of the norms."})
+    parallel_residual: bool = field(
+        default=True, metadata={"help": "Attention and MLP side by side after one norm; if not, in turn, as in Llama."}
+    )
+    qk_norm: bool = field(default=True, metadata={"help": "RMSNorm of queries and keys."})
+    attention_bias: bool = field(default=False, metadata={"help": "Biases in attention."})
+    mlp_bias: bool = field(default=False, metadata={"help": "Biases in the MLPs."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
+    residual_initializer_range: float | None = field(
+        default=0.0, metadata={"help": "That of o_proj and down_proj; 0: blocks begin as the identity."}
+    )
     rope_parameters: dict | str | None = field(
         default=None, metadata={"help": 'As JSON; if not given, {"rope_type": "default", "rope_theta": 10000.0}.'}
     )
@@ -90,7 +100,7 @@ class ModelArguments:
         default="none", metadata={"help": "Network that memory passes between two chunks."}
     )
     separate_solidifiers: bool = field(default=False, metadata={"help": "One solidifier to read, one to write."})
-    memory_norm: bool = field(default=False, metadata={"help": "LayerNorm over the memory that is handed on."})
+    memory_norm: bool = field(default=True, metadata={"help": "Norm over the memory that is handed on."})
     num_pause_tokens: int = field(default=2, metadata={"help": "Pause tokens in a chunk; 0: none."})
     pause_placement: Literal["fixed", "random"] = field(
         default="fixed", metadata={"help": "Where pauses stand while training."}

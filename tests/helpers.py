@@ -21,6 +21,10 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from baka_hf import BakaCache, BakaConfig, BakaForCausalLM
 
+# Of three pairs of features the first turns as ever, the second somewhat more slowly, the third by the whole factor.
+LLAMA3 = dict(rope_type="llama3", rope_theta=50.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=48)
+
 # Every field of a config, each where it shows. By default the pauses do not divide the chunk.
 CONFIGS: dict[str, dict[str, Any]] = {
     "pristine": dict(hidden_act="silu", num_memory_tokens=0, num_pause_tokens=0, use_xl_cache=False),
@@ -30,6 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "pause_without_xl": dict(num_memory_tokens=0, use_xl_cache=False),
     "rmt_tokens": dict(memory_write="tokens"),
     "rmt_carry": dict(),
+    "default": dict(hidden_act="silu", qk_norm=True, memory_norm=True),
     "rmt_without_xl": dict(use_xl_cache=False),
     "rmt_without_pauses": dict(num_pause_tokens=0),
     "rmt_alone": dict(num_pause_tokens=0, use_xl_cache=False),
@@ -44,8 +49,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gelephant_silu": dict(memory_solidifier="gelephant", hidden_act="silu"),
     "memory_norm": dict(memory_norm=True),
     "memory_norm_tokens": dict(memory_norm=True, memory_write="tokens"),
+    "gate": dict(memory_update="gate", memory_norm=True, num_memory_tokens=3),
+    "gate_for_tokens": dict(
+        memory_update="gate", memory_norm=True, memory_write="tokens", memory_solidifier="glu", use_xl_cache=False
+    ),
     "one_memory_token": dict(num_memory_tokens=1),
-    "more_memory_than_text": dict(num_memory_tokens=5, chunk_size=2, num_pause_tokens=1),
+    "more_memory_than_text": dict(num_memory_tokens=40, chunk_size=2, num_pause_tokens=1),
     "chunk_of_one": dict(chunk_size=1, num_pause_tokens=1),
     "chunk_of_one_bare": dict(chunk_size=1, num_pause_tokens=0, num_memory_tokens=0),
     "chunk_of_seven": dict(chunk_size=7, num_pause_tokens=3),
@@ -61,6 +70,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gelu": dict(hidden_act="gelu"),
     "other_theta": dict(rope_parameters={"rope_type": "default", "rope_theta": 50.0}),
     "other_epsilon": dict(layer_norm_eps=0.1),
+    "block_of_llama": dict(norm_type="rmsnorm", parallel_residual=False, hidden_act="silu", rope_parameters=LLAMA3),
+    "block_of_qwen3": dict(
+        **dict(norm_type="rmsnorm", parallel_residual=False, qk_norm=True, layer_norm_eps=0.01, memory_norm=True),
+        **dict(memory_solidifier="layer", head_dim=8, num_attention_heads=4, num_key_value_heads=2),
+    ),
+    "side_by_side_with_biases": dict(
+        **dict(qk_norm=True, attention_bias=True, mlp_bias=True, memory_solidifier="mlp"),
+        rope_parameters={"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0},
+    ),
+    "in_turn_with_biases": dict(
+        parallel_residual=False, attention_bias=True, memory_solidifier="layer", separate_solidifiers=True
+    ),
 }
 every_config = pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
 
@@ -85,8 +106,8 @@ CHECKPOINTING = next(
 
 
 def tiny_config(**overrides: Any) -> BakaConfig:
-    """Two layers, D = 12, chunks of 5 with 2 pauses that do not divide them, 2 memory tokens."""
-    fields = dict(
+    """Two layers, D = 12, chunks of 5 with 2 pauses that do not divide them, 2 memory tokens; the diary's blocks."""
+    fields: dict[str, Any] = dict(
         vocab_size=19,
         hidden_size=12,
         intermediate_size=20,
@@ -95,6 +116,9 @@ def tiny_config(**overrides: Any) -> BakaConfig:
         chunk_size=5,
         num_memory_tokens=2,
         num_pause_tokens=2,
+        hidden_act="elephant",
+        qk_norm=False,
+        memory_norm=False,
     )
     return BakaConfig(**fields | overrides)
 

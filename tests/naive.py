@@ -4,14 +4,17 @@
     read_0   = write_0 = m_0                                R learned vectors
     read_i   = f_read(m_i)                                  f: the solidifier
     write_i  = f_write(m_i), or m_0                         memory_write "carry", or "tokens"
-    m_i+1    = last block's output at chunk i's write slots, with memory_norm its LayerNorm
-    y        = x + attention(LN x) + mlp(LN x)              in every block
+    m_i+1    = last block's output at chunk i's write slots, with memory_norm its LN; memory_update "gate":
+               g ⊙ m_i + (1 - g) ⊙ that, g = σ(W that + b)
+    y        = x + attention(LN x) + mlp(LN x)              in every block; without parallel_residual
+               h + mlp(LN' h) of h = x + attention(LN x)    LN: LayerNorm or RMSNorm, everywhere
     RoPE       previous stream at slots 0 … S-1, own stream at S … 2S-1; `allowed` says which slots see which
 
 Nothing is shared with the package but the names of the config's fields and of the parameters. Everything is made of
 differentiable torch operations, so the naive gradients are those of the formulas too.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -59,21 +62,49 @@ def allowed_mask(length: int, has_previous: bool, num_memory: int, num_slots: in
     return torch.tensor([[allowed(q, k, num_memory, num_slots) for k in keys] for q in range(length)])
 
 
-def layer_norm(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
+def rms_norm(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt() * weights[f"{name}.weight"]
+
+
+def norm(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
+    if config.norm_type == "rmsnorm":
+        return rms_norm(config, weights, name, x)
     return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], config.layer_norm_eps)
 
 
+def linear(weights: Weights, name: str, x: Tensor, bias: bool) -> Tensor:
+    product = x @ weights[f"{name}.weight"].T
+    return product + weights[f"{name}.bias"] if bias else product
+
+
 def mlp(config: Any, weights: Weights, name: str, x: Tensor) -> Tensor:
-    up, gate = x @ weights[f"{name}.up_proj.weight"].T, x @ weights[f"{name}.gate_proj.weight"].T
-    return (up * ACTIVATIONS[config.hidden_act](gate)) @ weights[f"{name}.down_proj.weight"].T
+    up, gate = (linear(weights, f"{name}.{proj}_proj", x, config.mlp_bias) for proj in ("up", "gate"))
+    return linear(weights, f"{name}.down_proj", up * ACTIVATIONS[config.hidden_act](gate), config.mlp_bias)
+
+
+def frequency(rope: Mapping[str, Any], exponent: float) -> float:
+    """The angle of one slot, for a pair of features: theta^-exponent, scaled as `rope` says."""
+    plain = rope["rope_theta"] ** -exponent
+    if rope["rope_type"] == "linear":
+        return plain / rope["factor"]
+    if rope["rope_type"] == "llama3":  # by the wavelength, as the authors of Llama 3.1 have written it
+        wavelength, context = 2 * math.pi / plain, rope["original_max_position_embeddings"]
+        if wavelength < context / rope["high_freq_factor"]:
+            return plain
+        if wavelength > context / rope["low_freq_factor"]:
+            return plain / rope["factor"]
+        smooth = context / wavelength - rope["low_freq_factor"]
+        smooth /= rope["high_freq_factor"] - rope["low_freq_factor"]
+        return (1 - smooth) * plain / rope["factor"] + smooth * plain
+    return plain
 
 
 def rotate(config: Any, x: Tensor, first_slot: int) -> Tensor:
     """RoPE (arXiv 2104.09864, rotate-half) of x [N, heads, head_dim] at slots first_slot, first_slot + 1, …"""
     length, _, head_dim = x.shape
     slots = torch.arange(first_slot, first_slot + length, dtype=x.dtype)
-    exponents = torch.arange(0, head_dim, 2, dtype=x.dtype) / head_dim
-    angles = torch.outer(slots, config.rope_parameters["rope_theta"] ** -exponents).repeat(1, 2)[:, None]
+    frequencies = [frequency(config.rope_parameters, pair / head_dim) for pair in range(0, head_dim, 2)]
+    angles = torch.outer(slots, torch.tensor(frequencies, dtype=x.dtype)).repeat(1, 2)[:, None]
     left, right = x.chunk(2, dim=-1)
     return x * angles.cos() + torch.cat([-right, left], dim=-1) * angles.sin()
 
@@ -88,9 +119,12 @@ def attention(
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     head_dim = config.head_dim or config.hidden_size // heads
     query, own_key, own_value = (
-        (x @ weights[f"{name}.{proj}_proj.weight"].T).unflatten(-1, (count, head_dim))
+        linear(weights, f"{name}.{proj}_proj", x, config.attention_bias).unflatten(-1, (count, head_dim))
         for proj, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
     )
+    if config.qk_norm:
+        query = rms_norm(config, weights, f"{name}.q_norm", query)
+        own_key = rms_norm(config, weights, f"{name}.k_norm", own_key)
     key, value = rotate(config, own_key, first_slot), own_value
     if previous is not None:
         key = torch.cat([rotate(config, previous[0], 0), key])
@@ -98,16 +132,20 @@ def attention(
     key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))
     scores = torch.einsum("qhd,khd->hqk", rotate(config, query, first_slot), key) / head_dim**0.5
     attended = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
-    output = torch.einsum("hqk,khd->qhd", attended, value).flatten(1) @ weights[f"{name}.o_proj.weight"].T
+    output = torch.einsum("hqk,khd->qhd", attended, value).flatten(1)
+    output = linear(weights, f"{name}.o_proj", output, config.attention_bias)
     return output, attended, (own_key, own_value)
 
 
 def block(
     config: Any, weights: Weights, name: str, x: Tensor, previous: KeysValues | None, first_slot: int, mask: Tensor
 ) -> tuple[Tensor, Tensor, KeysValues]:
-    """y = x + attention(LN x) + mlp(LN x)"""
-    normed = layer_norm(config, weights, f"{name}.input_layernorm", x)
+    """y = x + attention(LN x) + mlp(LN x), or h + mlp(LN' h) of h = x + attention(LN x)"""
+    normed = norm(config, weights, f"{name}.input_layernorm", x)
     out, attended, keys_values = attention(config, weights, f"{name}.self_attn", normed, previous, first_slot, mask)
+    if not config.parallel_residual:
+        x, out = x + out, 0
+        normed = norm(config, weights, f"{name}.post_attention_layernorm", x)
     return x + out + mlp(config, weights, f"{name}.mlp", normed), attended, keys_values
 
 
@@ -122,11 +160,16 @@ def solidify(config: Any, weights: Weights, role: str, x: Tensor) -> Tensor:
             gate = gate.sigmoid() if kind == "glu" else elephant(gate)
             return x + (x @ weights[f"{name}.proj.weight"].T) * gate
         case "mlp":
-            return x + mlp(config, weights, f"{name}.mlp", layer_norm(config, weights, f"{name}.norm", x))
+            return x + mlp(config, weights, f"{name}.mlp", norm(config, weights, f"{name}.norm", x))
         case "layer":
             everything = torch.ones(len(x), len(x), dtype=torch.bool)
             return block(config, weights, name, x, None, 0, everything)[0]
     raise NotImplementedError(config.memory_solidifier)
+
+
+def gated(weights: Weights, memory: Tensor, written: Tensor) -> Tensor:
+    gate = written @ weights["model.memory_update.gate_proj.weight"].T + weights["model.memory_update.gate_bias"]
+    return torch.sigmoid(gate) * memory + torch.sigmoid(-gate) * written
 
 
 def read(
@@ -188,13 +231,13 @@ def read(
             own.append(keys_values)
             unseen = num_slots if previous[layer] is None else 0, num_slots - len(stream)
             attentions[layer].append(F.pad(attended[:, text_slots], unseen))
-        hidden[num_layers].append(layer_norm(config, weights, "model.norm", x[text_slots]))
+        hidden[num_layers].append(norm(config, weights, "model.norm", x[text_slots]))
 
         if full:
             written = x[len(x) - num_memory :]
             if config.memory_norm:
-                written = layer_norm(config, weights, "model.memory_norm", written)
-            m = update(m, written)
+                written = norm(config, weights, "model.memory_norm", written)
+            m = gated(weights, m, written) if config.memory_update == "gate" else update(m, written)
             memories.append(m)
             if config.use_xl_cache:
                 previous = own

@@ -17,20 +17,19 @@ def forkserver() -> ForkServerContext:
 
 def run_program(path: Path, folder: Path, *arguments: Any) -> str:
     """Run a script in a folder, as a command would, and return what it prints."""
-    output = folder / "output.txt"
-    process = forkserver().Process(target=_run, args=(path, folder, list(map(str, arguments)), output))
+    files = folder / "stdout.txt", folder / "stderr.txt"
+    process = forkserver().Process(target=_run, args=(path, folder, list(map(str, arguments)), files))
     process.start()
     process.join()
-    text = output.read_text(encoding="utf-8")
-    assert process.exitcode == 0, text
-    return text
+    output, errors = (file.read_text(encoding="utf-8") for file in files)
+    assert process.exitcode == 0, errors
+    return output
 
 
-def _run(path: Path, folder: Path, arguments: list[str], output: Path) -> None:
+def _run(path: Path, folder: Path, arguments: list[str], files: tuple[Path, ...]) -> None:
     os.chdir(folder)
-    with output.open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    for stream, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream)
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
     runpy.run_path(str(path), run_name="__main__")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import convert_to_fp32
 from helpers import random_tokens, tiny_config, tiny_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -93,7 +94,16 @@ def test_offloaded_weights_are_read_as_if_they_were_there(place: Callable, check
     assert text == expected
     # Where the blocks compute, not "meta".
     assert {tensor.device.type for tensor in state.tensors().values()} == {"cpu"}
-    assert state.dtype == torch.float32
+    assert state.memory.dtype == torch.float32
+
+
+def test_outputs_in_float32_have_the_same_state() -> None:
+    """With mixed precision accelerate converts what is returned; a state is no tensor, whatever its dtype."""
+    model = tiny_model(tiny_config(), torch.bfloat16)
+    outputs = model(random_tokens(model.config, 2, LENGTH), use_cache=True)
+    converted = convert_to_fp32(outputs)
+    assert converted.logits.dtype == torch.float32
+    assert converted[-1] is outputs[-1] and converted[-1].layers[0].keys.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
@@ -214,7 +224,7 @@ def test_a_quantized_model_is_close_and_carries_its_state(
         with_logits, without = losses(model, tokens)
         assert_close(with_logits, without, rtol=1e-5, atol=1e-5)
     text, state = carried(model, tokens)
-    assert state.dtype == torch.float32
+    assert state.memory.dtype == torch.float32
     assert says_what_it_means(model, torch.tensor(text))
 
     model.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from torch.autograd import grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
-from baka_hf.attention_baka import AttentionInParts, any_length
+from baka_hf.attention_baka import FEW_VECTORS, AttentionInParts, any_length
 
 is_enabled = torch.backends.cuda.cudnn_sdp_enabled
 
@@ -53,7 +53,7 @@ def test_threads_that_overlap() -> None:
 
 @given(
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 40), st.integers(0, 40)),
-    memory=st.integers(0, 6),
+    memory=st.integers(0, 6) | st.just(FEW_VECTORS + 1),
     is_whole=st.booleans(),
     rows_differ=st.booleans(),
     seed=st.integers(0, 2**16),

@@ -5,7 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import byte_tokenizer, tiny_config
 from programs import run_program
+
+from baka_hf import BakaForCausalLM
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FIGURES = {
@@ -63,3 +67,26 @@ def test_what_interruptions_cost_is_measured(tmp_path: Path) -> None:
         f"{work}, {name}" for work in ("a token", "a chunk") for name in ("mean", "median")
     ]
     assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in steps)
+
+
+def test_memory_is_followed_over_a_text(tmp_path: Path) -> None:
+    model = BakaForCausalLM(tiny_config(vocab_size=256, memory_update="gate", memory_norm=True))
+    for part in (model, byte_tokenizer()):
+        part.save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("All that is read, and what is left of it. " * 4)
+    command = [BENCHMARKS / "memory.py", tmp_path, "--checkpoint", tmp_path, "--text_file", tmp_path / "text.txt"]
+    command += ["--device", "cpu", "--out", tmp_path, "--chunks"]
+    output = run_program(*command, 30)
+    assert (tmp_path / "memory.md").read_text() in output and (tmp_path / "memory.png").is_file()
+    assert len(output.splitlines()) == 2 + 2 * 10 + 1
+    rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
+    assert [(row["dtype"], row["chunk"]) for row in rows] == [
+        (t, i) for t in ("float32", "bfloat16") for i in range(30)
+    ]
+    tokens = torch.tensor([byte_tokenizer()((tmp_path / "text.txt").read_text()).input_ids[:151]])
+    out = model.eval()(tokens[:, :150], use_cache=True)
+    losses = torch.nn.functional.cross_entropy(out.logits[0], tokens[0, 1:], reduction="none").view(30, 5).mean(1)
+    assert [row["loss"] for row in rows[:30]] == pytest.approx(losses.tolist(), abs=1e-5)
+    assert rows[29]["norm"] == pytest.approx(out.past_key_values.memory.norm(dim=-1).mean().item(), rel=1e-4)
+    with pytest.raises(AssertionError, match="expected `chunks` from 1 to 33 for"):
+        run_program(*command, 34)

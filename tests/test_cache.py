@@ -99,17 +99,17 @@ def test_is_a_transformers_cache() -> None:
     cache = model.new_cache(2)
     assert isinstance(cache, Cache) and type(cache) is BakaCache
     assert len(cache) == 3
-    assert (cache.batch_size, cache.device, cache.dtype) == (2, torch.device("cpu"), torch.float32)
+    assert (cache.batch_size, cache.device, cache.memory.dtype) == (2, torch.device("cpu"), torch.float32)
     assert cache.is_croppable and not cache.is_compileable
     assert "num_tokens=[0, 0]" in repr(cache)
 
 
 def test_dtype_of_a_new_state() -> None:
     """The model's own; for a state made by hand the one given, else the config's, else PyTorch's default."""
-    assert tiny_model(tiny_config(), torch.bfloat16).new_cache().dtype == torch.bfloat16
-    assert BakaCache(tiny_config()).dtype == torch.float32
-    assert BakaCache(tiny_config(dtype="float16")).dtype == torch.float16
-    assert BakaCache(tiny_config(dtype="float16"), 1, "cpu", torch.float64).dtype == torch.float64
+    assert tiny_model(tiny_config(), torch.bfloat16).new_cache().memory.dtype == torch.bfloat16
+    assert BakaCache(tiny_config()).memory.dtype == torch.float32
+    assert BakaCache(tiny_config(dtype="float16")).memory.dtype == torch.float16
+    assert BakaCache(tiny_config(dtype="float16"), 1, "cpu", torch.float64).memory.dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, "float32"], ids=str)
@@ -363,10 +363,10 @@ def test_to_another_dtype(overrides: dict[str, Any]) -> None:
     logits_of(model, tokens[:, :12], cache)
     nbytes = cache.nbytes
     assert cache.to(dtype=torch.float32) is cache
-    assert cache.dtype == cache.layers[1].values.dtype == torch.float32
+    assert cache.memory.dtype == cache.layers[1].values.dtype == torch.float32
     assert cache.nbytes == nbytes / 2
     assert cache.num_tokens.tolist() == [12, 12] and cache.num_tokens.dtype == torch.int64
-    assert cache.to("cpu").dtype == torch.float32
+    assert cache.to("cpu").memory.dtype == torch.float32
     assert_close(logits_of(model.to(torch.float32), tokens[:, 12:], cache).double(), expected, rtol=0, atol=1e-4)
 
 
@@ -374,7 +374,7 @@ def test_to_another_device() -> None:
     """All tensors that a forward call touches move; "meta" stands in for an accelerator."""
     cache = tiny_model(tiny_config()).new_cache(2)
     cache.to("meta", torch.bfloat16)
-    assert cache.device.type == "meta" and cache.dtype == torch.bfloat16
+    assert cache.device.type == "meta" and cache.memory.dtype == torch.bfloat16
     assert all(t.device.type == "meta" for layer in cache.layers for t in (layer.keys, layer.values))
     assert cache.num_tokens.device.type == "cpu"
 
@@ -644,7 +644,7 @@ def test_seed_in_another_precision() -> None:
     model = tiny_model(tiny_config(), torch.float32)
     memory = torch.randn(2, 12, dtype=torch.bfloat16)
     cache = model.new_cache(3, memory=memory)
-    assert cache.dtype == torch.float32 and torch.equal(cache.memory, memory.float().expand(3, 2, 12))
+    assert cache.memory.dtype == torch.float32 and torch.equal(cache.memory, memory.float().expand(3, 2, 12))
 
 
 def test_a_seeded_row_that_is_reset_begins_with_the_learned_memory() -> None:

@@ -68,11 +68,11 @@ def test_training_compiles_to_few_programs(solidifier: str, granularity: str | N
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("rmt_carry", "aot_eager"),
+        ("more_memory_than_text", "aot_eager"),
+        ("block_of_qwen3", "aot_eager"),
         ("pause_without_xl", "eager"),
         ("xl", "eager"),
         ("one_memory_token", "eager"),
-        ("one_key_head", "eager"),
     ],
 )
 def test_training_in_parts(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import CONFIGS, tiny_config
+from helpers import CONFIGS, LLAMA3, tiny_config
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from baka_hf import BakaConfig, BakaModel
@@ -22,9 +22,15 @@ DEFAULTS = dict(
     num_attention_heads=12,
     num_key_value_heads=12,
     head_dim=64,
-    hidden_act="elephant",
+    hidden_act="silu",
+    norm_type="layernorm",
     layer_norm_eps=1e-5,
+    parallel_residual=True,
+    qk_norm=True,
+    attention_bias=False,
+    mlp_bias=False,
     initializer_range=0.02,
+    residual_initializer_range=0.0,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     chunk_size=512,
     num_memory_tokens=16,
@@ -32,7 +38,7 @@ DEFAULTS = dict(
     memory_update="replace",
     memory_solidifier="none",
     separate_solidifiers=False,
-    memory_norm=False,
+    memory_norm=True,
     num_pause_tokens=8,
     pause_placement="fixed",
     use_xl_cache=True,
@@ -44,6 +50,9 @@ DEFAULTS = dict(
     eos_token_id=None,
 )
 
+# What evidence has changed of the diary's, which files without a word of it mean.
+DIARY = DEFAULTS | dict(hidden_act="elephant", qk_norm=False, residual_initializer_range=None, memory_norm=False)
+
 # Every field away from its default.
 UNUSUAL = dict(
     vocab_size=7,
@@ -53,17 +62,23 @@ UNUSUAL = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=10,
-    hidden_act="silu",
+    hidden_act="gelu",
+    norm_type="rmsnorm",
     layer_norm_eps=1e-3,
+    parallel_residual=False,
+    qk_norm=False,
+    attention_bias=True,
+    mlp_bias=True,
     initializer_range=0.1,
-    rope_parameters={"rope_type": "default", "rope_theta": 50.0},
+    residual_initializer_range=0.03,
+    rope_parameters=LLAMA3,
     chunk_size=9,
     num_memory_tokens=1,
     memory_write="tokens",
     memory_update="other",
     memory_solidifier="mlp",
     separate_solidifiers=True,
-    memory_norm=True,
+    memory_norm=False,
     num_pause_tokens=3,
     pause_placement="random",
     use_xl_cache=False,
@@ -126,7 +141,7 @@ class Later(BakaConfig):
     num_attention_heads: int = 2
     hidden_act: str = "gelu"
     num_memory_tokens: int = 3
-    memory_norm: bool = True
+    memory_solidifier: str = "mlp"
     num_pause_tokens: int = 0
     use_xl_cache: bool = False
     tie_word_embeddings: bool = True
@@ -148,17 +163,18 @@ def test_a_file_holds_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.smoke
 def test_a_file_means_what_it_meant_when_it_was_written(tmp_path: Path) -> None:
     """A field that it lacks is read as it was by default then, by all that read configs."""
-    assert Later().hidden_act == "gelu" and Later().memory_norm  # new models are as they are now
+    assert Later().hidden_act == "gelu" and Later().memory_solidifier == "mlp"  # new models are as they are now
     config = BakaConfig()
     config.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     written = json.loads(file.read_text())
     assert architecture(Later.from_pretrained(tmp_path)) == DEFAULTS
-    for absent in ([name] for name in DEFAULTS):
-        assert architecture(Later.from_dict({k: v for k, v in written.items() if k not in absent})) == DEFAULTS
+    for absent in DEFAULTS:
+        read = Later.from_dict({name: value for name, value in written.items() if name != absent})
+        assert architecture(read) == DEFAULTS | {absent: DIARY[absent]}
     file.write_text(json.dumps({"model_type": "baka", "vocab_size": 7}))
     for read in (Later.from_pretrained(tmp_path), Later.from_json_file(file)):
-        assert architecture(read) == DEFAULTS | dict(vocab_size=7)
+        assert architecture(read) == DIARY | dict(vocab_size=7)
     assert Later.from_pretrained(tmp_path, num_memory_tokens=1).num_memory_tokens == 1
     assert BakaConfig.from_dict({"rope_theta": 50.0}).rope_parameters["rope_theta"] == 50.0
 
@@ -185,12 +201,12 @@ RUNGS: dict[str, dict[str, Any]] = {
 def test_rungs(rung: str) -> None:
     """The same whatever the defaults have become, and sizes are anybody's choice."""
     for cls in (BakaConfig, Later):
-        assert architecture(cls.rung(rung)) == DEFAULTS | RUNGS[rung]
+        assert architecture(cls.rung(rung)) == DIARY | RUNGS[rung]
         sizes = dict(vocab_size=19, hidden_size=12, num_attention_heads=2, num_hidden_layers=1, chunk_size=5)
         sizes |= {} if "num_pause_tokens" in RUNGS[rung] else dict(num_pause_tokens=2)
         sizes |= {} if "num_memory_tokens" in RUNGS[rung] else dict(num_memory_tokens=3)
         derived = dict(num_key_value_heads=2, head_dim=6)
-        assert architecture(cls.rung(rung, **sizes)) == DEFAULTS | RUNGS[rung] | sizes | derived
+        assert architecture(cls.rung(rung, **sizes)) == DIARY | RUNGS[rung] | sizes | derived
     assert BakaConfig.rung(rung, **RUNGS[rung]).to_dict() == BakaConfig.rung(rung).to_dict()
     BakaModel(BakaConfig.rung(rung, **sizes))
 
@@ -221,7 +237,7 @@ def test_a_rung_stays_what_it_is(rung: str, field: str, value: Any) -> None:
 
 def test_what_no_rung_speaks_of_is_added_to_it() -> None:
     config = BakaConfig.rung("carry", memory_norm=True, memory_solidifier="mlp")
-    assert architecture(config) == DEFAULTS | dict(memory_norm=True, memory_solidifier="mlp")
+    assert architecture(config) == DIARY | dict(memory_norm=True, memory_solidifier="mlp")
 
 
 def test_auto_config_for_model() -> None:
@@ -271,11 +287,34 @@ def test_heads_are_derived(overrides: dict[str, int], num_key_value_heads: int, 
         (dict(rope_theta=50.0), 50.0),
         (dict(rope_parameters={"rope_theta": 50}), 50),
         (dict(rope_parameters={"rope_type": "default"}), 10000.0),
+        (dict(rope_parameters={"type": "default", "rope_theta": 50}), 50),
     ],
 )
 def test_rope_theta(arguments: dict[str, Any], theta: float) -> None:
     """The older argument `rope_theta` and incomplete `rope_parameters` are completed."""
-    assert BakaConfig(**arguments).rope_parameters == {"rope_type": "default", "rope_theta": theta}
+    config = BakaConfig(**arguments)
+    assert config.rope_parameters.items() >= {"rope_type": "default", "rope_theta": theta}.items()
+    assert config.rope == ("default", theta, {})
+
+
+def test_norms_of_heads_are_in_the_plan_of_tensor_parallel() -> None:
+    """Where there are some; and the plan is in no file."""
+    for qk_norm in (True, False):
+        config = BakaConfig(qk_norm=qk_norm)
+        plan = config.base_model_tp_plan
+        assert plan["layers.*.self_attn.q_proj"] == "colwise" and "base_model_tp_plan" not in config.to_dict()
+        assert ("layers.*.self_attn.q_norm" in plan) is ("layers.*.self_attn.k_norm" in plan) is qk_norm
+
+
+def test_rope_types_that_scale() -> None:
+    """What transformers calls `rope_scaling` too, completed and said in one way; nothing else is asked for."""
+    linear = BakaConfig(rope_scaling={"type": "linear", "factor": 2}, rope_theta=50.0)
+    assert linear.rope == ("linear", 50.0, {"factor": 2.0})
+    assert BakaConfig.from_dict(linear.to_dict()).rope == linear.rope
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    llama3 = BakaConfig(rope_parameters=LLAMA3)
+    assert llama3.rope == ("llama3", 50.0, {name: float(LLAMA3[name]) for name in names})
+    assert not hasattr(llama3, "max_position_embeddings")
 
 
 def test_rope_parameters_are_copied() -> None:
@@ -347,8 +386,7 @@ def test_takes_names_that_are_not_ours() -> None:
     [
         dict(memory_update="other"),
         dict(memory_solidifier="glu"),
-        dict(memory_norm=True),
-        dict(memory_solidifier="mlp", memory_norm=True),
+        dict(memory_solidifier="mlp", separate_solidifiers=True),
     ],
 )
 def test_refuses_what_is_done_with_no_memory(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +401,8 @@ def test_refuses_what_is_done_with_no_memory(fields: dict[str, Any], monkeypatch
 
 
 def test_takes_no_memory_where_the_default_does_something_with_one() -> None:
-    assert Later(num_memory_tokens=0).memory_norm and Later(num_memory_tokens=0, memory_norm=False).chunk_size == 512
+    assert Later(num_memory_tokens=0).memory_solidifier == "mlp"
+    assert Later(num_memory_tokens=0, memory_solidifier="none").chunk_size == 512
 
 
 REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
@@ -387,11 +426,21 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     ],
     ("layer_norm_eps", float("inf"), {}),
     ("initializer_range", float("nan"), {}),
+    *[("residual_initializer_range", value, {}) for value in (-0.1, float("inf"), float("nan"), "0", False)],
+    *[("norm_type", value, {}) for value in ("layer_norm", "RMSNorm", None, [])],
     ("rope_parameters", "yarn", dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})),
-    ("rope_parameters", "linear", dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})),
     ("rope_parameters", "dynamic", dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
     ("rope_parameters", "longrope", dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})),
-    ("rope_parameters", "linear", dict(rope_scaling={"rope_type": "linear", "factor": 2.0})),
+    ("rope_parameters", "yarn", dict(rope_scaling={"rope_type": "yarn", "factor": 2.0})),
+    ("rope_parameters", "proportional", dict(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4})),
+    ("rope_parameters", ["linear"], dict(rope_parameters={"rope_type": ["linear"]})),
+    ("rope_parameters", None, dict(rope_parameters={"rope_type": "linear"})),
+    ("rope_parameters", -2, dict(rope_scaling={"type": "linear", "factor": -2})),
+    ("rope_parameters", "8", dict(rope_parameters=LLAMA3 | dict(factor="8"))),
+    ("rope_parameters", None, dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=None))),
+    ("rope_parameters", 1.0, dict(rope_parameters=LLAMA3 | dict(high_freq_factor=1.0))),  # as low_freq_factor
+    ("rope_parameters", "beta_fast", dict(rope_parameters=LLAMA3 | dict(beta_fast=32))),
+    ("rope_parameters", "factor", dict(rope_parameters={"factor": 2.0})),
     ("rope_parameters", 0, dict(rope_parameters={"rope_theta": 0})),
     ("rope_parameters", -1.0, dict(rope_theta=-1.0)),
     ("rope_parameters", None, dict(rope_parameters={"rope_theta": None})),
@@ -405,9 +454,11 @@ REFUSED: list[tuple[str, Any, dict[str, Any]]] = [
     *[("memory_solidifier", value, {}) for value in ("gated", None, True)],
     *[("pause_placement", value, {}) for value in ("Fixed", None)],
     ("separate_solidifiers", True, {}),  # of "none"
+    ("memory_norm", False, dict(memory_update="gate")),
     *[
         (name, value, {})
-        for name in ("separate_solidifiers", "memory_norm", "use_xl_cache", "tie_word_embeddings", "use_cache")
+        for name, default in DEFAULTS.items()
+        if isinstance(default, bool)
         for value in (1, None, "yes")
     ],
     *[("bptt_chunks", value, {}) for value in (0, -1, 1.0, True, "2")],
@@ -440,8 +491,9 @@ def test_refuses_what_was_changed_afterwards() -> None:
 def test_says_what_is_allowed() -> None:
     """Whoever mistypes a name reads the names there are."""
     for field, allowed in (
+        ("norm_type", ["layernorm", "rmsnorm"]),
         ("memory_write", ["carry", "tokens"]),
-        ("memory_update", ["replace"]),
+        ("memory_update", ["replace", "gate"]),
         ("memory_solidifier", ["none", "glu", "gelephant", "mlp", "layer"]),
         ("pause_placement", ["fixed", "random"]),
         ("hidden_act", ["elephant", "silu", "gelu"]),

@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers
 from accelerate.commands.launch import launch_command_parser
-from helpers import byte_tokenizer
+from helpers import LLAMA3, byte_tokenizer
 from programs import run_program
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -235,9 +235,11 @@ def known_names() -> set[str]:
             if getattr(thing, "__module__", "") == module.__name__:
                 names |= {name} | members_of(thing)
     sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
-    config = BakaConfig(**sizes, memory_norm=True, memory_solidifier="glu", separate_solidifiers=True)
+    fields = dict(memory_solidifier="glu", separate_solidifiers=True, memory_update="gate")
+    config = BakaConfig(**sizes, **fields, rope_parameters=LLAMA3)
     for model in (LlamaForCausalLM(LlamaConfig(**sizes)), BakaForCausalLM(config)):
         names |= {part for name, _ in model.named_modules() for part in name.split(".")}
+        names |= {part for name, _ in model.named_parameters() for part in name.split(".")}
         names |= set(model.config.rope_parameters)
     for other in (BaseModelOutputWithPast, transformers.PreTrainedModel.from_pretrained, BakaForCausalLM.generate):
         names |= members_of(other)
@@ -264,6 +266,7 @@ ELSEWHERE |= {
     "max_batch_size",
     "batch_size",
 }
+ELSEWHERE |= {"zero_init"}  # an option of examples/ladder.py
 ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 
 
@@ -320,16 +323,18 @@ def test_configuration_table_is_the_configuration() -> None:
 def test_table_of_weights_is_that_of_the_models() -> None:
     """Names and shapes of all models together, no more and no less."""
     sizes = dict(vocab_size=17, hidden_size=12, intermediate_size=20, num_attention_heads=4, num_key_value_heads=2)
-    sizes |= dict(head_dim=8, num_hidden_layers=1, num_memory_tokens=3, memory_norm=True)
-    symbols = {"V": 17, "D": 12, "I": 20, "H·d": 32, "K·d": 16, "R": 3, "1": 1}
+    sizes |= dict(head_dim=8, num_hidden_layers=1, num_memory_tokens=3)
+    symbols = {"V": 17, "D": 12, "I": 20, "H·d": 32, "K·d": 16, "d": 8, "R": 3, "1": 1}
     table = {}
     for name, shape, _ in table_rows(TEXTS["docs/porting.md"], "| name | shape | there is one |"):
         front, endings, back = re.fullmatch(r"`([^{`]*)(?:\{([\w,]+)\})?([^`]*)`", name).groups()
         for ending in (endings or "").split(","):
             table[front + ending + back] = tuple(symbols[symbol] for symbol in shape.strip("[]").split(", "))
     found = {}
-    for solidifier in ("glu", "gelephant", "mlp", "layer"):
-        model = BakaForCausalLM(BakaConfig(**sizes, memory_solidifier=solidifier))
+    variants = [dict(memory_solidifier=name) for name in ("glu", "gelephant", "mlp", "layer")]
+    block = dict(parallel_residual=False, qk_norm=True, attention_bias=True, mlp_bias=True)
+    for fields in (*variants, block, dict(memory_update="gate")):
+        model = BakaForCausalLM(BakaConfig(**sizes, **fields))
         found |= {name.replace(".0.", ".N."): tuple(weight.shape) for name, weight in model.state_dict().items()}
         assert not list(model.buffers())
     assert table == found

@@ -13,10 +13,11 @@ import torch
 from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from baka_hf import BakaForCausalLM
-from baka_hf.evaluation import evaluate_documents, gain_by_depth
+from baka_hf.evaluation import evaluate_documents, evaluate_windows, gain_by_depth
 
 # Chunks of 5: none, one and several of them full, a token more and less, and nothing to score.
 LENGTHS = [1, 2, 5, 6, 7, 11, 26, 3, 1, 16, 31, 4, 10, 12, 2, 1, 8, 21]
@@ -384,3 +385,58 @@ def test_pasts_that_there_are_not(fields: dict[str, Any], past: dict[str, Any], 
     model = tiny_model(tiny_config(**fields))
     with pytest.raises(ValueError, match=message):
         evaluate_documents(model, documents_of(model), **past)
+
+
+# ---- windows ----
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=19, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.5)).double()
+
+
+@pytest.mark.parametrize(("context", "stride"), [(2, None), (6, None), (6, 3), (7, 1), (40, 20)])
+def test_windows_score_every_token_once(llama: LlamaForCausalLM, context: int, stride: int | None) -> None:
+    """Each token alone, from the text of the one window that it is scored in; chunks are of its predecessor's place."""
+    documents = [random_tokens(llama.config, length, seed=length) for length in (23, 1, 6, 7, 2, 13)]
+    step = stride or context - 1
+    expected: list[dict[int, list[float]]] = []
+    for document in documents:
+        chunks: dict[int, list[float]] = defaultdict(list)
+        for target in range(1, len(document)):
+            start = 0
+            while start + context <= target:  # the first window that holds it
+                start += step
+            with torch.no_grad():
+                logits = llama(document[None, start:target]).logits[0, -1]
+            chunks[(target - 1) // 4].append(-float(logits.log_softmax(-1)[document[target]]))
+        expected.append(chunks)
+
+    found = evaluate_windows(
+        llama, documents, context, stride, batch_size=3, chunk_size=4, num_bytes=9, by_document=True
+    )
+    for chunks, scores in zip(expected, found["documents"], strict=True):
+        assert [count for _, count in scores] == [len(chunks[chunk]) for chunk in range(len(scores))]
+        assert [nats for nats, _ in scores] == pytest.approx([sum(chunks[chunk]) for chunk in range(len(scores))])
+    total = sum(loss for chunks in expected for losses in chunks.values() for loss in losses)
+    assert found["num_tokens"] == 46 and found["num_documents"] == 6
+    assert found["loss"] == pytest.approx(total / 46) and found["bits_per_byte"] == pytest.approx(
+        total / math.log(2) / 9
+    )
+
+
+def test_windows_that_there_are_not(llama: LlamaForCausalLM) -> None:
+    for options, message in (
+        (dict(context=6, stride=6), "`stride` must be from 1 to 5, one less than `context`, got 6"),
+        (dict(context=6, stride=0), "from 1 to 5, .*got 0"),
+        (dict(context=0), "`context` must be an integer of at least 1, got 0"),
+        (dict(context=6, num_bytes=0), "`num_bytes` must be an integer of at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate_windows(llama, [[1, 2]], **options)
+    with pytest.raises(ValueError, match="two tokens or more, got 2 documents without"):
+        evaluate_windows(llama, [[1], [2]], 6)
+    with pytest.raises(ValueError, match="document 1: expected token ids from 0 to 18, got 19"):
+        evaluate_windows(llama, [[1], [19]], 6)

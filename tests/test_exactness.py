@@ -19,6 +19,7 @@ EXACT = dict(rtol=1e-9, atol=1e-9)
 SPLIT = {torch.float64: dict(rtol=0, atol=1e-10), torch.float32: dict(rtol=0, atol=1e-4)}
 # The configs that differ in what a row's state is made of.
 STATES = ["pristine", "xl", "pause_without_xl", "rmt_tokens", "rmt_alone", "layer_separate", "chunk_of_one"]
+STATES += ["block_of_qwen3"]
 
 state_configs = pytest.mark.parametrize("overrides", [CONFIGS[name] for name in STATES], ids=STATES)
 
@@ -280,9 +281,7 @@ def test_eager_equals_sdpa(overrides: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers sets it
 def test_eager_equals_flex() -> None:
     """Eager and FlexAttention agree on rows in and out of step."""
-    model = tiny_model(
-        tiny_config(**CONFIGS["grouped_queries"] | dict(hidden_size=64, num_hidden_layers=1)), torch.float32
-    )
+    model = tiny_model(tiny_config(**CONFIGS["block_of_qwen3"] | dict(head_dim=16, num_hidden_layers=1)), torch.float32)
     assert_close(ragged_logits(model, "flex_attention"), ragged_logits(model, "eager"), **SPLIT[torch.float32])
 
 

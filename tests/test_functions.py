@@ -1,15 +1,19 @@
 """The functions without weights: the elephant, its gradients, and RoPE's table."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model
+from helpers import LLAMA3, tiny_config, tiny_model
 from naive import elephant
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from baka_hf.functions_baka import ElephantActivation
+from baka_hf import BakaConfig
+from baka_hf.functions_baka import ElephantActivation, inverse_frequencies, rotary_table_of
 
 # Elephant: 1 / (1 + |x|^8)
 
@@ -84,3 +88,29 @@ def test_rotation_is_traced_in_any_precision(dtype: torch.dtype, autocast: bool)
     solidify = torch.compile(model.model.solidify, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert_close(solidify(memory, "read"), model.model.solidify(memory, "read"))
+
+
+LLAMA31 = LLAMA3 | dict(rope_theta=5e5, factor=8.0, original_max_position_embeddings=8192)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("rope", [LLAMA31, LLAMA3, dict(rope_type="linear", rope_theta=1e4, factor=3.0)])
+def test_frequencies_of_scaled_rope(rope: dict[str, Any]) -> None:
+    """Those of transformers, which computes them in float32 and scales no scores with these types; in the table too."""
+    rope_type, theta, scaling = BakaConfig(rope_parameters=rope).rope
+    found = inverse_frequencies(rope_type, theta, 128, *scaling.values())
+    expected, attention_scaling = ROPE_INIT_FUNCTIONS[rope_type](LlamaConfig(head_dim=128, rope_parameters=rope))
+    assert attention_scaling == 1 and found.dtype == torch.float64
+    assert_close(found.float(), expected, rtol=1e-6, atol=0)
+    config = tiny_config(rope_parameters=rope, head_dim=128)
+    cos, _ = rotary_table_of(config, torch.device("cpu"), torch.float64)
+    assert_close(cos[1, 0, :64], found.cos())
+
+
+def test_table_of_plain_rope() -> None:
+    """Bit for bit that of theta ^ -(2i / head_dim), in float64, as it has always been."""
+    config = tiny_config(head_dim=64, rope_parameters=dict(rope_theta=50))
+    cos, sin = rotary_table_of(config, torch.device("cpu"), torch.float64)
+    angles = torch.arange(22.0, dtype=torch.float64)[:, None, None] * 50.0 ** (-torch.arange(0, 64, 2).double() / 64)
+    assert torch.equal(cos, angles.cos().repeat(1, 1, 2))
+    assert torch.equal(sin, torch.cat([-angles.sin(), angles.sin()], dim=-1))

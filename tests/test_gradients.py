@@ -23,7 +23,7 @@ CARRIERS: dict[str, dict[str, Any]] = {
     "memory_and_xl": dict(),
     "memory": dict(use_xl_cache=False),
     "memory_solidified": dict(memory_solidifier="glu", memory_norm=True, use_xl_cache=False),
-    "tokens_and_xl": dict(memory_write="tokens", memory_solidifier="mlp"),
+    "tokens_and_xl": dict(memory_write="tokens", memory_solidifier="mlp", qk_norm=True, parallel_residual=False),
     "xl": dict(num_memory_tokens=0, num_hidden_layers=3),
 }
 

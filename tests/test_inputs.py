@@ -166,7 +166,11 @@ OTHER_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "num_key_value_heads": (1, {}),
     "head_dim": (8, {}),
     "hidden_act": ("silu", {}),
+    "norm_type": ("rmsnorm", {}),
+    "parallel_residual": (False, {}),
+    "qk_norm": (True, {}),
     "rope_theta": (50.0, {}),
+    "rope_scaling": ({"rope_type": "linear", "factor": 2.0}, {}),
     "chunk_size": (6, {}),
     "num_memory_tokens": (3, {}),
     "memory_write": ("tokens", {}),
@@ -199,8 +203,10 @@ def test_a_state_of_another_config(cache: BakaCache, name: str, monkeypatch: pyt
 
 
 def test_a_state_of_a_config_that_differs_elsewhere(model: BakaForCausalLM) -> None:
-    """What the state does not depend on may differ: how many query heads share its keys, how gradients are cut."""
-    other = tiny_model(tiny_config(num_attention_heads=4, num_key_value_heads=2, head_dim=6, bptt_chunks=1))
+    """What the state does not depend on may differ: how many query heads share its keys, how gradients are cut, biases
+    (which change nothing where they are zero)."""
+    others = dict(attention_bias=True, mlp_bias=True, residual_initializer_range=0.0, bptt_chunks=1)
+    other = tiny_model(tiny_config(num_attention_heads=4, num_key_value_heads=2, head_dim=6, **others))
     assert logits_of(other, ones(2, 3), model.new_cache(2)).shape == (2, 3, 19)
 
 

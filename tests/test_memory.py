@@ -15,29 +15,17 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from baka_hf import BakaCache, BakaForCausalLM, decoding_graphs_baka, state_files_baka, training_graphs_baka
-from baka_hf.memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
+from baka_hf.memory_baka import MEMORY_UPDATES, BakaGatedMemoryUpdate, BakaMemoryUpdate, Held, Memory
 
 EXACT = dict(rtol=0, atol=1e-9)
-
-
-class Gated(BakaMemoryUpdate):
-    """g ⊙ m + (1 - g) ⊙ new, g of both."""
-
-    def __init__(self, config: Any):
-        super().__init__(config)
-        self.gate_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-
-    def forward(self, memory: Memory, written: Tensor) -> Memory:
-        gate = self.gate_proj(torch.cat([memory["memory"], written], dim=-1)).sigmoid()
-        return memory | {"memory": gate * memory["memory"] + (1 - gate) * written}
 
 
 class EverySecond(BakaMemoryUpdate):
     """Written by the first chunk, the third, the fifth."""
 
-    @staticmethod
-    def state_shapes(num_memory_tokens: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        return BakaMemoryUpdate.state_shapes(num_memory_tokens, hidden_size) | {"is_second": ()}
+    @classmethod
+    def held(cls, config: Any) -> dict[str, Held]:
+        return super().held(config) | {"is_second": Held(())}
 
     def forward(self, memory: Memory, written: Tensor) -> Memory:
         is_second = memory["is_second"]
@@ -48,15 +36,16 @@ class EverySecond(BakaMemoryUpdate):
 class Mixed(BakaMemoryUpdate):
     """Half of what was written and half of what the chunk before had read: tensors go from name to name."""
 
-    @staticmethod
-    def state_shapes(num_memory_tokens: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(("memory", "before"), (num_memory_tokens, hidden_size))
+    @classmethod
+    def held(cls, config: Any) -> dict[str, Held]:
+        vectors = Held((config.num_memory_tokens, config.hidden_size), in_float32=True)
+        return {"memory": vectors, "before": vectors}
 
     def forward(self, memory: Memory, written: Tensor) -> Memory:
         return {"memory": (written + memory["before"]) / 2, "before": memory["memory"]}
 
 
-UPDATES = {"gated": Gated, "every_second": EverySecond, "mixed": Mixed}
+UPDATES = {"gate": BakaGatedMemoryUpdate, "every_second": EverySecond, "mixed": Mixed}
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +57,7 @@ def others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=UPDATES)
 def model(request: pytest.FixtureRequest) -> BakaForCausalLM:
-    return tiny_model(tiny_config(memory_update=request.param, memory_solidifier="glu"))
+    return tiny_model(tiny_config(memory_update=request.param, memory_norm=True, memory_solidifier="glu"))
 
 
 @pytest.fixture
@@ -81,14 +70,11 @@ def on_cpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def formula(model: BakaForCausalLM) -> Callable[[Tensor, Tensor], Tensor]:
-    """What a text's memories become, one after another."""
+    """What a text's memories become, one after another; of "gate" the naive reading knows it."""
     before: list[Tensor] = []
 
     def update(memory: Tensor, written: Tensor) -> Tensor:
         before.append(memory)
-        if model.config.memory_update == "gated":
-            gate = (torch.cat([memory, written], 1) @ model.model.memory_update.gate_proj.weight.T).sigmoid()
-            return gate * memory + (1 - gate) * written
         if model.config.memory_update == "every_second":
             return written if len(before) % 2 else memory
         earlier = before[-2] if len(before) > 1 else torch.zeros_like(written)
@@ -144,6 +130,46 @@ def test_states_of_another_precision(model: BakaForCausalLM, on_cpus: None) -> N
         state = model.new_cache(2, static=is_static).to(dtype=torch.bfloat16)
         assert_close(model(tokens, cache=state).logits[0], naive_logits(model, tokens[0]), rtol=0, atol=1e-5)
         assert {tensor.dtype for tensor in state.carried.values()} == {torch.float64}
+
+
+@torch.no_grad()
+def test_what_is_kept_in_float32(on_cpus: None, tmp_path: Path) -> None:
+    """It is so in every state of a model in half precision, whatever is done with it, and never rounded on the way."""
+    model = tiny_model(tiny_config(memory_update="mixed"), torch.bfloat16)
+    tokens = random_tokens(model.config, 3, 24)
+
+    def check(state: BakaCache) -> BakaCache:
+        assert state.layers[0].keys.dtype == torch.bfloat16
+        assert {tensor.dtype for tensor in state.carried.values()} == {torch.float32}
+        return state
+
+    state = check(model.new_cache(3))
+    sizes = [tensor.numel() * (4 if name in ("memory", "before") else 2) for name, tensor in state.tensors().items()]
+    assert state.nbytes == sum(sizes)
+    state.activate_past_recording()
+    for part in tokens.split([1, 11, 12], dim=1):
+        model(part, cache=state)
+    assert not torch.equal(state.memory, state.memory.bfloat16().float())  # half of two sums
+    static = model.new_cache(3, static=True)
+    model(tokens, cache=static)
+    assert_same_state(check(static), state)
+    with torch.enable_grad():
+        assert_same_state(check(model(tokens, use_cache=True).past_key_values.detach_()), state, rtol=0, atol=0.1)
+
+    check(state).save_pretrained(tmp_path)
+    loaded = check(BakaCache.from_pretrained(tmp_path, config=model.config, dtype=torch.bfloat16))
+    joined = check(BakaCache.cat([state, loaded]).to(dtype=torch.bfloat16))
+    assert torch.equal(joined.memory, state.memory.repeat(2, 1, 1))
+    check(model.new_cache(3, memory=state.memory.bfloat16()))
+    assert_same_state(check(model.new_cache(1, memory=state.memory[0])), model.new_cache().seed_memory(state.memory[0]))
+    loaded.reset_rows(torch.tensor([True, False, False]))
+    loaded.batch_select_indices(torch.tensor([2, 1]))
+    assert torch.equal(check(loaded).memory, state.memory[[2, 1]])
+    state.crop(-10)
+    check(state).reset()
+    check(state).memory = state.memory.bfloat16()
+    with pytest.raises(ValueError, match=r"memory is torch.bfloat16 .*, expected torch.float64 or torch.float32 "):
+        state.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["every_second", "mixed"])
@@ -296,13 +322,13 @@ def test_a_text_of_one_chunk_gives_every_weight_a_gradient(monkeypatch: pytest.M
 
 
 def test_a_state_of_another_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, gated = (tiny_model(tiny_config(memory_update=name)) for name in ("replace", "gated"))
+    plain, gated = (tiny_model(tiny_config(memory_update=name, memory_norm=True)) for name in ("replace", "gate"))
     state = gated.new_cache()
-    with pytest.raises(ValueError, match="expected memory_update='replace', got 'gated'"):
+    with pytest.raises(ValueError, match="expected memory_update='replace', got 'gate'"):
         plain(random_tokens(plain.config, 1, 3), cache=state)
     state.save_pretrained(tmp_path)
-    monkeypatch.delitem(MEMORY_UPDATES, "gated")
-    with pytest.raises(ValueError, match="of a memory_update that is not here: 'gated'"):
+    monkeypatch.delitem(MEMORY_UPDATES, "gate")
+    with pytest.raises(ValueError, match="of a memory_update that is not here: 'gate'"):
         BakaCache.from_pretrained(tmp_path)
 
 
@@ -325,3 +351,42 @@ def test_a_file_from_before_updates_had_names(tmp_path: Path) -> None:
     loaded = BakaCache.from_pretrained(tmp_path, config=model.config)
     assert loaded.signature == state.signature
     assert_same_state(loaded, state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gated_memory_holds(dtype: torch.dtype) -> None:
+    """Over hundreds of chunks its norm stays, it goes on changing, and it is where its formula says it must be."""
+    numbers = {}
+    for name in ("replace", "gate"):
+        torch.manual_seed(0)
+        kind = dict(memory_update=name, memory_norm=name == "gate")
+        config = tiny_config(**kind, chunk_size=2, num_pause_tokens=0, hidden_size=48, num_memory_tokens=4)
+        model = BakaForCausalLM(config).to(dtype).eval()
+        state, memories = model.new_cache(), []
+        with torch.no_grad():
+            for chunk in random_tokens(config, 1, 600).split(2, dim=1):
+                model(chunk, cache=state, logits_to_keep=1)
+                memories.append(state.memory[0])
+        numbers[name] = torch.stack(memories)
+    assert numbers["gate"].dtype == torch.float32
+    norms = {name: memories.float().norm(dim=-1).mean(-1) for name, memories in numbers.items()}
+    early, late = norms["gate"][100:200].mean(), norms["gate"][200:].mean()
+    assert 0.9 < late / early < 1.1 and norms["gate"][100:].std() < 0.1 * early
+    assert norms["replace"][-1] > 1.5 * norms["replace"][99]
+    changed = numbers["gate"][1:] != numbers["gate"][:-1]
+    assert changed.float().mean() > 0.99
+    norm, learned = model.model.memory_norm, model.model.learned_memory(state.memory)
+    bound = norm.weight.abs() * 47**0.5 + norm.bias.abs()
+    assert (numbers["gate"].abs() <= bound.maximum(learned.abs())).all()
+
+
+def test_a_new_gate() -> None:
+    """W = 0, b from 0 to 3 over the vectors, and learned vectors of the scale that a norm gives."""
+    torch.manual_seed(0)
+    model = BakaForCausalLM(
+        tiny_config(memory_update="gate", memory_norm=True, hidden_size=400, num_memory_tokens=4)
+    ).model
+    assert not model.memory_update.gate_proj.weight.any()
+    assert_close(model.memory_update.gate_bias, torch.tensor([0.0, 1, 2, 3])[:, None].expand(4, 400))
+    assert_close(model.memory_tokens.weight.std(), torch.tensor(1.0), rtol=0.05, atol=0)
+    assert BakaForCausalLM(tiny_config(hidden_size=400)).model.memory_tokens.weight.std() < 0.03  # "replace": as ever

@@ -41,12 +41,15 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         use_xl_cache=draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
         rope_parameters={"rope_type": "default", "rope_theta": draw(st.sampled_from([10000.0, 7.0]))},
+        norm_type=draw(st.sampled_from(["layernorm", "rmsnorm"])),
+        **{name: draw(st.booleans()) for name in ("parallel_residual", "qk_norm", "attention_bias", "mlp_bias")},
     )
     if fields["num_memory_tokens"]:
         fields["memory_write"] = write = draw(st.sampled_from(["carry", "tokens"]))
         fields["memory_solidifier"] = solidifier = draw(st.sampled_from(["none", "glu", "gelephant", "mlp", "layer"]))
         fields["separate_solidifiers"] = write == "carry" and solidifier != "none" and draw(st.booleans())
-        fields["memory_norm"] = draw(st.booleans())
+        fields["memory_update"] = update = draw(st.sampled_from(["replace", "gate"]))
+        fields["memory_norm"] = update == "gate" or draw(st.booleans())
     return fields
 
 

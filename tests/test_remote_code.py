@@ -54,6 +54,11 @@ with torch.no_grad():
 tensors["generated"] = model.generate(tokens, max_new_tokens=length, do_sample=False)
 save_file(tensors, target / "tensors.safetensors")
 state.save_pretrained(target / "state")
+block = dict(norm_type="rmsnorm", parallel_residual=False, qk_norm=True, attention_bias=True, mlp_bias=True)
+fresh = type(model)(type(config).from_dict(config.to_dict() | block | dict(residual_initializer_range=0.0)))
+for name, weight in fresh.named_parameters():
+    is_zero = name.endswith("bias") or (".layers." in name and ("o_proj" in name or "down_proj" in name))
+    assert (weight == 1).all() if "norm" in name else weight.any() != is_zero, name
 speak = pipeline("text-generation", model=str(source), device="cpu", **trusted)
 arguments = dict(max_new_tokens=length, do_sample=False, return_full_text=False)
 found["single"] = [speak(prompt, **arguments)[0]["generated_text"] for prompt in prompts]

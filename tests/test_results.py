@@ -26,6 +26,11 @@ from baka_hf.results import Result, curves_of, facts_about, git_revision, main, 
 PROGRAM = ("-m", "baka_hf.results")
 
 
+def a_gain(first: int, last: int | None, gain: float, error: float | None = 0.0625) -> dict[str, Any]:
+    values = dict(first_chunk=first, last_chunk=last, gain=gain, standard_error=error)
+    return values | dict(num_documents=3, num_tokens=100)
+
+
 def a_result(**changes: Any) -> Result:
     values: dict[str, Any] = dict(
         run_id="carry",
@@ -45,7 +50,9 @@ def a_result(**changes: Any) -> Result:
         versions={"torch": "2.9.0"},
         git_revision="0123abc-dirty",
         note="first try",
+        training={"learning_rate": 0.003, "tokens_per_second": 41_800.25, "peak_memory": 3 << 29},
         loss_by_chunk=[{"chunk": 0, "loss": 2.75, "num_tokens": 200}, {"chunk": 1, "loss": 2.0, "num_tokens": 100}],
+        gains={"memory": [a_gain(0, 0, 0.0, 0.0), a_gain(1, None, 0.25)]},
         curves={"train": [(500, 3.5), (1000, 2.25)], "eval": [(1000, 2.5)]},
     )
     return Result(**values | changes)
@@ -161,6 +168,40 @@ def test_files_of_the_first_schema_are_read_and_brought_up_to_date(tmp_path: Pat
     again = dataclasses.replace(a, loss=1.0)
     write_result(path, again)
     assert read_results(path) == [again, b, other]
+
+
+def test_files_of_the_second_schema_are_read_and_brought_up_to_date(tmp_path: Path) -> None:
+    """It knew neither gains nor training."""
+    path = tmp_path / "results.db"
+    old = a_result(training={}, gains={})
+    write_result(path, old)
+    for statement in ("DROP TABLE gains", "ALTER TABLE results DROP COLUMN training", "PRAGMA user_version = 2"):
+        change(path, statement)
+    before = path.read_bytes()
+    assert read_results(path) == [old] and path.read_bytes() == before
+    write_result(path, a_result(seed=1))
+    assert read_results(path) == [old, a_result(seed=1)]
+
+
+def test_files_are_merged(file: Path, tmp_path: Path) -> None:
+    """Of two results with one key the later stays, however often they are merged; both keep the time they are from."""
+    other, merged = tmp_path / "other.db", tmp_path / "merged.db"
+    earlier, later = (
+        a_result(loss=3.5, written="2000-01-01 00:00:00"),
+        a_result(loss=3.0, written="2999-01-01 00:00:00"),
+    )
+    write_result(other, earlier)
+    write_result(other, a_result(run_id="new"))
+    main([str(merged), "merge", str(file), str(other), str(file)])
+    assert read_results(merged) == [*read_results(file), a_result(run_id="new")]
+    assert [r.written for r in read_results(merged)][:4] == [r.written for r in read_results(file)]
+    write_result(other, later)
+    main([str(merged), "merge", str(other)])
+    assert [r.loss for r in read_results(merged)] == [2.75, 2.875, 3.0, 2.625, 2.5]
+    before = merged.read_bytes()
+    with pytest.raises(SystemExit, match=r"error: expected a file of results at .*none\.db, found none"):
+        main([str(merged), "merge", str(file), str(tmp_path / "none.db")])
+    assert merged.read_bytes() == before
 
 
 def test_a_run_that_diverged_is_a_result(tmp_path: Path) -> None:
@@ -318,7 +359,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     connection.execute("PRAGMA user_version = 7")
     connection.close()
     for use in (read_results, lambda path: write_result(path, a_result())):
-        with pytest.raises(ValueError, match="has schema version 7, this code reads up to 2: upgrade baka-hf"):
+        with pytest.raises(ValueError, match="has schema version 7, this code reads up to 3: upgrade baka-hf"):
             use(path)
 
     foreign = tmp_path / "foreign.db"
@@ -367,6 +408,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         ({"model": {"name": "a\ud800"}}, "`model` must hold what JSON can hold: .* surrogates not allowed"),
         ({"versions": {"torch": 2}}, "`versions: torch` must be a text, got 2"),
+        ({"training": [1]}, "`training` must be a dict with names as keys, got \\[1\\]"),
+        ({"gains": {"memory": [{"gain": 1.0}]}}, "`gains` must hold dicts of first_chunk, last_chunk, gain, "),
+        ({"gains": {"memory": [a_gain(0, -1, 0.0)]}}, "`gains: last_chunk` must be an integer of at least 0, got -1"),
+        ({"gains": {"memory": [a_gain(0, None, "much")]}}, "`gains: gain` must be a number, got 'much'"),
+        ({"gains": {"memory": [a_gain(0, None, 0.0, -1.0)]}}, "`gains: standard_error` must be a number of at least"),
         ({"curves": {None: [(1, 2.0)]}}, "`curves: split` must be a text, got None"),
         ({"curves": {"train": [(1, 2, 3)]}}, "`curves` must hold pairs of step and loss"),
         ({"curves": {"train": [(1.5, 2.0)]}}, "`curves, train: step` must be an integer"),
@@ -567,6 +613,109 @@ def test_an_empty_file_has_no_results(file: Path, capsys: pytest.CaptureFixture[
     connection.close()
     main([str(file), "list"])
     assert capsys.readouterr().out == "no results\n"
+
+
+# ---- means over seeds, and differences ----
+
+
+@pytest.fixture
+def seeds(tmp_path: Path) -> Path:
+    """A run without memory and one with it, two seeds each, on two data sets, of other chunks."""
+    path = tmp_path / "seeds.db"
+    for seed in (0, 1):
+        for run_id, size, shift in (("plain", 256, 0.0), ("carry", 128, 0.5)):
+            # Two chunks of 128 tokens are one of 256: 0-1 are chunk 0, 2-3 chunk 1, 4-7 chunks 2-3.
+            count = 4 * 256 // size
+            chunks = [
+                {
+                    "chunk": i,
+                    "loss": 3.0 - shift * (i * size >= 256) + seed / 4 * (run_id == "carry"),
+                    "num_tokens": size,
+                }
+                for i in range(count)
+            ]
+            model = a_result().model | {"chunk_size": size}
+            gains = {"memory": [a_gain(0, 0, 0.0, 0.0), a_gain(1, 1, -0.5), a_gain(2, None, 0.25 + seed)]}
+            gains["memory"] += [a_gain(1, None, 0.125 + seed / 4)]  # of all but the first
+            values = dict(run_id=run_id, seed=seed, model=model, loss_by_chunk=chunks, loss=3.0 - shift + seed / 4)
+            write_result(path, a_result(**values, gains=gains if run_id == "carry" else {}, curves={}))
+            write_result(path, a_result(**values, dataset="books", gains={}, curves={}))
+    return path
+
+
+def test_summary_has_means_and_spread(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, carry = results.summarize(read_results(seeds))
+    spread = 0.25 / math.sqrt(2)  # the standard deviation of two values a quarter apart
+    about = {"split": "test", "seeds": 2, "parameters": 1_234_567, "tokens/s": 41_800, "peak GiB": "1.5"}
+    assert carry == about | {
+        "run": "carry",
+        "wiki": 2.625,
+        "wiki ±": pytest.approx(spread),
+        "wiki from 1 on: memory": 0.25,
+        "wiki from 1 on: memory ±": 0.0625,
+        "books": 2.625,
+        "books ±": pytest.approx(spread),
+    }
+    assert plain["wiki"] == 3.125 and plain["wiki from 1 on: memory"] is None
+    main([str(seeds), "summary"])
+    *head, _, first, second = capsys.readouterr().out.splitlines()
+    assert len(head) == 2 and head[1].split()[:4] == ["run", "split", "seeds", "wiki"]
+    assert second.split()[:9] == ["carry", "test", "2", "2.6250", "±", "0.1768", "2.6250", "±", "0.1768"]
+    assert first.split()[-3:] == ["1.23M", "41.8k", "1.5"]
+    (row,) = results.summarize(read_results(seeds)[:1])
+    assert "wiki ±" not in row and row["seeds"] == 1
+
+
+def test_differences_by_depth(seeds: Path) -> None:
+    """Nothing at chunk 0; ranges that hold others are no points; over a baseline it is seeds that give the error."""
+    found = read_results(seeds)
+    wiki = [result for result in found if result.dataset == "wiki"]
+    points = [(0, 0.0, 0.0), (1, -0.5, 0.0625), (2, 0.75, 0.0625)]
+    assert results.differences(found) == {"carry, wiki/test, memory": points}
+    assert results.differences(wiki) == {"carry, memory": points}
+    error = 0.25 / math.sqrt(2) / math.sqrt(2)
+    points = [(0, -0.125, pytest.approx(error)), (1, 0.375, pytest.approx(error)), (2, 0.375, pytest.approx(error))]
+    assert results.differences(wiki, "plain") == {"carry": points}
+    alone = results.differences([result for result in wiki if result.seed == 0], "plain")
+    assert alone == {"carry": [(0, 0.0, None), (1, 0.5, None), (2, 0.5, None)]}
+    with pytest.raises(ValueError, match="no run 'other'"):
+        results.differences(wiki, "other")
+    with pytest.raises(ValueError, match="no gains to draw"):
+        results.differences([result for result in wiki if result.run_id == "plain"])
+    with pytest.raises(ValueError, match="no losses by depth to compare with those of 'plain'"):
+        results.differences([result for result in wiki if result.run_id == "plain"], "plain")
+
+
+def test_figures_by_depth_are_exported(seeds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(seeds), "export", "--format", "csv", "--table", "depth"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    carry = [row for row in rows if (row["run"], row["seed"], row["data"]) == ("carry", "1", "wiki/test")]
+    columns = ("past", "first chunk", "last chunk", "value", "value ±", "tokens")
+    assert [tuple(row[name] for name in columns) for row in carry] == [
+        ("carried", "0", "0", "3.25", "", "128"),
+        ("carried", "1", "1", "3.25", "", "128"),
+        ("carried", "2", "3", "2.75", "", "256"),
+        ("carried", "4", "7", "2.75", "", "512"),
+        ("memory", "0", "0", "0.0", "0.0", "100"),
+        ("memory", "1", "1", "-0.5", "0.0625", "100"),
+        ("memory", "2", "", "1.25", "0.0625", "100"),
+        ("memory", "1", "", "0.375", "0.0625", "100"),
+    ]
+    main([str(seeds), "export", "--format", "markdown", "--table", "summary"])
+    assert (
+        capsys.readouterr().out.splitlines()[3].startswith("| carry | test | 2 | 2.6250 ± 0.1768 | 2.6250 ± 0.1768 |")
+    )
+
+
+@pytest.mark.parametrize("baseline", [[], ["--baseline", "plain"]])
+def test_gains_are_drawn(seeds: Path, tmp_path: Path, baseline: list[str]) -> None:
+    picture = tmp_path / "gain.svg"
+    main(
+        [str(seeds), "plot", "--kind", "gain", "--runs", "carry", "--data", "wiki/test", *baseline, "-o", str(picture)]
+    )
+    text = picture.read_text()
+    assert "<!-- gain (nats per token) -->" in text and "<!-- 2 and on -->" in text
+    assert f"<!-- {'carry' if baseline else 'carry, memory'} -->" in text
 
 
 @pytest.mark.parametrize("kind", ["curves", "depth"])

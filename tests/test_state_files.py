@@ -137,7 +137,11 @@ def test_what_a_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         num_key_value_heads=2,
         head_dim=6,
         hidden_act="elephant",
+        norm_type="layernorm",
+        parallel_residual=True,
+        qk_norm=False,
         rope_theta=50.0,
+        rope_scaling={"rope_type": "default"},
         chunk_size=5,
         num_memory_tokens=2,
         memory_write="carry",
@@ -188,6 +192,22 @@ def test_a_file_that_was_written_again_as_it_was(tmp_path: Path) -> None:
     before = contents(BakaCache.from_pretrained(tmp_path))
     rewritten(path, lambda tensors, metadata: None)
     assert contents(BakaCache.from_pretrained(tmp_path)) == before
+
+
+def test_a_file_written_before_there_was_a_choice(tmp_path: Path) -> None:
+    """It lacks fields that came later, and is a state of what models were then; of no others."""
+    model, path = saved(tmp_path)
+    later = ("memory_update", "norm_type", "parallel_residual", "qk_norm", "rope_scaling")
+
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        fields = json.loads(metadata["config"])
+        metadata["config"] = json.dumps({name: value for name, value in fields.items() if name not in later})
+
+    rewritten(path, change)
+    assert BakaCache.from_pretrained(tmp_path, config=model.config).signature == model.new_cache().signature
+    other = tiny_config(norm_type="rmsnorm")
+    with pytest.raises(ValueError, match="expected norm_type='rmsnorm', got 'layernorm'"):
+        BakaCache.from_pretrained(tmp_path, config=other)
 
 
 def test_a_flipped_bit_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from train_worker import (
     ShardingTrainer,
     Texts,
     Weights,
+    assert_moved_alike,
     assert_resumed,
     assert_same,
     documents,
@@ -41,6 +42,15 @@ from baka_hf.evaluation import evaluate_documents
 from baka_hf.training import BakaTrainer, BakaTrainingArguments, ChunkCurriculum, _about_lanes
 
 Row = dict[str, Tensor]
+# A solidifier's gradients have few directions; in all others Muon's steps are nothing but rounding.
+MUON: dict[str, Any] = dict(
+    lanes=4,
+    muon_learning_rate=0.02,
+    weight_decay=0.5,
+    max_steps=4,
+    lr_scheduler_type="linear",
+    model=dict(memory_solidifier="none"),
+)
 EXACT = dict(rtol=1e-5, atol=1e-6)  # of float64: transformers takes losses in float32
 
 
@@ -151,8 +161,9 @@ def test_lanes_of_two_processes(tmp_path: Path) -> None:
             lanes=6, gradient_accumulation_steps=2, chunks_per_step=4, chunks_per_backward=3, eval_strategy="epoch"
         ),
         tmp_path / "local": dict(lanes=2, average_tokens_across_devices=False, eval_strategy="epoch"),
+        tmp_path / "muon": MUON,
     }
-    one, three, pieces, local = in_processes(2, runs)
+    one, three, pieces, local, muon = in_processes(2, runs)
     assert_is_naive(one, 2, accumulation=4)
     assert_is_naive(three, 6)
     assert three.num_graphs == 1 and one.num_graphs == 0
@@ -162,6 +173,7 @@ def test_lanes_of_two_processes(tmp_path: Path) -> None:
         model.load_state_dict(record.final)
         scored = evaluate_documents(model, documents(), progress=False)
         assert record.eval_losses == [pytest.approx(scored["loss"], rel=1e-6)]
+    assert_moved_alike(muon, train(tmp_path / "alone", **MUON))
 
 
 # Killed and resumed
@@ -555,6 +567,8 @@ def test_sharded_by_the_example_configuration(tmp_path: Path, policy: str) -> No
         "resumed": whole | dict(resume=tmp_path / "whole" / "checkpoint-5", cuda_graphs=True),  # of shards are none
         "pieces": pieces | recomputed,
         "compiled": whole | dict(torch_compile=True, torch_compile_backend="aot_eager"),
+        "muon": MUON | dict(save_strategy="steps", save_steps=3),
+        "muon-resumed": MUON | dict(resume=tmp_path / "muon" / "checkpoint-3"),
     }
     runs = {name: run | dict(trainer_class=ShardingTrainer) for name, run in runs.items()}
     sharded = dict(
@@ -562,6 +576,8 @@ def test_sharded_by_the_example_configuration(tmp_path: Path, policy: str) -> No
     )
 
     assert_resumed(sharded["resumed"], sharded["whole"])
+    assert_resumed(sharded["muon-resumed"], sharded["muon"])
+    assert_moved_alike(sharded["muon"], train(tmp_path / "alone", **MUON))
     assert sharded["compiled"].num_in_parts > 0 == sharded["whole"].num_in_parts
     for name, settings in (("whole", whole), ("pieces", pieces), ("compiled", whole)):
         expected = train(tmp_path / "one", **settings)

@@ -172,6 +172,14 @@ def assert_same(found: Weights, expected: Weights, **tolerance: float) -> None:
         assert_close(found[name], tensor, **tolerance or dict(rtol=0, atol=0), msg=lambda m, n=name: f"{n}: {m}")
 
 
+def assert_moved_alike(found: Record, expected: Record) -> None:
+    """With Muon, which computes in bfloat16: steps of every parameter, from the first to the last."""
+    before = expected.weights[0]
+    for name, tensor in expected.final.items():
+        error = (found.final[name] - tensor).norm() / (tensor - before[name]).norm()
+        assert error < 0.1, f"{name}: {error}"
+
+
 def assert_resumed(resumed: Record, uninterrupted: Record) -> None:
     """The last steps, bit for bit."""
     assert 0 < len(resumed.losses) < len(uninterrupted.losses)

@@ -19,6 +19,8 @@ from .stream_baka import Parts, Placement, View
 # Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device.
 IN_PARTS: dict[str, SDPBackend] = {"cuda": SDPBackend.CUDNN_ATTENTION}
 
+FEW_VECTORS = 32  # up to so many memory vectors, products of all with all are left to the kernel around them
+
 
 def repeat_kv(hidden_states: torch.Tensor, n_rep: int) -> torch.Tensor:
     """[B, key-value heads, T, head_dim] to [B, heads, T, head_dim]."""
@@ -230,9 +232,17 @@ def _(grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: 
 
 
 def _dots(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """[..., R, R], the products of all rows of [..., R, head_dim]; unlike a matrix product's, they are not rounded."""
+    """[..., R, R], the products of all rows of [..., R, head_dim], in float32 at least: softmax takes their exponent.
+
+    A few are done where they are needed, by whatever kernel is compiled around them. For many that would be R · R ·
+    head_dim numbers in memory or on their way: these are a matrix product, which autocast must not round. TF32 does
+    not, as it has all bits of half precision.
+    """
     left, right = (x.to(at_least_float32(x.dtype)) for x in (left, right))
-    return (left[..., :, None, :] * right[..., None, :, :]).sum(-1)
+    if left.shape[-2] <= FEW_VECTORS:
+        return (left[..., :, None, :] * right[..., None, :, :]).sum(-1)
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right.mT
 
 
 def _ends(ends: tuple[slice, ...], *tensors: torch.Tensor) -> torch.Tensor:
@@ -324,10 +334,14 @@ class BakaAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # the mask says it all
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        width, kv_width = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps)
 
     def forward(
         self,
@@ -355,6 +369,11 @@ class BakaAttention(nn.Module):
         above all.
         """
         query, key, value = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (query, key, value))
+        if self.config.qk_norm:
+            # Under autocast in the weights' float32. Kernels want queries, keys and values of one dtype.
+            query, key = (
+                norm(x.to(norm.weight.dtype)).to(x.dtype) for norm, x in ((self.q_norm, query), (self.k_norm, key))
+            )
         turned = apply_rotary(key, *view.angles)
         kept = turned if view.previous_angles is None else apply_rotary(key, *view.previous_angles)
         return apply_rotary(query, *view.angles), turned, value, kept

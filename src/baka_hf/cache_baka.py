@@ -26,7 +26,7 @@ from .state_files_baka import (
     fingerprint_of,
     read_state,
     signature_of,
-    state_shapes,
+    tensors_held,
     write_state,
 )
 from .stream_baka import Placement
@@ -94,7 +94,9 @@ class BakaCacheLayer(CacheLayerMixin):
 class BakaCache(Cache):
     """The recurrent state of a batch of texts. Its size depends on the configuration and the batch alone:
 
-        batch · (num_hidden_layers · 2 · num_key_value_heads · head_dim · 2S + R · hidden_size) numbers, see `nbytes`.
+        batch · (num_hidden_layers · 2 · num_key_value_heads · head_dim · 2S + R · hidden_size) numbers, see `nbytes`,
+
+    and what else a `memory_update` holds, which may be in float32 where all else is not.
 
     A model takes it as `past_key_values`, changes it in place and returns it. Rows may be in different phases of their
     chunks. It behaves as any transformers `Cache` does in `generate`.
@@ -102,7 +104,8 @@ class BakaCache(Cache):
     Args:
         config (`BakaConfig`): the model's configuration.
         batch_size (`int`): number of texts read side by side.
-        device, dtype: where and in what precision; by default PyTorch's default device and the config's dtype.
+        device, dtype: where and in what precision; by default PyTorch's default device and the config's dtype. What its
+            memory keeps in float32 is never in less.
     """
 
     memory: torch.Tensor  # m_i, before the solidifier, for the chunk in progress; zeros until a first token is read
@@ -117,13 +120,13 @@ class BakaCache(Cache):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
         signature, dtype = signature_of(config), _floating(dtype or config.dtype or torch.get_default_dtype())
-        shapes = state_shapes(signature, batch_size)
-        self._begin(signature, {name: torch.zeros(shapes[name], device=device, dtype=dtype) for name in shapes})
+        held = tensors_held(signature)
+        self._begin(signature, {name: each.zeros(batch_size, device, dtype) for name, each in held.items()})
 
     def _begin(self, signature: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Be a state of these tensors whose rows have read nothing."""
         super().__init__(layers=[BakaCacheLayer() for _ in range(signature["num_hidden_layers"])])
-        self.signature, self._names = signature, tuple(state_shapes(signature, 1))
+        self.signature, self._held = signature, tensors_held(signature)
         self._put(tensors)
         batch_size = self.memory.shape[0]
         self._seq_length = 0  # positions fed
@@ -160,7 +163,7 @@ class BakaCache(Cache):
     @property
     def carried(self) -> dict[str, torch.Tensor]:
         """What its memory holds, as `memory_baka` has it."""
-        return {name: getattr(self, name) for name in self._names if "." not in name}
+        return {name: getattr(self, name) for name in self._held if "." not in name}
 
     @carried.setter
     def carried(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -180,10 +183,6 @@ class BakaCache(Cache):
         return self.memory.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.memory.dtype
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the recurrent state: keys, values and memory."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
@@ -197,8 +196,8 @@ class BakaCache(Cache):
         return self._seq_length
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The recurrent state, [B, …] each, by the names of `state_shapes`."""
-        return {name: getattr(*self._place_of(name)) for name in self._names}
+        """The recurrent state, [B, …] each, by the names of `tensors_held`."""
+        return {name: getattr(*self._place_of(name)) for name in self._held}
 
     def _put(self, tensors: dict[str, torch.Tensor]) -> None:
         """Replace the tensors of the recurrent state by these."""
@@ -223,20 +222,20 @@ class BakaCache(Cache):
     # What rows do
 
     def _apply(self, change: Callable, rows: Callable | None = None) -> "BakaCache":
-        """Replace each tensor of the state by `change` of it, and each per-row one on the host by `rows` of it.
+        """Replace each tensor of the state by `change` of it and its name; those on the host, of rows, by `rows` of it.
 
         Nothing is replaced before all is there: whatever is raised in between leaves the state as it was.
         """
         self.check_whole()
         on_host = rows or (lambda tensor: tensor)
-        tensors = {name: change(tensor) for name, tensor in self.tensors().items()}
+        tensors = {name: change(tensor, name) for name, tensor in self.tensors().items()}
         others = {name: on_host(getattr(self, name)) for name in ("_num_tokens", "_seeded", "_pauses")}
         for name in ("_history", "_opening", "_asked", "_said", "_finished", "_recent_ids"):
             if getattr(self, name) is not None:
-                others[name] = change(getattr(self, name))
+                others[name] = change(getattr(self, name), name)
         boundaries = []
         for boundary in self._boundaries:
-            kept = {name: change(tensor) for name, tensor in boundary["tensors"].items()}
+            kept = {name: change(tensor, name) for name, tensor in boundary["tensors"].items()}
             counts = {name: on_host(boundary[name]) for name in ("num_tokens", "completes", "pauses")}
             boundaries.append({"tensors": kept, **counts})
         changed = self.draft()
@@ -252,7 +251,7 @@ class BakaCache(Cache):
         if host.ndim != 1 or host.numel() == 0 or host.min() < -self.batch_size or host.max() >= self.batch_size:
             raise ValueError(f"expected row indices below the batch size {self.batch_size}, got {host.tolist()}.")
         host = host % self.batch_size
-        self._apply(lambda t: t.index_select(0, host.to(t.device)), lambda t: t.index_select(0, host))
+        self._apply(lambda t, name: t.index_select(0, host.to(t.device)), lambda t: t.index_select(0, host))
 
     def _as_mask(self, mask: Any) -> torch.Tensor:
         mask = torch.as_tensor(mask)
@@ -279,7 +278,7 @@ class BakaCache(Cache):
         """Repeat each row `repeats` times, one after the other."""
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise ValueError(f"`repeats` must be an integer of at least 1, got {repeats!r}.")
-        self._apply(lambda t: t.repeat_interleave(repeats, 0), lambda t: t.repeat_interleave(repeats, 0))
+        self._apply(lambda t, name: t.repeat_interleave(repeats, 0), lambda t: t.repeat_interleave(repeats, 0))
 
     @classmethod
     def cat(cls, states: Sequence["BakaCache"]) -> "BakaCache":
@@ -295,7 +294,9 @@ class BakaCache(Cache):
             raise ValueError("expected at least one state, got none.")
         for state in states:
             state.check_whole()
-        kinds = [(state.signature, state.device, state.dtype, state.get_seq_length()) for state in states]
+        kinds = [
+            (state.signature, state.device, state.layers[0].keys.dtype, state.get_seq_length()) for state in states
+        ]
         for kind in kinds:
             check_signature(kind[0], kinds[0][0])
             if kind != kinds[0]:
@@ -391,19 +392,19 @@ class BakaCache(Cache):
         return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "BakaCache":
-        """Move the state to a device, a floating dtype or both, in place.
+        """Move the state to a device, a floating dtype or both, in place; what is kept in float32 at least stays so.
 
         Raises:
             ValueError: another kind of dtype.
         """
-        dtype = None if dtype is None else _floating(dtype)
-        return self._apply(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+        dtypes = {} if dtype is None else {name: held.dtype_in(_floating(dtype)) for name, held in self._held.items()}
+        return self._apply(lambda t, name: t.to(device=device, dtype=dtypes.get(name)))
 
     def clone(self) -> "BakaCache":
         """A copy that shares nothing with this one (an autograd graph is kept)."""
         other = self.draft()
         other._reader = None
-        return other._apply(torch.clone, torch.clone)
+        return other._apply(lambda t, name: t.clone(), torch.clone)
 
     # All or nothing: whatever changes a state changes a draft of it, and the state becomes that in one statement. Until
     # then it is what it was. A call writes into slots that are seen from there on only; what cannot wait, since tensors

@@ -20,6 +20,13 @@ AUTO_MAP = {
 MEMORY_WRITES = ("carry", "tokens")
 MEMORY_SOLIDIFIERS = ("none", "glu", "gelephant", "mlp", "layer")
 PAUSE_PLACEMENTS = ("fixed", "random")
+NORM_TYPES = ("layernorm", "rmsnorm")
+# The kinds of RoPE whose angles do not depend on a text's length, and what each is told beside `rope_theta`.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 ADDED = "If other code added it before the checkpoint was saved, that has to be done before loading too."
 
 # What models were before anybody could choose. A `config.json` that lacks a field means this, for a version wrote it
@@ -34,8 +41,14 @@ ORIGINALLY: dict[str, Any] = {
     "num_key_value_heads": None,
     "head_dim": None,
     "hidden_act": "elephant",
+    "norm_type": "layernorm",
     "layer_norm_eps": 1e-5,
+    "parallel_residual": True,
+    "qk_norm": False,
+    "attention_bias": False,
+    "mlp_bias": False,
     "initializer_range": 0.02,
+    "residual_initializer_range": None,
     "rope_parameters": None,
     "chunk_size": 512,
     "num_memory_tokens": 16,
@@ -84,23 +97,35 @@ class BakaConfig(PreTrainedConfig):
             `num_attention_heads`, which is the default.
         head_dim (`int`, *optional*): Width of a head, even (RoPE turns pairs). Defaults to
             `hidden_size // num_attention_heads`.
-        hidden_act (`str`, defaults to `"elephant"`): Gate of the feed-forward layers: `"elephant"`,
-            1 / (1 + |x|^8) (arXiv 2310.01365), or any name in `transformers.activations.ACT2FN`.
-        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
+        hidden_act (`str`, defaults to `"silu"`): Gate of the feed-forward layers: any name in
+            `transformers.activations.ACT2FN`, or the diary's `"elephant"`, 1 / (1 + |x|^8) (arXiv 2310.01365).
+        norm_type (`str`, defaults to `"layernorm"`): Norm of the blocks, the memory, the solidifiers and the output:
+            `"layernorm"`, with weight and bias, or `"rmsnorm"` (arXiv 1910.07467), with a weight alone.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every norm.
+        parallel_residual (`bool`, defaults to `True`): Attention and MLP read one norm, side by side. `False`: the MLP
+            reads what attention has added to, by a norm of its own, as in Llama.
+        qk_norm (`bool`, defaults to `True`): RMSNorm of each head's queries and keys before RoPE, as in Qwen3.
+        attention_bias (`bool`, defaults to `False`): Biases of attention's four projections.
+        mlp_bias (`bool`, defaults to `False`): Biases of the feed-forward layers.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
-        rope_parameters (`dict`, *optional*): `{"rope_type": "default", "rope_theta": 10000.0}`. Positions are
-            re-based every chunk and stay below 2S, so the types that stretch a context have nothing to do here
-            and are refused.
+        residual_initializer_range (`float`, *optional*, defaults to 0.0): That of the weights whose products a block
+            adds to the residual stream, `o_proj` and `down_proj`; 0: each block is the identity at first. `None`:
+            `initializer_range`.
+        rope_parameters (`dict`, *optional*): `{"rope_type": "default", "rope_theta": 10000.0}`, or of type `"linear"`
+            or `"llama3"` with what transformers has for these. Positions are re-based every chunk and stay below 2S,
+            so the types whose angles depend on a length are refused.
         chunk_size (`int`, defaults to 512): Tokens of text in a chunk.
         num_memory_tokens (`int`, defaults to 16): Memory vectors; 0 for none.
         memory_write (`str`, defaults to `"carry"`): What stands at the write positions of a chunk: `"carry"`, the
             memory of the chunks before it, or `"tokens"`, the learned vectors again (an ablation).
         memory_update (`str`, defaults to `"replace"`): What becomes of a memory when a chunk has written: a name in
-            `memory_baka.MEMORY_UPDATES`, where code can add others. `"replace"`: what was written.
+            `memory_baka.MEMORY_UPDATES`, where code can add others. `"replace"`: what was written; its norm has no
+            bound without `memory_norm`. `"gate"`: a gated mean of what it was and what was written, normed; it is
+            bounded, and kept in float32 in models of any dtype.
         memory_solidifier (`str`, defaults to `"none"`): What a memory passes through on its way into the next
             chunk: `"none"`, `"glu"`, `"gelephant"`, `"mlp"` or `"layer"`.
         separate_solidifiers (`bool`, defaults to `False`): One solidifier for reading and one for writing.
-        memory_norm (`bool`, defaults to `False`): LayerNorm on each new memory.
+        memory_norm (`bool`, defaults to `True`): A norm of what is written to memory. `memory_update="gate"` needs it.
         num_pause_tokens (`int`, defaults to 8): Pauses in a chunk (arXiv 2310.02226), at most `chunk_size`.
         pause_placement (`str`, defaults to `"fixed"`): `"fixed"`, before every (n // P)-th token, or `"random"`
             while training, unless dropout is switched off.
@@ -137,9 +162,15 @@ class BakaConfig(PreTrainedConfig):
     num_attention_heads: int = 12
     num_key_value_heads: int = None  # type: ignore[assignment]  # filled in below
     head_dim: int = None  # type: ignore[assignment]
-    hidden_act: str = "elephant"
+    hidden_act: str = "silu"
+    norm_type: str = "layernorm"
     layer_norm_eps: float = 1e-5
+    parallel_residual: bool = True
+    qk_norm: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
     initializer_range: float = 0.02
+    residual_initializer_range: float | None = 0.0
     rope_parameters: dict = None  # type: ignore[assignment]
     chunk_size: int = 512
     num_memory_tokens: int = 16
@@ -147,7 +178,7 @@ class BakaConfig(PreTrainedConfig):
     memory_update: str = "replace"
     memory_solidifier: str = "none"
     separate_solidifiers: bool = False
-    memory_norm: bool = False
+    memory_norm: bool = True
     num_pause_tokens: int = 8
     pause_placement: str = "fixed"
     use_xl_cache: bool = True
@@ -177,6 +208,9 @@ class BakaConfig(PreTrainedConfig):
             self.rope_parameters = dict(self.rope_parameters)  # transformers completes it in place
         super().__post_init__(**kwargs)
         self.validate_architecture()
+        if self.qk_norm:  # each process norms its own heads; what a plan names in vain is a warning
+            names = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
+            self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(names, "replicated_with_grad_allreduce")
 
     @classmethod
     def rung(cls, name: str, /, **fields: Any) -> "BakaConfig":
@@ -250,10 +284,25 @@ class BakaConfig(PreTrainedConfig):
         for field in get_close_matches(name, fields, n=1, cutoff=0.85):
             raise ValueError(f"there is no field `{name}` in {cls.__name__}. Did you mean `{field}`?")
 
+    # transformers' own ask for `max_position_embeddings`, and there is no longest text. What types need, we check.
+
+    def standardize_rope_params(self) -> None:
+        self.rope_parameters.setdefault("rope_type", self.rope_parameters.get("type", "default"))
+
+    def _validate_llama3_rope_parameters(self, rope_parameters: dict, ignore_keys: set | None = None) -> None:
+        pass
+
     @property
     def stream_length(self) -> int:
         """S = R + n + P + R, the positions of one chunk's stream."""
         return 2 * self.num_memory_tokens + self.chunk_size + self.num_pause_tokens
+
+    @property
+    def rope(self) -> tuple[str, float, dict[str, float]]:
+        """The type of RoPE, its theta, and the numbers that `ROPE_TYPES` names for the type."""
+        found = self.rope_parameters
+        rope_type = found.get("rope_type", found.get("type", "default"))
+        return rope_type, float(found["rope_theta"]), {name: float(found[name]) for name in ROPE_TYPES[rope_type]}
 
     @property
     def uses_random_pauses(self) -> bool:
@@ -280,12 +329,26 @@ class BakaConfig(PreTrainedConfig):
             raise ValueError(f"`bptt_chunks` must be None or an integer of at least 1, got {self.bptt_chunks!r}.")
         for name in ("layer_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            if not _is_number(value) or value <= 0:
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
-        for name in ("separate_solidifiers", "memory_norm", "use_xl_cache", "tie_word_embeddings", "use_cache"):
+        value = self.residual_initializer_range
+        if value is not None and (not _is_number(value) or value < 0):
+            raise ValueError(f"`residual_initializer_range` must be None or a number of at least 0, got {value!r}.")
+        for name in (
+            "parallel_residual",
+            "qk_norm",
+            "attention_bias",
+            "mlp_bias",
+            "separate_solidifiers",
+            "memory_norm",
+            "use_xl_cache",
+            "tie_word_embeddings",
+            "use_cache",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         for name, allowed in (
+            ("norm_type", NORM_TYPES),
             ("memory_write", MEMORY_WRITES),
             ("memory_update", tuple(MEMORY_UPDATES)),
             ("memory_solidifier", MEMORY_SOLIDIFIERS),
@@ -312,12 +375,13 @@ class BakaConfig(PreTrainedConfig):
             )
         if self.separate_solidifiers and self.memory_solidifier == "none":
             raise ValueError("`separate_solidifiers` must be False when `memory_solidifier` is 'none', got True.")
+        if MEMORY_UPDATES[self.memory_update].needs_norm and not self.memory_norm:
+            raise ValueError(f"`memory_norm` must be True when `memory_update` is {self.memory_update!r}, got False.")
         # Unless it is the default: who asks for no memory need not know all that is done with one.
         for name, nothing in (
             ("memory_update", "replace"),
             ("memory_solidifier", "none"),
             ("separate_solidifiers", False),
-            ("memory_norm", False),
         ):
             value = getattr(self, name)
             if not self.num_memory_tokens and value not in (nothing, getattr(type(self), name)):
@@ -336,21 +400,35 @@ class BakaConfig(PreTrainedConfig):
         if not isinstance(rope_parameters, dict):
             raise ValueError(f"`rope_parameters` must be a dict, got {rope_parameters!r}.")
         rope_type = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
-        if rope_type != "default":
+        if rope_type not in tuple(ROPE_TYPES):
             raise ValueError(
-                f"`rope_parameters` must have rope_type 'default', got {rope_type!r}: positions are re-based every "
-                "chunk and never grow, so there is no context to stretch."
+                f"`rope_parameters` must have a rope_type of {', '.join(ROPE_TYPES)}, got {rope_type!r}: positions are "
+                "re-based every chunk and never grow, so there is no length for angles to depend on."
             )
-        unknown = set(rope_parameters) - {"rope_type", "type", "rope_theta"}
-        if unknown:
-            raise ValueError(f"`rope_parameters` may hold rope_type and rope_theta, got {sorted(unknown)}.")
-        theta = rope_parameters.get("rope_theta", 1.0)
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < float("inf"):
-            raise ValueError(f"`rope_parameters` must have a positive rope_theta, got {theta!r}.")
+        names = ("rope_theta", *ROPE_TYPES[rope_type])
+        if unknown := rope_parameters.keys() - {"rope_type", "type", *names}:
+            raise ValueError(
+                f"`rope_parameters` of type {rope_type} may hold {', '.join(names)}, got {sorted(unknown)}."
+            )
+        for name in names:
+            value: Any = rope_parameters.get(name, 1.0 if name == "rope_theta" else None)
+            if not _is_number(value) or value <= 0:
+                raise ValueError(
+                    f"`rope_parameters` of type {rope_type} must have a positive number {name}, got {value!r}."
+                )
+        if rope_type == "llama3" and rope_parameters["low_freq_factor"] >= rope_parameters["high_freq_factor"]:
+            raise ValueError(
+                f"`rope_parameters` must have a low_freq_factor below high_freq_factor, got {rope_parameters!r}."
+            )
 
 
 def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 BakaConfig.register_for_auto_class()

@@ -13,7 +13,8 @@ between products is compiled. All else (memory, layout, masks) is `reading_baka`
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -258,24 +259,26 @@ class StaticReader:
 
 
 class DecodingBlock:
-    """A `BakaDecoderLayer` in another order of work, for callers that take it for one: what multiplies the normed input
+    """A `BakaDecoderLayer` in another order of work, for callers that take it for one: what multiplies the same input
     is one product, and keys and values are written in place."""
 
     def __init__(self, layer: Any, keys: torch.Tensor, values: torch.Tensor, enter: Callable, leave: Callable):
         self.layer, self.keys, self.values = layer, keys, values
-        self.sizes = [linear.weight.shape[0] for linear in layer.input_projections]
-        self.projection = torch.cat([linear.weight.detach() for linear in layer.input_projections])
+        self.of_input = Joined.of(layer.input_projections)
+        self.of_mlp = None if layer.is_parallel else Joined.of(layer.mlp_projections)
         self.enter, self.leave = enter, leave
 
     def refresh(self) -> None:
         with torch.no_grad(), torch.inference_mode(False):
-            torch.cat([linear.weight.detach() for linear in self.layer.input_projections], out=self.projection)
+            self.of_input.copy_(self.layer.input_projections)
+            if self.of_mlp is not None:
+                self.of_mlp.copy_(self.layer.mlp_projections)
 
     def __call__(
         self, hidden_states: torch.Tensor, past_key: None, past_value: None, view: View, slots: None
     ) -> tuple[torch.Tensor, None, None, None]:
         query, gated = self.enter(
-            self.layer, hidden_states, self.projection, self.sizes, view._replace(mask=None), self.keys, self.values
+            self.layer, hidden_states, self.of_input, view._replace(mask=None), self.keys, self.values
         )
         attention = self.layer.self_attn
         visible = slice(view.placement.first, view.placement.stop)
@@ -287,23 +290,49 @@ class DecodingBlock:
             scale=attention.scaling,
             enable_gqa=attention.num_key_value_groups > 1,
         )
-        return self.leave(self.layer, hidden_states, attended, gated), None, None, None
+        return self.leave(self.layer, hidden_states, attended, gated, self.of_mlp), None, None, None
+
+
+class Joined(NamedTuple):
+    """Copies of linear layers that multiply the same input, joined to one."""
+
+    weight: torch.Tensor  # [sum of `sizes`, ·]
+    bias: torch.Tensor | None  # [sum of `sizes`]; None if none of them has one
+    sizes: list[int]  # rows of each
+
+    @staticmethod
+    def of(linears: list[nn.Linear]) -> "Joined":
+        sizes = [linear.weight.shape[0] for linear in linears]
+        weight = linears[0].weight.new_empty(sum(sizes), linears[0].weight.shape[1])
+        has_bias = any(linear.bias is not None for linear in linears)
+        joined = Joined(weight, weight.new_zeros(sum(sizes)) if has_bias else None, sizes)
+        joined.copy_(linears)
+        return joined
+
+    @torch.no_grad()
+    def copy_(self, linears: list[nn.Linear]) -> None:
+        """Take the weights of these layers, the same or others of their sizes."""
+        torch.cat([linear.weight for linear in linears], out=self.weight)
+        if self.bias is not None:
+            for part, linear in zip(self.bias.split(self.sizes), linears, strict=True):
+                if linear.bias is not None:
+                    part.copy_(linear.bias)
 
 
 def enter(
     layer: Any,
     hidden_states: torch.Tensor,
-    projection: torch.Tensor,
-    sizes: list[int],
+    of_input: Joined,
     view: View,
     keys: torch.Tensor,
     values: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a block does before attention: queries [B, H, Q, head_dim] and act(gate) ⊙ up [B, Q, ·].
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a block does before attention: queries [B, H, Q, head_dim], and act(gate) ⊙ up [B, Q, ·] if their input is
+    there already.
 
     New keys and values are left in their slots of `keys` and `values` [B, H_kv, slots, head_dim].
     """
-    products = one_product(layer, layer.input_layernorm(hidden_states), projection, sizes)
+    products = one_product(layer.input_projections, layer.input_layernorm(hidden_states), of_input)
     query, key, value = (x.transpose(1, 2) for x in layer.self_attn.arrange(*products[:3], view)[:3])
     _, start, _, slots, valid = view.placement
     if slots is None or valid is None:
@@ -316,18 +345,29 @@ def enter(
         index = rows[:, None, None], heads[:, None], slots[:, :, :, 0]
         keys.index_put_(index, torch.where(valid, key, keys[index]))
         values.index_put_(index, torch.where(valid, value, values[index]))
-    return query, layer.mlp.activate(*products[3:])
+    return query, layer.mlp.activate(*products[3:]) if layer.is_parallel else None
 
 
-def one_product(layer: Any, normed: torch.Tensor, projection: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
-    """What `layer.input_projections` make of `normed`, by all their rows in one matrix."""
-    return nn.functional.linear(normed, projection).split(sizes, dim=-1)
+def one_product(linears: list[nn.Linear], normed: torch.Tensor, joined: Joined) -> Sequence[torch.Tensor]:
+    """What `linears` make of `normed`, by all their rows in one matrix."""
+    return nn.functional.linear(normed, joined.weight, joined.bias).split(joined.sizes, dim=-1)
 
 
-def leave(layer: Any, hidden_states: torch.Tensor, attended: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
+def leave(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    attended: torch.Tensor,
+    gated: torch.Tensor | None,
+    of_mlp: Joined | None,
+) -> torch.Tensor:
     """What a block does after attention, [B, H, Q, head_dim]: its output [B, Q, D]."""
     attended = layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-    return layer.combine(hidden_states, attended, layer.mlp.down_proj(gated))
+    mlp = layer.mlp.down_proj if of_mlp is None else partial(_mlp, layer, of_mlp)
+    return layer.combine(hidden_states, attended, mlp, gated)
+
+
+def _mlp(layer: Any, of_mlp: Joined, normed: torch.Tensor) -> torch.Tensor:
+    return layer.mlp.down_proj(layer.mlp.activate(*one_product(layer.mlp_projections, normed, of_mlp)))
 
 
 def roll_over(keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, completes: Any) -> None:

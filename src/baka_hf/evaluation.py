@@ -12,10 +12,13 @@ What the past is worth shows when chunks read another one in its place:
     own = evaluate_documents(model, documents, by_document=True)
     other = evaluate_documents(model, documents, by_document=True, memory="exchanged")
     gain_by_depth(own, other)
+
+`evaluate_windows` scores the same tokens by a model without a state, which sees a window of text at a time.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from typing import Any
@@ -97,33 +100,112 @@ def evaluate_documents(
     if num_bytes is not None:
         check_positive(num_bytes=num_bytes)
     reader = _Reader(documents, model.config.vocab_size)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with logging.tqdm(
+    with (
+        _in_eval_mode(model),
+        logging.tqdm(
             desc="Evaluating",
             total=_count_tokens(documents),
             unit="tok",
             unit_scale=True,
             disable=not progress,
             delay=SECONDS_UNTIL_PROGRESS,
-        ) as bar:
-            _score(model, iter(reader), batch_size, memory, keys, bar)
+        ) as bar,
+    ):
+        _score(model, iter(reader), batch_size, memory, keys, bar)
+    return _summarize(reader.scores, num_bytes, by_document)
+
+
+@torch.no_grad()
+def evaluate_windows(
+    model: Any,
+    documents: Sequence[Any],
+    context: int,
+    stride: int | None = None,
+    batch_size: int = 8,
+    *,
+    chunk_size: int = 512,
+    num_bytes: int | None = None,
+    by_document: bool = False,
+) -> dict[str, Any]:
+    """Score every token of every document, but for its first, once, by a causal model that sees `context` tokens.
+
+    Args:
+        model: any causal language model of transformers. It is read in eval mode, and is back in its own afterwards.
+        documents: token ids, a list, an array or a 1-D tensor per document.
+        context: tokens of a window.
+        stride: by how much a window begins after the one before. Of each but the first only those tokens are scored
+            that the one before did not hold, so all but `stride` are context alone; `context // 2` slides by half.
+            `context - 1`, the most, if not given: windows stand side by side, and share the token that both need.
+        batch_size: windows read side by side.
+        chunk_size: tokens that `loss_by_chunk` takes together, as for a model that reads chunks of this size.
+        num_bytes, by_document: as for `evaluate_documents`.
+
+    Returns:
+        What `evaluate_documents` returns.
+
+    Raises:
+        ValueError: as `evaluate_documents`; or `stride` is not from 1 to `context - 1`.
+    """
+    check_positive(context=context, batch_size=batch_size, chunk_size=chunk_size)
+    stride = context - 1 if stride is None else stride
+    if not 1 <= stride < context:
+        raise ValueError(f"`stride` must be from 1 to {context - 1}, one less than `context`, got {stride!r}.")
+    if num_bytes is not None:
+        check_positive(num_bytes=num_bytes)
+    tokens = [check_document(document, number, model.config.vocab_size) for number, document in enumerate(documents)]
+    scores = [[(0.0, 0)] * -(-(len(document) - 1) // chunk_size) for document in tokens]
+    # Of which document, where it begins, and the first position in it whose prediction is scored.
+    windows = [
+        (number, start, 0 if start == 0 else context - stride - 1)
+        for number, document in enumerate(tokens)
+        for start in range(0, max(len(document) - context + stride, min(len(document) - 1, 1)), stride)
+    ]
+    windows.sort(key=lambda window: len(tokens[window[0]]) - window[1], reverse=True)  # full ones side by side
+    with _in_eval_mode(model):
+        for first in range(0, len(windows), batch_size):
+            batch = windows[first : first + batch_size]
+            pieces = [tokens[number][start : start + context] for number, start, _ in batch]
+            # Padding comes after all that is scored.
+            input_ids = pad_sequence(pieces, batch_first=True).to(model.device)
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            rows = [_cross_entropies(row, piece[1:]) for row, piece in zip(logits, pieces, strict=True)]
+            del logits
+            losses = torch.cat(rows).cpu().double().split([len(row) for row in rows])
+            for (number, start, begin), row in zip(batch, losses, strict=True):
+                while begin < len(row):
+                    chunk = (start + begin) // chunk_size
+                    part = row[begin : (chunk + 1) * chunk_size - start]
+                    nats, count = scores[number][chunk]
+                    scores[number][chunk] = nats + float(part.sum()), count + len(part)
+                    begin += len(part)
+    return _summarize(scores, num_bytes, by_document)
+
+
+@contextmanager
+def _in_eval_mode(model: Any) -> Iterator[None]:
+    """Afterwards each module is back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
 
-    by_chunk = [list(filter(None, scores)) for scores in zip_longest(*reader.scores)]
-    sums, counts = ([math.fsum(score[part] for score in scores) for scores in by_chunk] for part in (0, 1))
+
+def _summarize(scores: list[list[tuple[float, int]]], num_bytes: int | None, by_document: bool) -> dict[str, Any]:
+    """What is returned, of (nats, number of tokens) of each document by chunk."""
+    by_chunk = [list(filter(None, of_chunk)) for of_chunk in zip_longest(*scores)]
+    sums, counts = ([math.fsum(score[part] for score in of_chunk) for of_chunk in by_chunk] for part in (0, 1))
     num_tokens = int(sum(counts))
     if not num_tokens:
-        raise ValueError(f"expected a document of two tokens or more, got {reader.num_documents} documents without.")
+        raise ValueError(f"expected a document of two tokens or more, got {len(scores)} documents without.")
     nats = math.fsum(sums)
     result: dict[str, Any] = {
         "loss": nats / num_tokens,
         "perplexity": perplexity(nats / num_tokens),
         "num_tokens": num_tokens,
-        "num_documents": reader.num_documents,
+        "num_documents": len(scores),
     }
     if num_bytes is not None:
         result["bits_per_byte"] = nats / math.log(2) / num_bytes
@@ -132,7 +214,7 @@ def evaluate_documents(
         for chunk, (total, count) in enumerate(zip(sums, counts, strict=True))
         if count
     ]
-    return result | ({"documents": reader.scores} if by_document else {})
+    return result | ({"documents": scores} if by_document else {})
 
 
 def gain_by_depth(
@@ -301,4 +383,4 @@ def _count_tokens(documents: Iterable[Any]) -> int | None:
         return None
 
 
-__all__ = ["evaluate_documents", "gain_by_depth"]
+__all__ = ["evaluate_documents", "evaluate_windows", "gain_by_depth"]

@@ -1,8 +1,9 @@
-"""Small functions of numbers: the elephant gate, RoPE, dtypes of products, picks of rows and positions.
+"""Small functions of numbers: the elephant gate, norms, RoPE, dtypes of products, picks of rows and positions.
 
 What depends on a model's state, or on how a text is cut into chunks, is never in here.
 """
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -64,25 +65,50 @@ def get_activation(name: str) -> nn.Module:
     return ElephantActivation() if name == "elephant" else ACT2FN[name]
 
 
+def get_norm(config: BakaConfig) -> nn.Module:
+    """A norm of states [..., D], of the kind that the configuration says."""
+    kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def inverse_frequencies(rope_type: str, theta: float, head_dim: int, *scaling: float) -> torch.Tensor:
+    """The angles [head_dim / 2] of one slot, by which RoPE turns pairs of features, in float64.
+
+    `scaling` are the numbers that `configuration_baka.ROPE_TYPES` names. The formulas are those of transformers'
+    `ROPE_INIT_FUNCTIONS`, which compute them in float32.
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if rope_type == "linear":
+        return frequencies / scaling[0]
+    if rope_type == "llama3":
+        # Features that turn often within the context of before stay, those that turn seldom are slowed down.
+        factor, low, high, context = scaling
+        turns = context * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / factor
+    return frequencies
+
+
 @torch.compiler.assume_constant_result
 def rotary_table(
-    theta: float, head_dim: int, num_slots: int, device: torch.device, dtype: torch.dtype
+    rope: tuple[Any, ...], num_slots: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [num_slots, 1, head_dim] of RoPE's angles (arXiv 2104.09864) in Llama's rotate-half layout.
+
+    `rope` is what `inverse_frequencies` takes.
 
     sin has the other sign in its first half, see `apply_rotary`. The angles are computed in float64: no buffer that a
     cast of the model to half precision could spoil.
     """
-    return _rotary_table(theta, head_dim, num_slots, device, dtype)
+    return _rotary_table(rope, num_slots, device, dtype)
 
 
 @lru_cache(maxsize=32)
 def _rotary_table(
-    theta: float, head_dim: int, num_slots: int, device: torch.device, dtype: torch.dtype
+    rope: tuple[Any, ...], num_slots: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):
-        inverse_frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.arange(num_slots, dtype=torch.float64)[:, None, None] * inverse_frequencies
+        angles = torch.arange(num_slots, dtype=torch.float64)[:, None, None] * inverse_frequencies(*rope)
         cos, sin = angles.cos(), angles.sin()
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
@@ -99,11 +125,9 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [2S, 1, head_dim] of a model's slots, for the queries and keys of states of `dtype`."""
-    return rotary_table(*_rotary_key(config), device, dtype_of_products(dtype, device))
-
-
-def _rotary_key(config: BakaConfig) -> tuple[float, int, int]:
-    return float(config.rope_parameters["rope_theta"]), config.head_dim, 2 * config.stream_length
+    rope_type, theta, scaling = config.rope
+    rope = rope_type, theta, config.head_dim, *scaling.values()
+    return rotary_table(rope, 2 * config.stream_length, device, dtype_of_products(dtype, device))
 
 
 # Spans: which piece of its chunk each row reads in one pass

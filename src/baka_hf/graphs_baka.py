@@ -33,8 +33,7 @@ class PlainWeights:
         own = ("torch.nn.modules.activation", "transformers.activations", type(model).__module__)
         rooms = __name__.rpartition(".")[0]  # where all modules of this code are, installed or come with a checkpoint
         are_known = all(
-            type(module) in (nn.Embedding, nn.LayerNorm, nn.ModuleList)
-            or (type(module) is nn.Linear and module.bias is None)
+            type(module) in (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.ModuleList)
             or type(module).__module__ in own
             or type(module).__module__.rpartition(".")[0] == rooms
             for module in modules

@@ -1,5 +1,8 @@
 """The block of the decoder. Norms, residuals and what multiplies what are decided here and nowhere else."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -8,8 +11,18 @@ from .attention_baka import BakaAttention
 from .cache_baka import BakaCacheLayer
 from .compile_baka import recompute
 from .configuration_baka import BakaConfig
-from .functions_baka import get_activation
+from .functions_baka import get_activation, get_norm
 from .stream_baka import View
+
+
+def initialise(std: float, *modules: nn.Linear | nn.Embedding) -> None:
+    """Mark modules whose weights are drawn with another standard deviation than `initializer_range`.
+
+    The mark is on them, not on the module that they are in, since transformers passes over modules without parameters
+    of their own when it initialises a model whose code is not its own.
+    """
+    for module in modules:
+        module.initial_std = std  # type: ignore[assignment]
 
 
 class BakaMLP(nn.Module):
@@ -17,9 +30,9 @@ class BakaMLP(nn.Module):
 
     def __init__(self, config: BakaConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = get_activation(config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -30,13 +43,19 @@ class BakaMLP(nn.Module):
 
 
 class BakaDecoderLayer(GradientCheckpointingLayer):
-    """y = x + attention(LN x) + mlp(LN x): one LayerNorm for both branches."""
+    """y = x + attention(N x) + mlp(N x), one norm for both branches; or, without `parallel_residual`, Llama's block:
+    h = x + attention(N x), y = h + mlp(N' h)."""
 
     def __init__(self, config: BakaConfig):
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.is_parallel = config.parallel_residual
+        self.input_layernorm = get_norm(config)
         self.self_attn = BakaAttention(config)
+        if not self.is_parallel:
+            self.post_attention_layernorm = get_norm(config)
         self.mlp = BakaMLP(config)
+        if config.residual_initializer_range is not None:
+            initialise(config.residual_initializer_range, self.self_attn.o_proj, self.mlp.down_proj)
 
     def forward(
         self,
@@ -52,19 +71,33 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         call of a layer.
         """
         normed = self.input_layernorm(hidden_states)
+        # What else reads the normed input, and not in turn, adds to what attention gives.
         attended, key, value, weights = self.self_attn(normed, past_key, past_value, view, slots)
-        return self.combine(hidden_states, attended, self.mlp(normed)), key, value, weights
+        return self.combine(hidden_states, attended, self.mlp, normed), key, value, weights
+
+    def combine(
+        self, hidden_states: torch.Tensor, attended: torch.Tensor, mlp: Callable[[Any], torch.Tensor], mlp_input: Any
+    ) -> torch.Tensor:
+        """The output [B, Q, D]: the input, what all that reads the normed input beside the MLP has made of it, and what
+        `mlp` makes of `mlp_input`, or in turn of a norm of the sum of these."""
+        if self.is_parallel:
+            return hidden_states + attended + mlp(mlp_input)
+        hidden_states = hidden_states + attended
+        return hidden_states + mlp(self.post_attention_layernorm(hidden_states))
 
     # Decoding has another order of work (`decoding_graphs_baka`), of these pieces:
 
     @property
     def input_projections(self) -> list[nn.Linear]:
-        """What multiplies the normed input: queries, keys, values, gate, up."""
-        attention, mlp = self.self_attn, self.mlp
-        return [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+        """What multiplies the normed input: queries, keys, values, and if the MLP reads it too, gate and up."""
+        attention = self.self_attn
+        of_attention = [attention.q_proj, attention.k_proj, attention.v_proj]
+        return of_attention + self.mlp_projections if self.is_parallel else of_attention
 
-    def combine(self, hidden_states: torch.Tensor, attended: torch.Tensor, transformed: torch.Tensor) -> torch.Tensor:
-        return hidden_states + attended + transformed
+    @property
+    def mlp_projections(self) -> list[nn.Linear]:
+        """What multiplies the input of the MLP: gate, up."""
+        return [self.mlp.gate_proj, self.mlp.up_proj]
 
 
 class BakaPauseDropout(nn.Dropout):

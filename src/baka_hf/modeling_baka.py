@@ -31,6 +31,7 @@ from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
+from .functions_baka import get_norm
 from .generation_baka import BakaGenerationMixin
 from .inputs_baka import (
     check_cache,
@@ -43,9 +44,9 @@ from .inputs_baka import (
     either_name,
     state_among,
 )
-from .layers_baka import BakaDecoderLayer, BakaPauseDropout
+from .layers_baka import BakaDecoderLayer, BakaPauseDropout, initialise
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .memory_baka import MEMORY_UPDATES, Memory
+from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
 from .reading_baka import Reading
 from .solidifiers_baka import SOLIDIFIERS
 from .stream_baka import fixed_pauses
@@ -65,11 +66,15 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear) and getattr(module, "starts_small", False):
-            # A thousandth of what comes in: that hardly changes even a small memory, which "mlp" and "layer" norm.
-            init.normal_(module.weight, std=0.001 / module.in_features**0.5)
-        else:
+        if isinstance(module, BakaMemoryUpdate):
+            module.reset_parameters()
+        std = getattr(module, "initial_std", None)
+        if std is None:
             super()._init_weights(module)
+            return
+        init.normal_(module.weight, std=std)
+        if getattr(module, "bias", None) is not None:
+            init.zeros_(module.bias)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -165,8 +170,10 @@ class BakaModel(BakaPreTrainedModel):
         if config.num_memory_tokens:
             self.memory_tokens = nn.Embedding(config.num_memory_tokens, config.hidden_size)
             self.memory_update = MEMORY_UPDATES[config.memory_update](config)
+            if self.memory_update.needs_norm:
+                initialise(1.0, self.memory_tokens)
             if config.memory_norm:
-                self.memory_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+                self.memory_norm = get_norm(config)
             if config.separate_solidifiers:
                 self.read_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
                 self.write_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
@@ -175,7 +182,7 @@ class BakaModel(BakaPreTrainedModel):
         if config.uses_random_pauses:
             self.pause_dropout = BakaPauseDropout()
         self.layers = nn.ModuleList([BakaDecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = get_norm(config)
         self.gradient_checkpointing = False
         self.checkpoints_chunks = False
         self.num_plans = 0  # calls that were more than a token from a static state; weights may change between them
@@ -338,12 +345,12 @@ class BakaModel(BakaPreTrainedModel):
         if self.config.memory_norm:
             written = self.memory_norm(written)
         memory = {name: x.to(written.device) for name, x in memory.items()}  # a device map may have put it elsewhere
-        return self.memory_update(memory, written)
+        return {name: x.to(memory[name]) for name, x in self.memory_update(memory, written).items()}
 
     def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
-        """The memory of rows that have read nothing, in the dtype and on the device of `like`: zeros."""
-        shapes = self.memory_update.state_shapes(self.config.num_memory_tokens, self.config.hidden_size)
-        return {name: like.new_zeros(batch_size, *shape) for name, shape in shapes.items()}
+        """The memory of rows that have read nothing, on the device of `like` and for a model of its dtype: zeros."""
+        held = self.memory_update.held(self.config)
+        return {name: each.zeros(batch_size, like.device, like.dtype) for name, each in held.items()}
 
     def anchor(self, like: torch.Tensor) -> torch.Tensor:
         """Zero, but it depends on every recurrent parameter, so that each gets a gradient even in a text of one chunk.
@@ -357,7 +364,8 @@ class BakaModel(BakaPreTrainedModel):
             learned = self.learned_memory(like)[None]
             for to in ("read", "write"):
                 total = total + self.solidify(learned, to).sum().to(like)
-            updated = self.update_memory(self.empty_memory(like, 1) | {"memory": learned}, learned)
+            empty = self.empty_memory(like, 1)
+            updated = self.update_memory(empty | {"memory": learned.to(empty["memory"])}, learned)
             total = total + sum(held.sum().to(like) for held in updated.values())
         return 0 * total
 

@@ -109,17 +109,17 @@ class ChunkPass:
         memory, read, write = stream.memory, None, None
         if R and (any_rows(layout.begins) or any_rows(layout.completes)):
             learned = model.learned_memory(text).expand(self.batch_size, -1, -1)
-            if memory is None:
-                memory = model.empty_memory(text, self.batch_size)
-            memory = {name: x.to(text) for name, x in memory.items()}
             begins_text = and_rows(layout.begins, first)
-            memory = {name: where_rows(begins_text, torch.zeros_like(x), x) for name, x in memory.items()}
-            memory["memory"] = where_rows(begins_text, learned, memory["memory"])
+            empty = model.empty_memory(text, self.batch_size)
+            memory = empty if memory is None else memory
+            memory = {name: where_rows(begins_text, x, memory[name].to(x)) for name, x in empty.items()}
+            memory["memory"] = where_rows(begins_text, learned.to(memory["memory"]), memory["memory"])
             read = write = learned
+            vectors = memory["memory"].to(text)  # it may be kept in more than the model's dtype
             if any_rows(layout.begins) and first is not True:
-                read = where_rows(first, learned, model.solidify(memory["memory"], "read"))
+                read = where_rows(first, learned, model.solidify(vectors, "read"))
             if any_rows(layout.completes) and first is not True and self.config.memory_write == "carry":
-                write = where_rows(first, learned, model.solidify(memory["memory"], "write"))
+                write = where_rows(first, learned, model.solidify(vectors, "write"))
         stop = placement.start if placement.slots is None else self.half + self.config.stream_length
         pasts: list[tuple[Any, Any]] = [(None, None)] * len(self.blocks)
         if not self.in_place:

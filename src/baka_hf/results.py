@@ -5,10 +5,14 @@
     write_result("results.db", result)
 
     python -m baka_hf.results results.db list
+    python -m baka_hf.results results.db summary
     python -m baka_hf.results results.db compare no-memory carry-16
     python -m baka_hf.results results.db compare "carry-16, seed 0" "carry-16, seed 1"
     python -m baka_hf.results results.db export --format markdown
+    python -m baka_hf.results results.db export --format csv --table depth -o results/depth.csv
     python -m baka_hf.results results.db plot --kind depth -o depth.png
+    python -m baka_hf.results results.db plot --kind gain --baseline no-memory -o gain.png
+    python -m baka_hf.results all.db merge first.db second.db
 
 Files are read and written with the standard library alone, plots take matplotlib.
 """
@@ -20,13 +24,25 @@ import json
 import math
 import os
 import sqlite3
+import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .results_db import SIDES, Result, curves_of, facts_about, git_revision, read_results, write_result
+from .results_db import (
+    JSON_FIELDS,
+    SIDES,
+    Result,
+    curves_of,
+    facts_about,
+    git_revision,
+    merge_results,
+    read_results,
+    write_result,
+)
 
 # Tables
 
@@ -75,13 +91,169 @@ COLUMNS = (
     Column("written", lambda r: (r.written or "")[:10]),
     Column("note", lambda r: r.note),
 )
-TEXTS = {"", "run", "data", "written", "note"}  # columns aligned to the left
+TEXTS = {"", "run", "data", "split", "written", "note"}  # columns aligned to the left
+WIDEST_NAME = 16  # of a column; longer ones take several lines
 
 
 def results_table(results: Sequence[Result]) -> list[list[str]]:
     """The header and a row for each result; columns in which there is nothing are left out."""
     columns = [column for column in COLUMNS if any(column.text(result) for result in results)]
     return [[c.name for c in columns], *([c.text(result) for c in columns] for result in results)]
+
+
+def summarize(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row for each run and split: for each data set the last loss, its mean over seeds, and what the past is worth.
+
+    "±" is the standard deviation of the seeds, None for a single one; beside a gain it is the standard error over
+    documents. The gain is that of the longest range without end. Parameters, speed and memory are means as well.
+    """
+    last = _last(results)
+    rows = []
+    for run_id, split in dict.fromkeys((result.run_id, result.split) for result in last):
+        group = [result for result in last if (result.run_id, result.split) == (run_id, split)]
+        row: dict[str, Any] = {"run": run_id, "split": split, "seeds": len({result.seed for result in group})}
+        for dataset in dict.fromkeys(result.dataset for result in last):
+            of_data = [result for result in group if result.dataset == dataset]
+            row[dataset], row[f"{dataset} ±"] = _mean_and_spread([result.loss for result in of_data])
+            for past in dict.fromkeys(past for result in of_data for past in result.gains):
+                found = [_without_end(result.gains[past]) for result in of_data if result.gains.get(past)]
+                gains = [entry for entry in found if entry]
+                for first in dict.fromkeys(entry["first_chunk"] for entry in gains):
+                    name = f"{dataset} from {first} on: {past}"
+                    of_range = [entry for entry in gains if entry["first_chunk"] == first]
+                    row[name] = statistics.fmean(entry["gain"] for entry in of_range)
+                    row[f"{name} ±"] = _mean(entry["standard_error"] for entry in of_range)
+        row["parameters"] = group[0].num_parameters
+        for name, key, unit in (("tokens/s", "tokens_per_second", 1), ("peak GiB", "peak_memory", 2**30)):
+            value = _mean(result.training.get(key) for result in group)
+            row[name] = None if value is None else round(value / unit) if unit == 1 else f"{value / unit:.1f}"
+        rows.append(row)
+    return _filled(rows)
+
+
+def by_depth(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row for each last result and range of chunks, which ends before the next power of two: its loss; and its gains.
+
+    `value` is in nats per token: the loss itself, or by how much it is lower than with the other `past` that is named.
+    """
+    rows = []
+    for result in _last(results):
+        about = {"run": result.run_id, "seed": result.seed, "data": f"{result.dataset}/{result.split}"}
+        for first, (loss, num_tokens) in _by_range(result).items():
+            ends = {"first chunk": first, "last chunk": max(2 * first - 1, 0)}
+            rows.append(about | {"past": "carried"} | ends | {"value": loss, "tokens": num_tokens})
+        for past, entries in result.gains.items():
+            for entry in entries:
+                ends = {"first chunk": entry["first_chunk"], "last chunk": entry["last_chunk"]}
+                values = {"value": entry["gain"], "value ±": entry["standard_error"], "tokens": entry["num_tokens"]}
+                rows.append(about | {"past": past} | ends | values)
+    return _filled(rows)
+
+
+def differences(
+    results: Sequence[Result], baseline: str | None = None
+) -> dict[str, list[tuple[int, float, float | None]]]:
+    """By line of a plot, points of depth (the first chunk of a range), gain in nats per token, and its error.
+
+    Without a baseline the gains are those of reading the own past and not another one, means over seeds with the mean
+    standard error over documents; there is none at chunk 0. With a baseline it is by how much each run's loss is lower,
+    means over seeds with the standard error over seeds, None where one of the two has a single seed. Depths are counted
+    in chunks of the larger size if runs have chunks of other sizes.
+
+    Raises:
+        ValueError: there is no such run, or nothing to compare.
+    """
+    groups: dict[str, list[Result]] = {}
+    last = _last(results)
+    several = len({(result.dataset, result.split) for result in last if result.loss_by_chunk}) > 1
+    for result in last:
+        name = result.run_id + (f", {result.dataset}/{result.split}" if several else "")
+        groups.setdefault(name, []).append(result)
+    lines: dict[str, list[tuple[int, float, float | None]]] = {}
+    if baseline is None:
+        for name, group in groups.items():
+            for past in dict.fromkeys(past for result in group for past in result.gains):
+                points: dict[int, list[Mapping[str, Any]]] = {}
+                for entries in (result.gains.get(past, ()) for result in group):
+                    deepest = max((entry["first_chunk"] for entry in entries), default=0)
+                    for entry in entries:
+                        if entry["last_chunk"] is not None or entry["first_chunk"] == deepest:
+                            points.setdefault(entry["first_chunk"], []).append(entry)
+                lines[f"{name}, {past}"] = [
+                    (first, statistics.fmean(e["gain"] for e in found), _mean(e["standard_error"] for e in found))
+                    for first, found in sorted(points.items())
+                ]
+    else:
+        _of_runs(results, [baseline])
+        for name, group in groups.items():
+            place = (group[0].dataset, group[0].split)
+            others = [r for r in last if r.run_id == baseline and (r.dataset, r.split) == place and r.loss_by_chunk]
+            group = [result for result in group if result.run_id != baseline and result.loss_by_chunk]
+            if not group or not others:
+                continue
+            unit = max(result.model.get("chunk_size") or 1 for result in (*group, *others))
+            own, base = ([_by_range(result, unit) for result in side] for side in (group, others))
+            lines[name] = []
+            for first in sorted(set(own[0]).intersection(*own, *base)):
+                left, right = ([ranges[first][0] for ranges in side] for side in (base, own))
+                error = None
+                if len(left) > 1 and len(right) > 1:
+                    error = math.sqrt(sum(statistics.variance(side) / len(side) for side in (left, right)))
+                lines[name].append((first, statistics.fmean(left) - statistics.fmean(right), error))
+    if not lines:
+        raise ValueError(
+            "no gains to draw: a `Result` takes them as `gains`."
+            if baseline is None
+            else f"no losses by depth to compare with those of {baseline!r}: a `Result` takes them as `loss_by_chunk`."
+        )
+    return lines
+
+
+def _by_range(result: Result, unit: int | None = None) -> dict[int, tuple[float, int]]:
+    """Loss and number of tokens by the first chunk of each range, which ends before the next power of two."""
+    size = result.model.get("chunk_size") or unit or 1
+    sums: dict[int, tuple[float, int]] = {}
+    for chunk in result.loss_by_chunk:
+        depth = chunk["chunk"] * size // (unit or size)
+        first = (1 << depth.bit_length()) >> 1
+        nats, num_tokens = sums.get(first, (0.0, 0))
+        sums[first] = nats + chunk["loss"] * chunk["num_tokens"], num_tokens + chunk["num_tokens"]
+    return {first: (nats / num_tokens, num_tokens) for first, (nats, num_tokens) in sorted(sums.items())}
+
+
+def _without_end(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The longest of the ranges that have no end."""
+    ranges = [entry for entry in entries if entry["last_chunk"] is None]
+    return min(ranges, key=lambda entry: entry["first_chunk"], default=None)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
+    return _mean(values), statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
+
+
+def _filled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with all columns but those in which there is nothing."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    kept = [name for name in names if any(row.get(name) is not None for row in rows)]
+    return [{name: row.get(name) for name in kept} for row in rows]
+
+
+def to_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The header and rows of what `summarize` or `by_depth` found, as text: a figure and its ± in one cell."""
+
+    def text(row: Mapping[str, Any], name: str) -> str:
+        value, spread = row[name], row.get(f"{name} ±")
+        if isinstance(value, float):
+            return _decimals(value, 4) + ("" if spread is None else f" ± {_decimals(spread, 4)}")
+        return _count(value) if isinstance(value, int) and value > 9999 else "" if value is None else str(value)
+
+    names = [name for name in (rows[0] if rows else ("run",)) if not name.endswith(" ±")]
+    return [names, *([text(row, name) for name in names] for row in rows)]
 
 
 def compare(results: Sequence[Result], a: str, b: str) -> list[list[str]]:
@@ -119,7 +291,8 @@ def _facts(result: Result) -> dict[str, str]:
     facts = {name: "" if getattr(result, name) is None else f"{getattr(result, name):,}" for name in names}
     facts["wall_time"] = _duration(result.wall_time)
     facts |= {name: getattr(result, name) or "" for name in ("device", "git_revision", "note")}
-    facts |= {f"model.{name}": str(value) for name, value in result.model.items()}
+    for part in ("model", "training"):
+        facts |= {f"{part}.{name}": str(value) for name, value in getattr(result, part).items()}
     return facts | {f"versions.{name}": version for name, version in result.versions.items()}
 
 
@@ -158,16 +331,17 @@ def one_line(text: str) -> str:
 
 def to_text(table: Sequence[Sequence[str]]) -> str:
     """A table for a terminal."""
-    table = [[one_line(cell) for cell in row] for row in table]
-    header = table[0]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    rule = ["-" * width for width in widths]
+    header, *rows = [[one_line(cell) for cell in row] for row in table]
+    broken = [textwrap.wrap(name, WIDEST_NAME) or [""] for name in header]
+    height = max(map(len, broken))
+    names = [list(line) for line in zip(*([""] * (height - len(name)) + name for name in broken), strict=True)]
+    widths = [max(map(len, column)) for column in zip(*names, *rows, strict=True)]
     lines = [
         "  ".join(
             cell.ljust(width) if name in TEXTS else cell.rjust(width)
             for cell, width, name in zip(row, widths, header, strict=True)
         ).rstrip()
-        for row in (header, rule, *table[1:])
+        for row in (*names, ["-" * width for width in widths], *rows)
     ]
     return "\n".join(lines) + "\n"
 
@@ -188,9 +362,15 @@ def to_csv(results: Iterable[Result]) -> str:
     for result in results:
         row = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in SIDES}
         row["perplexity"] = result.perplexity
-        for name in ("model", "versions"):
+        for name in JSON_FIELDS:
             row |= {f"{name}.{key}": value for key, value in row.pop(name).items()}
-        rows.append({_as_text(name): _as_text(value) for name, value in row.items()})
+        rows.append(row)
+    return rows_to_csv(rows)
+
+
+def rows_to_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows by the names of their columns. Numbers stay as exact as they are."""
+    rows = [{_as_text(name): _as_text(value) for name, value in row.items()} for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
@@ -213,8 +393,8 @@ POINTS_BY_DEPTH = 40  # about as many as a line with dots can show
 POINTS_OF_TRAINING = 150
 
 
-def plot(results: Sequence[Result], kind: str, path: str | os.PathLike) -> None:
-    """Draw the runs' training curves (`kind="curves"`) or their last losses by depth ("depth"), 16:9.
+def plot(results: Sequence[Result], kind: str, path: str | os.PathLike, baseline: str | None = None) -> None:
+    """Draw the runs' training curves (`kind="curves"`), last losses by depth ("depth") or `differences` ("gain"), 16:9.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -228,24 +408,26 @@ def plot(results: Sequence[Result], kind: str, path: str | os.PathLike) -> None:
 
     figure = Figure(figsize=(10, 5.625), dpi=192, layout="constrained")
     axes = figure.add_subplot()
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.set_ylabel(f"{'gain' if kind == 'gain' else 'loss'} (nats per token)", fontsize=15)
     if kind == "curves":
         _draw_curves(axes, results)
-    else:
+    elif kind == "depth":
         _draw_depth(axes, results)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.set_ylabel("loss (nats per token)", fontsize=15)
+    else:
+        _draw_differences(axes, results, baseline)
     axes.title.set_fontsize(18)
     axes.xaxis.label.set_fontsize(15)
     axes.tick_params(labelsize=13, length=0)
     axes.grid(axis="y", color="#DDDDDD")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    lines = axes.get_lines()
-    widest = max(len(str(line.get_label())) for line in lines)
+    handles, labels = axes.get_legend_handles_labels()
+    widest = max(map(len, labels))
     figure.legend(
-        handles=lines,
+        handles=handles,
         loc="outside lower center",
-        ncols=min(len(lines), max(1, 100 // (widest + 9))),  # 100 characters are as wide as the figure
+        ncols=min(len(labels), max(1, 100 // (widest + 9))),  # 100 characters are as wide as the figure
         frameon=False,
         fontsize=13,
     )
@@ -316,6 +498,34 @@ def _draw_depth(axes: Any, results: Sequence[Result]) -> None:
         axes.set_xlabel("chunks read before" + (f" (of {size} tokens)" if size else ""))
 
 
+def _draw_differences(axes: Any, results: Sequence[Result], baseline: str | None) -> None:
+    """Evenly spaced ranges of chunks; lines a little beside each other, so that their bars can be told apart."""
+    lines = differences(results, baseline)
+    depths = sorted({first for points in lines.values() for first, _, _ in points})
+    for index, (name, points) in enumerate(lines.items()):
+        shift = 0.3 * (index / max(len(lines) - 1, 1) - 0.5)
+        places, gains, errors = zip(*points, strict=True)
+        axes.errorbar(
+            [depths.index(first) + shift for first in places],
+            gains,
+            [error or 0.0 for error in errors],
+            color=COLOURS[index % len(COLOURS)],
+            label=name,
+            linewidth=2.4,
+            elinewidth=1.4,
+            marker="o",
+            markersize=5,
+        )
+    axes.axhline(0, color="#5B5B5B", linewidth=1.0)
+    ends = [following - 1 for following in depths[1:]]
+    names = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(depths, ends, strict=False)]
+    axes.set_xticks(range(len(depths)), [*names, f"{depths[-1]} and on"])
+    axes.set(
+        title=f"Gain over {baseline}" if baseline else "Gain by the own past over another",
+        xlabel="chunks read before",
+    )
+
+
 def _merged(chunks: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """Depth and loss, chunks put together until each point stands for a fair share of the tokens.
 
@@ -347,27 +557,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="the SQLite file that `write_result` wrote")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="all results, one a line")
+    commands.add_parser("summary", help="runs, one a line: means over seeds, their spread, and what the past is worth")
+    command = commands.add_parser("merge", help="take in the results of other files; FILE is made if there is none")
+    command.add_argument("others", nargs="+", type=Path, metavar="OTHER")
     command = commands.add_parser("compare", help="two runs side by side: scores, and what else differs")
     command.add_argument("runs", nargs=2, metavar="RUN")
     command = commands.add_parser("export", help="all results as a table of Markdown, or in full as CSV")
     command.add_argument("--format", choices=("markdown", "csv"), required=True)
+    command.add_argument("--table", choices=("results", "summary", "depth"), default="results", help="what is in it")
     command.add_argument("-o", "--output", type=Path, help="file to write instead of standard output")
-    command = commands.add_parser("plot", help="loss curves, or losses by depth in the document, as a picture")
-    command.add_argument("--kind", choices=("curves", "depth"), required=True)
+    command = commands.add_parser("plot", help="loss curves, or losses or gains by depth in the document, as a picture")
+    command.add_argument("--kind", choices=("curves", "depth", "gain"), required=True)
     command.add_argument("--runs", nargs="+", metavar="RUN", help="only these runs")
+    command.add_argument("--data", metavar="DATA/SPLIT", help="only results on this")
+    command.add_argument("--baseline", metavar="RUN", help="gain: over this run, and not over another past")
     command.add_argument("-o", "--output", type=Path, required=True, help="PNG (or SVG, PDF) to write")
     args = parser.parse_args(arguments)
     try:
+        if args.command == "merge":
+            merge_results(args.file, args.others)
+            return
         results = read_results(args.file)
         if args.command == "plot":
-            plot(_of_runs(results, args.runs), args.kind, args.output)
+            chosen = None if args.runs is None else [*args.runs, *([args.baseline] if args.baseline else [])]
+            shown = [r for r in _of_runs(results, chosen) if args.data in (None, f"{r.dataset}/{r.split}")]
+            plot(shown, args.kind, args.output, args.baseline)
             return
-        if args.command == "list":
-            text = to_text(results_table(results)) if results else "no results\n"
+        rows = {"summary": summarize, "depth": by_depth}.get(getattr(args, "table", args.command))
+        if not results and args.command in ("list", "summary"):
+            text = "no results\n"
         elif args.command == "compare":
             text = to_text(compare(results, *args.runs))
+        elif getattr(args, "format", None) == "csv":
+            text = rows_to_csv(rows(results)) if rows else to_csv(results)
         else:
-            text = to_markdown(results_table(results)) if args.format == "markdown" else to_csv(results)
+            table = to_table(rows(results)) if rows else results_table(results)
+            text = to_markdown(table) if args.command == "export" else to_text(table)
         if getattr(args, "output", None) is None:
             sys.stdout.write(text)
         else:
@@ -378,17 +603,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 __all__ = [
     "Result",
+    "by_depth",
     "compare",
     "curves_of",
+    "differences",
     "facts_about",
     "git_revision",
     "main",
+    "merge_results",
     "one_line",
     "plot",
     "read_results",
     "results_table",
+    "rows_to_csv",
+    "summarize",
     "to_csv",
     "to_markdown",
+    "to_table",
     "to_text",
     "write_result",
 ]

@@ -1,8 +1,8 @@
 """Results in a file: what was measured, of which model, made by which code, as rows of a SQLite database.
 
 A result is one row, known by its run, seed, data set, split and optimizer steps. Written again, by a job that was
-resumed or ran twice, it takes the place of what was there. Losses by depth belong to the result, curves to the run with
-this seed.
+resumed or ran twice, it takes the place of what was there. Losses and gains by depth belong to the result, curves to
+the run with this seed.
 
 Any number of processes may write. A write is one transaction under SQLite's plain rollback journal: between writes the
 file is all there is and can be copied, and it needs no memory shared by its writers, as write-ahead logging does. What
@@ -24,10 +24,24 @@ from typing import Any
 
 from . import __version__
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x62616B61  # "baka": tells a file of results from other SQLite files
 SECONDS_TO_WAIT = 60.0  # for other writers
-SIDES = ("loss_by_chunk", "curves")  # fields of a result that have tables of their own
+SIDES = ("loss_by_chunk", "gains", "curves")  # fields of a result that have tables of their own
+JSON_FIELDS = ("model", "versions", "training")
+GAIN_FIELDS = ("first_chunk", "last_chunk", "gain", "standard_error", "num_documents", "num_tokens")
+GAINS = """
+    CREATE TABLE gains (
+        result_id INTEGER NOT NULL REFERENCES results (id),
+        past TEXT NOT NULL,
+        first_chunk INTEGER NOT NULL,
+        last_chunk INTEGER,         -- NULL for a range without end
+        gain REAL,                  -- nats per token
+        standard_error REAL,        -- over documents, NULL for a single one
+        num_documents INTEGER NOT NULL,
+        num_tokens INTEGER NOT NULL
+    )
+    """
 SCHEMA = (
     """
     CREATE TABLE results (
@@ -50,7 +64,8 @@ SCHEMA = (
         versions TEXT NOT NULL,     -- JSON
         git_revision TEXT,
         note TEXT NOT NULL,
-        written TEXT NOT NULL       -- UTC
+        written TEXT NOT NULL,      -- UTC
+        training TEXT NOT NULL DEFAULT '{}' -- JSON
     )
     """,
     # In an index NULLs are all different. No seed is negative.
@@ -74,6 +89,7 @@ SCHEMA = (
     )
     """,
     "CREATE UNIQUE INDEX one_point ON curves (run_id, coalesce(seed, -1), split, step)",
+    GAINS,
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
@@ -86,13 +102,20 @@ FROM_VERSION_1 = (
     "DROP TABLE losses_by_chunk",
     "DROP TABLE curves",
     *SCHEMA,
-    "INSERT INTO results SELECT * FROM old_results",
+    "INSERT INTO results SELECT *, '{}' FROM old_results",
     "INSERT INTO losses_by_chunk SELECT * FROM old_losses",
     """
     INSERT INTO curves SELECT run_id, seed, split, step, loss
     FROM old_curves LEFT JOIN (SELECT DISTINCT run_id, seed FROM old_results) USING (run_id)
     """,
 )
+# Version 2 knew nothing of how a model was trained, nor of what its past is worth.
+FROM_VERSION_2 = (
+    "ALTER TABLE results ADD COLUMN training TEXT NOT NULL DEFAULT '{}'",
+    GAINS,
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
+TO_TODAY = (SCHEMA, FROM_VERSION_1, FROM_VERSION_2)  # from an empty file and from each version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +145,11 @@ class Result:
     versions: Mapping[str, str] = field(default_factory=dict)
     git_revision: str | None = None
     note: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)  # its options, and figures such as the time of a step
     # Dicts of chunk, loss and num_tokens, as `evaluate_documents` returns them.
     loss_by_chunk: Sequence[Mapping[str, Any]] = ()
+    # What the past is worth: for each other one that was read in its place, what `gain_by_depth` returned.
+    gains: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     # Of the run's training: for each split pairs of step and loss, as `curves_of` returns them.
     curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     written: str | None = field(default=None, compare=False)  # when, in UTC; known once it is read from a file
@@ -138,7 +164,7 @@ class Result:
         for name in ("device", "git_revision", "written"):
             if getattr(self, name) is not None:
                 _check_text(name, getattr(self, name))
-        for name in ("model", "versions"):
+        for name in JSON_FIELDS:
             _check_json(name, getattr(self, name))
         for name, version in self.versions.items():
             _check_text(f"versions: {name}", version)
@@ -165,6 +191,18 @@ class Result:
         chunks = [entry["chunk"] for entry in self.loss_by_chunk]
         if len(set(chunks)) < len(chunks):
             raise ValueError(f"`loss_by_chunk` must hold each chunk once, got {chunks!r}.")
+        for past, ranges in self.gains.items():
+            _check_text("gains: past", past)
+            for entry in ranges:
+                if set(entry) != set(GAIN_FIELDS):
+                    raise ValueError(f"`gains` must hold dicts of {', '.join(GAIN_FIELDS)}, got {entry!r}.")
+                for name in ("first_chunk", "num_documents", "num_tokens"):
+                    _check(f"gains: {name}", entry[name], int)
+                for name, kind in (("last_chunk", int), ("standard_error", float)):
+                    if entry[name] is not None:
+                        _check(f"gains: {name}", entry[name], kind)
+                if isinstance(entry["gain"], bool) or not isinstance(entry["gain"], int | float):
+                    raise ValueError(f"`gains: gain` must be a number, got {entry['gain']!r}.")
         for split, points in self.curves.items():
             _check_text("curves: split", split)
             for point in points:
@@ -172,6 +210,11 @@ class Result:
                     raise ValueError(f"`curves` must hold pairs of step and loss, got {point!r} for {split!r}.")
                 _check(f"curves, {split}: step", point[0], int)
                 _check(f"curves, {split}: loss", point[1], float)
+
+    @property
+    def key(self) -> tuple[str, int | None, str, str, int]:
+        """What a file holds one of."""
+        return self.run_id, self.seed, self.dataset, self.split, self.steps
 
     @property
     def perplexity(self) -> float:
@@ -279,19 +322,19 @@ def curves_of(log_history: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[
 
 
 def write_result(path: str | os.PathLike, result: Result) -> None:
-    """Write a result, its losses by depth and its run's curves; the file is made if there is none.
+    """Write a result, its losses and gains by depth and its run's curves; the file is made if there is none.
 
     A result with the same run, seed, data set, split and steps is replaced, and so are points of the curves of the same
-    run, seed, split and step; its other points stay.
+    run, seed, split and step; its other points stay. One that was read from a file stays as old as it is.
 
     Raises:
         ValueError: the file is something else, damaged, or of a newer version of this package.
         sqlite3.OperationalError: another process kept the file locked for a minute.
     """
     row = {f.name: getattr(result, f.name) for f in fields(result) if f.name not in SIDES}
-    row |= {name: json.dumps(dict(row[name]), sort_keys=True) for name in ("model", "versions")}
+    row |= {name: json.dumps(dict(row[name]), sort_keys=True) for name in JSON_FIELDS}
     row["perplexity"] = result.perplexity
-    row["written"] = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+    row["written"] = result.written or datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
     key = ("run_id", "seed", "dataset", "split", "steps")
     columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
     changes = ", ".join(f"{name} = excluded.{name}" for name in row if name not in key)
@@ -305,10 +348,19 @@ def write_result(path: str | os.PathLike, result: Result) -> None:
         ((result_id,),) = file.execute(
             f"SELECT id FROM results WHERE {' AND '.join(f'{name} IS :{name}' for name in key)}", row
         )
-        file.execute("DELETE FROM losses_by_chunk WHERE result_id = ?", (result_id,))
+        for table in ("losses_by_chunk", "gains"):
+            file.execute(f"DELETE FROM {table} WHERE result_id = ?", (result_id,))
         file.executemany(
             "INSERT INTO losses_by_chunk VALUES (?, ?, ?, ?)",
             [(result_id, entry["chunk"], entry["loss"], entry["num_tokens"]) for entry in result.loss_by_chunk],
+        )
+        file.executemany(
+            "INSERT INTO gains VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (result_id, past, *(entry[name] for name in GAIN_FIELDS))
+                for past, ranges in result.gains.items()
+                for entry in ranges
+            ],
         )
         file.executemany(
             "INSERT OR REPLACE INTO curves VALUES (?, ?, ?, ?, ?)",
@@ -337,19 +389,42 @@ def read_results(path: str | os.PathLike) -> list[Result]:
         for result_id, chunk, loss, num_tokens in file.execute("SELECT * FROM losses_by_chunk ORDER BY chunk"):
             entry = {"chunk": chunk, "loss": _number(loss), "num_tokens": num_tokens}
             chunks.setdefault(result_id, []).append(entry)
+        gains: dict[int, dict[str, list[dict[str, Any]]]] = {}
+        for result_id, past, *values in file.execute("SELECT * FROM gains ORDER BY rowid"):
+            entry = dict(zip(GAIN_FIELDS, values, strict=True))
+            entry["gain"] = _number(entry["gain"])
+            gains.setdefault(result_id, {}).setdefault(past, []).append(entry)
         rows = file.execute("SELECT * FROM results ORDER BY id")
         names = [column[0] for column in rows.description]
         for values in rows:
             row: dict[str, Any] = dict(zip(names, values, strict=True))
             result_id = row.pop("id")
             del row["perplexity"]  # follows from the loss
-            row |= {"loss_by_chunk": chunks.get(result_id, ()), "curves": curves.get((row["run_id"], row["seed"]), {})}
+            row |= {"loss_by_chunk": chunks.get(result_id, ()), "gains": gains.get(result_id, {})}
+            row["curves"] = curves.get((row["run_id"], row["seed"]), {})
             try:
-                row |= {"loss": _number(row["loss"])} | {name: json.loads(row[name]) for name in ("model", "versions")}
+                row |= {"loss": _number(row["loss"])} | {name: json.loads(row[name]) for name in JSON_FIELDS}
                 results.append(Result(**row))
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path} is damaged, its result with id {result_id}: {error}") from error
     return results
+
+
+def merge_results(path: str | os.PathLike, others: Iterable[str | os.PathLike]) -> None:
+    """Write the results of other files into this one; of two with the same key the later stays, by when it was written.
+
+    Raises:
+        ValueError: as `read_results`, and before anything is written.
+    """
+    own = read_results(path) if Path(path).exists() else []
+    results = {result.key: result for result in own}
+    for other in others:
+        for result in read_results(other):
+            if result.key not in results or (result.written or "") > (results[result.key].written or ""):
+                results[result.key] = result
+    for result in results.values():
+        if result not in own:
+            write_result(path, result)
 
 
 def _number(loss: float | None) -> float:
@@ -374,7 +449,7 @@ def _opened(path: str | os.PathLike, to_write: bool) -> Iterator[sqlite3.Connect
             connection.backup(copy)
             file = copy
         if version < SCHEMA_VERSION:
-            for statement in FROM_VERSION_1 if version else SCHEMA:
+            for statement in TO_TODAY[version]:
                 file.execute(statement)
         yield file
         connection.execute("COMMIT")
@@ -412,6 +487,9 @@ def _check_schema(connection: sqlite3.Connection, path: str | os.PathLike, to_wr
         for statement in SCHEMA:
             model.execute(statement)
         expected = _columns(model)
+    if version < 3:
+        expected["results"].remove("training")
+        del expected["gains"]
     if version == 1:
         expected["curves"].remove("seed")
     for table, names in expected.items():

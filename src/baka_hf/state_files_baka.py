@@ -1,6 +1,6 @@
 """What a state holds, which configurations share states, and the file that keeps one.
 
-The file is in the safetensors format: names and shapes are those of `state_shapes` and `row_shapes`, and the metadata
+The file is in the safetensors format: names and shapes are those of `tensors_held` and `row_shapes`, and the metadata
 has the numbers, the configuration's part in it and a digest of the whole file. It is read by hand, so that nothing is
 believed, or room made for, before it was checked, and nothing is used but the bytes that the digest was taken of.
 How a state changes is never in here.
@@ -14,12 +14,13 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import nn
 
-from .memory_baka import MEMORY_UPDATES
+from .memory_baka import MEMORY_UPDATES, Held
 
 try:
     import fcntl
@@ -43,7 +44,11 @@ SIGNATURE_FIELDS: dict[str, type] = {
     "num_key_value_heads": int,
     "head_dim": int,
     "hidden_act": str,
+    "norm_type": str,
+    "parallel_residual": bool,
+    "qk_norm": bool,
     "rope_theta": float,
+    "rope_scaling": dict,
     "chunk_size": int,
     "num_memory_tokens": int,
     "memory_write": str,
@@ -54,6 +59,14 @@ SIGNATURE_FIELDS: dict[str, type] = {
     "num_pause_tokens": int,
     "pause_placement": str,
     "use_xl_cache": bool,
+}
+# What a file means that lacks a field, for it was written before there was a choice.
+ORIGINALLY = {
+    "memory_update": "replace",
+    "norm_type": "layernorm",
+    "parallel_residual": True,
+    "qk_norm": False,
+    "rope_scaling": {"rope_type": "default"},
 }
 MAY_BE_ZERO = ("num_memory_tokens", "num_pause_tokens")
 
@@ -85,7 +98,7 @@ class SavedState(NamedTuple):
     """All of a state that a file keeps."""
 
     signature: dict[str, Any]
-    tensors: dict[str, torch.Tensor]  # those of `state_shapes`
+    tensors: dict[str, torch.Tensor]  # those of `tensors_held`
     rows: dict[str, torch.Tensor]  # those of `row_shapes`
     seq_length: int  # positions fed
     aligned: int  # trailing positions at which every row took a token
@@ -96,10 +109,13 @@ class SavedState(NamedTuple):
 
 
 def signature_of(config: Any) -> dict[str, Any]:
-    """The fields of a `BakaConfig` that a state depends on."""
+    """The fields of a `BakaConfig` that a state depends on.
+
+    Biases are not among them: a bias of zero changes nothing, and what weights a state is of, its signature never says.
+    """
     values = {name: getattr(config, name, None) for name in SIGNATURE_FIELDS}
-    values["rope_theta"] = float(config.rope_parameters["rope_theta"])
-    return values
+    rope_type, values["rope_theta"], scaling = config.rope
+    return values | {"rope_scaling": {"rope_type": rope_type, **scaling}}
 
 
 def check_signature(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -112,7 +128,7 @@ def check_signature(found: dict[str, Any], expected: dict[str, Any]) -> None:
             )
 
 
-def state_shapes(signature: dict[str, Any], batch_size: int) -> dict[str, tuple[int, ...]]:
+def tensors_held(signature: dict[str, Any]) -> dict[str, Held]:
     """What the recurrent state of a configuration with this signature holds: floating tensors, all zero at first.
 
     What its memory declares, "memory" [B, R, D] first, and of each block "layers.0.keys" and "layers.0.values"
@@ -122,13 +138,12 @@ def state_shapes(signature: dict[str, Any], batch_size: int) -> dict[str, tuple[
     memories = signature["num_memory_tokens"]
     stream_length = 2 * memories + signature["chunk_size"] + signature["num_pause_tokens"]
     slots = stream_length * (2 if signature["use_xl_cache"] else 1)
-    held = MEMORY_UPDATES[signature["memory_update"]].state_shapes(memories, signature["hidden_size"])
-    shapes: dict[str, tuple[int, ...]] = {name: (batch_size, *shape) for name, shape in held.items()}
+    held = MEMORY_UPDATES[signature["memory_update"]].held(SimpleNamespace(**signature))
     for layer in range(signature["num_hidden_layers"]):
         for name in ("keys", "values"):
-            shape = (batch_size, signature["num_key_value_heads"], slots, signature["head_dim"])
-            shapes[f"layers.{layer}.{name}"] = shape
-    return shapes
+            shape = (signature["num_key_value_heads"], slots, signature["head_dim"])
+            held[f"layers.{layer}.{name}"] = Held(shape)
+    return held
 
 
 def row_shapes(signature: dict[str, Any], batch_size: int) -> dict[str, tuple[int, ...]]:
@@ -178,8 +193,8 @@ def write_state(directory: Path, state: SavedState, fingerprint: str | None) -> 
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in (state.tensors | state.rows).items()}
     batch_size = len(state.rows["num_tokens"])
-    shapes = state_shapes(state.signature, batch_size) | row_shapes(state.signature, batch_size)
-    _check_layout({name: (t.dtype, list(t.shape)) for name, t in tensors.items()}, shapes)
+    expected = _expected_of(state.signature, batch_size, str(FORMAT_VERSION))
+    _check_layout({name: (t.dtype, list(t.shape)) for name, t in tensors.items()}, expected)
     _check_ranges(state)
     metadata = {
         "digest": UNSIGNED,
@@ -325,7 +340,7 @@ def _read_header(file: BinaryIO) -> tuple[bytes, bytes, dict[str, Any]]:
 
 
 def _signature_in(metadata: dict[str, Any]) -> dict[str, Any]:
-    found = {"memory_update": "replace"} | json.loads(metadata["config"])  # the one there was before it was named
+    found = ORIGINALLY | json.loads(metadata["config"])
     signature: dict[str, Any] = {name: found[name] for name in SIGNATURE_FIELDS}
     for name, value in signature.items():
         if type(value) is not SIGNATURE_FIELDS[name] or (type(value) is int and value < (name not in MAY_BE_ZERO)):
@@ -347,31 +362,41 @@ def _make_room(signature: dict[str, Any], header: dict[str, Any], version: str, 
     batch_size = header["memory"]["shape"][0]
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"its batch size is {batch_size!r}")
-    shapes = state_shapes(signature, batch_size) | row_shapes(signature, batch_size)
-    if version == "1":
-        shapes["history"] = (batch_size,)
+    expected = _expected_of(signature, batch_size, version)
     found = {name: (DTYPES[entry["dtype"]], entry["shape"]) for name, entry in header.items()}
-    _check_layout(found, shapes)
+    _check_layout(found, expected)
     names, offset = sorted(header, key=lambda name: header[name]["data_offsets"]), 0
     for name in names:
-        stop = offset + prod(shapes[name]) * found[name][0].itemsize
+        stop = offset + prod(expected[name][1]) * found[name][0].itemsize
         if header[name]["data_offsets"] != [offset, stop]:
             raise ValueError(f"{name} lies at {header[name]['data_offsets']}, expected {[offset, stop]}")
         offset = stop
     if offset != size:
         raise ValueError(f"its tensors take {offset} bytes, expected {size}")
-    return {name: torch.empty(shapes[name], dtype=found[name][0], device="cpu") for name in names}
+    return {name: torch.empty(expected[name][1], dtype=found[name][0], device="cpu") for name in names}
 
 
-def _check_layout(found: dict[str, tuple[torch.dtype, Any]], shapes: dict[str, tuple[int, ...]]) -> None:
+def _expected_of(signature: dict[str, Any], batch_size: int, version: str) -> dict[str, Any]:
+    """What a file of `version` may hold: of each tensor the dtypes it may have, and its shape."""
+    expected: dict[str, Any] = {}
+    for name, held in tensors_held(signature).items():
+        expected[name] = {held.dtype_in(dtype) for dtype in FLOATS}, [batch_size, *held.shape]
+    for name, shape in row_shapes(signature, batch_size).items():
+        expected[name] = {ROW_DTYPES[name]}, list(shape)
+    if version == "1":
+        expected["history"] = {torch.int64}, [batch_size]
+    return expected
+
+
+def _check_layout(found: dict[str, tuple[torch.dtype, Any]], expected: dict[str, Any]) -> None:
     """Raise a `ValueError` if tensors of these dtypes and shapes are not those of a state."""
-    for name in shapes.keys() - OPTIONAL - found.keys() or found.keys() - shapes.keys():
-        raise ValueError(f"expected the tensors of a state, got {'no' if name in shapes else 'also'} {name!r}")
+    for name in expected.keys() - OPTIONAL - found.keys() or found.keys() - expected.keys():
+        raise ValueError(f"expected the tensors of a state, got {'no' if name in expected else 'also'} {name!r}")
     for name, (dtype, shape) in found.items():
-        dtypes = (ROW_DTYPES[name],) if name in ROW_DTYPES else FLOATS
-        if dtype not in dtypes or shape != list(shapes[name]):
-            expected = " or ".join(str(each) for each in dtypes)
-            raise ValueError(f"the state's {name} is {dtype} {shape}, expected {expected} {list(shapes[name])}")
+        dtypes, right = expected[name]
+        if dtype not in dtypes or shape != right:
+            names = " or ".join(str(each) for each in FLOATS + tuple(ROW_DTYPES.values()) if each in dtypes)
+            raise ValueError(f"the state's {name} is {dtype} {shape}, expected {names} {right}")
 
 
 def _check_ranges(state: SavedState) -> None:

@@ -28,7 +28,7 @@ from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, TrainerCallback, default_data_collator
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import LabelSmoother, safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -37,6 +37,7 @@ from transformers.utils import logging
 from .cache_baka import BakaCache
 from .data import IGNORED, LaneDataset, StreamingLanes
 from .hub import trainer_card
+from .optimizers import MuonArguments, MuonTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +73,7 @@ class _Group:
 
 
 @dataclass(repr=False)  # Trainer's own hides tokens
-class BakaTrainingArguments(TrainingArguments):
+class BakaTrainingArguments(MuonArguments):
     """`TrainingArguments`, and what a recurrent model has beside."""
 
     carry_memory: bool = field(
@@ -104,7 +105,7 @@ class BakaTrainingArguments(TrainingArguments):
             raise ValueError(f"`chunks_per_backward` must be an integer of at least 1, got {chunks!r}.")
 
 
-class BakaTrainer(Trainer):
+class BakaTrainer(MuonTrainer):
     """A `Trainer` that carries memory from step to step when it is given `LaneDataset` or `StreamingLanes`.
 
     Label smoothing, or a `compute_loss_func`, sees the same targets as the plain loss: those of lanes, of pieces of
@@ -117,6 +118,8 @@ class BakaTrainer(Trainer):
 
     A checkpoint can be resumed with another batch size and another number of processes, if these can see the folders of
     those that saved it: what counts is `num_lanes`.
+
+    With `muon_learning_rate` it trains as `optimizers.MuonTrainer` does.
 
     Takes what `Trainer` takes; `args` may be any `TrainingArguments`. `train` and `evaluate` raise
 

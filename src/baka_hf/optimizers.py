@@ -1,0 +1,170 @@
+"""Training with Muon for the matrices of blocks and AdamW for all else, as one optimizer."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+# Parts of a model whose matrices multiply what flows through it, by their names in it.
+BLOCKS = {"layers", "solidifier", "read_solidifier", "write_solidifier", "memory_update"}
+ADAMW = ("adamw_torch", "adamw_torch_fused")  # what may stand beside Muon
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` and `torch.optim.Muon`, each stepping its own groups of parameters.
+
+    Groups and state are held here, where schedulers, loggers and checkpoints look for them. The last group is Muon's.
+    """
+
+    def __init__(self, adamw: torch.optim.AdamW, muon: torch.optim.Muon):
+        self.adamw, self.muon = adamw, muon
+        # Schedules with a lowest rate take it as a share of this one.
+        super().__init__([*adamw.param_groups, *muon.param_groups], {"lr": adamw.defaults["lr"]})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A checkpoint that is loaded replaces groups and state.
+        self.adamw.state = self.muon.state = self.state
+        self.adamw.param_groups, self.muon.param_groups = self.param_groups[:-1], self.param_groups[-1:]
+        self.adamw.step()
+        self.muon.step()
+        return loss
+
+
+def muon_and_adamw(
+    model: nn.Module, muon_learning_rate: float, weight_decay: float, **adamw_options: Any
+) -> MuonAndAdamW:
+    """One optimizer of all parameters of `model` that are trained.
+
+    Muon (https://kellerjordan.github.io/posts/muon/) has the matrices of blocks, solidifiers and memory updates. With g
+    the gradient of W [rows, columns], in any floating dtype, a step is
+
+        M ← 0.95 M + 0.05 g
+        W ← (1 - lr · weight_decay) W - lr · sqrt(max(1, rows / columns)) · orthogonal(0.05 g + 0.95 M)
+
+    where orthogonal(U S Vᵀ) is near U Vᵀ, by five Newton-Schulz iterations in bfloat16. AdamW has all else: embeddings,
+    the head, norms, biases, and the factors of adapters (LoRA), since only their product is a matrix of the model.
+
+    Weight decay is for what multiplies, the head too. What is looked up or added has none: norms, biases, and the rows
+    of embeddings, memory and pause vectors. A row that few texts name would shrink in every step all the same (OLMo 2,
+    arXiv 2501.00656, has none for embeddings either).
+
+    Args:
+        muon_learning_rate: the peak rate of Muon's matrices.
+        weight_decay: of both, each times its own rate.
+        adamw_options: arguments of `torch.optim.AdamW`, its peak rate `lr` among them.
+
+    Raises:
+        ValueError: there is no such matrix to train.
+    """
+    adapters = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
+    matrices, decayed, spared = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            spared.append(parameter)
+        elif parameter.ndim > 2 or name.startswith(adapters) or BLOCKS.isdisjoint(name.split(".")):
+            decayed.append(parameter)
+        else:
+            matrices.append(parameter)
+    if not matrices:
+        raise ValueError(
+            f"expected matrices to train in {', '.join(sorted(BLOCKS))} for muon_learning_rate={muon_learning_rate}, "
+            f"found none in {type(model).__name__}: train it with AdamW alone."
+        )
+    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
+    muon = torch.optim.Muon(matrices, muon_learning_rate, weight_decay, momentum=0.95, adjust_lr_fn="original")
+    return MuonAndAdamW(torch.optim.AdamW(groups, **adamw_options), muon)
+
+
+@dataclass(repr=False)  # Trainer's own hides tokens
+class MuonArguments(TrainingArguments):
+    """`TrainingArguments` with a learning rate for Muon.
+
+    Raises:
+        ValueError: the rate is not a positive number, or `optim` is no AdamW of PyTorch's.
+    """
+
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of Muon (0.02, say) for the matrices of blocks, solidifiers and memory "
+            "updates, beside AdamW and `learning_rate` for all else. AdamW alone if not given."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = self.muon_learning_rate
+        if rate is None:
+            return
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+            raise ValueError(f"`muon_learning_rate` must be a positive number, got {rate!r}.")
+        if self.optim not in ADAMW:
+            raise ValueError(
+                f"`muon_learning_rate` leaves to AdamW what is no matrix: `optim` must be one of {', '.join(ADAMW)}, "
+                f"got {self.optim.value!r}."
+            )
+
+
+class MuonTrainer(Trainer):
+    """A `Trainer` that does as `muon_learning_rate` of its arguments says, if they have it.
+
+    Both rates follow the schedule, each from its own peak, and both are logged: AdamW's as `learning_rate`, Muon's as
+    `muon_learning_rate`.
+
+    Raises:
+        ValueError: beside `muon_learning_rate` there is an optimizer, or one of DeepSpeed and FSDP1, which train flat
+            pieces of matrices; or, when training begins, there is no matrix to train.
+    """
+
+    optimizer: Any
+    optimizer_cls_and_kwargs: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        rate = self._peak_of_muon
+        if rate is None:
+            return
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            raise ValueError(
+                f"expected muon_learning_rate={rate} or an optimizer, got both: `optimizers` or "
+                "`optimizer_cls_and_kwargs` is given."
+            )
+        flat = "DeepSpeed" if self.is_deepspeed_enabled else None
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+            flat = "FSDP1"
+        if flat is not None:
+            raise ValueError(
+                f"expected DDP or FSDP2 with muon_learning_rate={rate}, got {flat}: it trains flat pieces of matrices, "
+                "of which Muon cannot be computed."
+            )
+
+    @property
+    def _peak_of_muon(self) -> float | None:
+        return getattr(self.args, "muon_learning_rate", None)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self._peak_of_muon is not None:
+            trained = self.model if model is None else model
+            _, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            self.optimizer = muon_and_adamw(trained, self._peak_of_muon, self.args.weight_decay, **options)
+        return super().create_optimizer(model)
+
+    def _get_learning_rate(self) -> float:
+        if self._peak_of_muon is not None:
+            self._muon_rate = self.optimizer.param_groups[-1]["lr"]  # before the schedule goes on
+        return super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "learning_rate" in logs and self._peak_of_muon is not None:
+            logs["muon_learning_rate"] = self._muon_rate
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,279 @@
+"""Muon for matrices and AdamW for all else, held against both written out; one optimizer to Trainer and accelerate."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers import random_tokens, tiny_config, tiny_model
+from torch import Tensor, nn
+from train_worker import (
+    Record,
+    Weights,
+    assert_moved_alike,
+    assert_resumed,
+    assert_same,
+    train,
+    trainer,
+    weights_of,
+)
+from transformers import TrainingArguments
+
+from baka_hf import BakaForSequenceClassification
+from baka_hf.optimizers import MuonAndAdamW, muon_and_adamw
+from baka_hf.training import BakaTrainer, BakaTrainingArguments
+
+MUON: dict[str, Any] = dict(muon_learning_rate=0.02, learning_rate=1e-2, weight_decay=0.5)
+BLOCK = [f"self_attn.{name}_proj.weight" for name in "qkvo"] + [
+    f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")
+]
+
+
+def is_matrix(name: str) -> bool:
+    return "_proj." in name or "solidifier" in name
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Five Newton-Schulz iterations are a polynomial of the singular values."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left * values @ right
+
+
+class NaiveSteps:
+    """Both formulas, in float64."""
+
+    def __init__(self) -> None:
+        self.first: Weights = {}
+        self.second: Weights = {}
+        self.number = 0
+
+    def step(self, weights: Weights, gradients: Weights, share: float) -> Weights:
+        """The next weights; `share` of both peak rates."""
+        self.number += 1
+        return {name: self.update(name, weight, gradients[name], share) for name, weight in weights.items()}
+
+    def update(self, name: str, weight: Tensor, gradient: Tensor, share: float) -> Tensor:
+        if is_matrix(name):
+            rate, (rows, columns) = share * 0.02, weight.shape
+            momentum = 0.95 * self.first.get(name, torch.zeros_like(weight)) + 0.05 * gradient
+            self.first[name] = momentum
+            update = orthogonal(0.05 * gradient + 0.95 * momentum) * max(1, rows / columns) ** 0.5
+            return weight - rate * (0.5 * weight + update)
+        rate = share * 1e-2
+        first = 0.9 * self.first.get(name, torch.zeros_like(weight)) + 0.1 * gradient
+        second = 0.999 * self.second.get(name, torch.zeros_like(weight)) + 0.001 * gradient**2
+        self.first[name], self.second[name] = first, second
+        update = first / (1 - 0.9**self.number) / ((second / (1 - 0.999**self.number)).sqrt() + 1e-8)
+        decay = 0.5 if name == "lm_head.weight" else 0
+        return weight - rate * (decay * weight + update)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_steps_are_those_of_the_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str) -> None:
+    """Of clipped gradients, with rates that fall together; both are logged."""
+    # A solidifier's gradients have few directions; in the others its steps are nothing but rounding.
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.double)
+    trained = trainer(
+        tmp_path, record := Record(), **MUON, optim=optim, max_steps=5, lr_scheduler_type="linear", max_grad_norm=0.1
+    )
+    trained.train()
+    naive = NaiveSteps()
+    for step, (weights, gradients) in enumerate(zip(record.weights, record.gradients, strict=True)):
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        assert norm.item() == pytest.approx(0.1, rel=1e-4)
+        expected = naive.step(weights, gradients, 1 - step / 5)
+        found = [*record.weights[1:], weights_of(trained.model)][step]
+        assert_same(found, expected, rtol=1e-6, atol=1e-8)
+    logs = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])
+    assert [entry["muon_learning_rate"] for entry in logs] == pytest.approx(
+        [0.02 * (1 - step / 5) for step in range(5)]
+    )
+
+
+# Who trains what
+
+
+def parts_of(model: nn.Module) -> tuple[set[str], set[str], set[str]]:
+    """The names of what Muon trains, of what AdamW trains with decay and without."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, spared, muon = muon_and_adamw(model, 0.02, 0.5, lr=1e-3).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"], muon["weight_decay"]) == (0.5, 0, 0.5)
+    return tuple({names[id(parameter)] for parameter in group["params"]} for group in (muon, decayed, spared))
+
+
+def test_matrices_of_blocks_and_solidifiers() -> None:
+    """All else is AdamW's, of which only a head that is no embedding is decayed."""
+    fields = dict(memory_solidifier="layer", separate_solidifiers=True, memory_norm=True)
+    blocks = ("layers.0", "layers.1", "read_solidifier", "write_solidifier")
+    matrices = {f"model.{block}.{name}" for block in blocks for name in BLOCK}
+    for tied in (False, True):
+        model = tiny_model(tiny_config(tie_word_embeddings=tied, **fields))
+        muon, decayed, spared = parts_of(model)
+        assert muon == matrices
+        assert decayed == (set() if tied else {"lm_head.weight"})
+        assert muon | decayed | spared == {name for name, _ in model.named_parameters()}
+
+
+def test_a_classifier_with_frozen_parts() -> None:
+    """A frozen block, and integers, which have no gradients."""
+    model = BakaForSequenceClassification(tiny_config(memory_solidifier="glu", num_labels=3))
+    model.model.layers[0].requires_grad_(False)
+    model.model.memory_tokens.requires_grad_(False)
+    quantized = torch.zeros(12, 12, dtype=torch.int8)
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(quantized, requires_grad=False)
+    muon, decayed, spared = parts_of(model)
+    assert muon == {f"model.layers.1.{name}" for name in BLOCK[1:]} | {
+        "model.solidifier.proj.weight",
+        "model.solidifier.gate_proj.weight",
+    }
+    assert decayed == {"score.weight"}
+    assert not [name for name in spared if "layers.0" in name or "memory_tokens" in name]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT 0.21 uses the old name
+def test_adapters() -> None:
+    """Factors are AdamW's; a copy of a whole matrix is a matrix, one of memory vectors is not."""
+    peft = pytest.importorskip("peft")
+    saved = ["memory_tokens", "down_proj"]
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"], modules_to_save=saved)
+    muon, decayed, spared = parts_of(peft.get_peft_model(tiny_model(tiny_config(), torch.float32), lora))
+    prefix = "base_model.model.model"
+    copies = {f"{prefix}.layers.{index}.mlp.down_proj.modules_to_save.default.weight" for index in (0, 1)}
+    assert muon == copies
+    assert spared == {f"{prefix}.memory_tokens.modules_to_save.default.weight"}
+    assert len(decayed) == 6 and all("lora_" in name for name in decayed)
+
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    with pytest.raises(ValueError, match=r"expected matrices to train in layers.*=0\.02, found none in PeftModel"):
+        parts_of(peft.get_peft_model(tiny_model(tiny_config(), torch.float32), lora))
+
+
+# One optimizer
+
+
+def samples(number: int = 12, length: int = 13) -> list[dict[str, Tensor]]:
+    texts = random_tokens(tiny_config(), number, length, seed=3)
+    return [dict(input_ids=text, labels=text) for text in texts]
+
+
+def train_samples(folder: Path, resume: Path | None = None, **arguments: Any) -> Record:
+    trained = trainer(folder, record := Record(), **MUON | arguments)
+    trained.train_dataset = samples()
+    trained.train(resume_from_checkpoint=None if resume is None else str(resume))
+    record.final = weights_of(trained.model)
+    return record
+
+
+@pytest.mark.parametrize("run", [train_samples, train])
+def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, run: Any) -> None:
+    settings = MUON | dict(max_steps=6, lr_scheduler_type="linear", dtype=torch.float32)
+    whole = run(tmp_path, save_strategy="steps", save_steps=3, **settings)
+    resumed = run(tmp_path / "resumed", tmp_path / "checkpoint-3", **settings)
+    assert len(resumed.losses) == 3
+    assert_resumed(resumed, whole)
+
+
+def test_accumulated_steps_are_one_step(tmp_path: Path) -> None:
+    whole, accumulated = (
+        train_samples(tmp_path, max_steps=2, per_device_train_batch_size=rows, gradient_accumulation_steps=4 // rows)
+        for rows in (4, 1)
+    )
+    assert_moved_alike(accumulated, whole)
+
+
+def optimizer_of(model: nn.Module) -> MuonAndAdamW:
+    tokens = random_tokens(model.config, 2, 7)
+    model(tokens, labels=tokens).loss.backward()
+    return muon_and_adamw(model, 0.02, 0.5, lr=1e-2)
+
+
+def test_a_closure() -> None:
+    """It is called once, with gradients."""
+    model = tiny_model(tiny_config())
+    plain, called = optimizer_of(model), []
+    before = weights_of(model)
+    plain.step()
+    after = weights_of(model)
+    model.load_state_dict(before)
+
+    def closure() -> float:
+        called.append(torch.is_grad_enabled())
+        return 0.5
+
+    assert optimizer_of(tiny_model(tiny_config())).step(closure) == 0.5
+    again = muon_and_adamw(model, 0.02, 0.5, lr=1e-2)
+    assert again.step(closure) == 0.5
+    assert called == [True, True]
+    assert_same(weights_of(model), after)
+    again.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_scaler_skips_steps_that_overflow() -> None:
+    """Both optimizers, or none; what is finite is scaled back first."""
+    model, scaled = (tiny_model(tiny_config(), torch.float32) for _ in range(2))
+    plain, optimizer = optimizer_of(model), optimizer_of(scaled)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    gradient = scaled.lm_head.weight.grad
+    kept = gradient.clone()
+    gradient[3, 2] = math.inf
+    before = weights_of(scaled)
+    scaler.step(optimizer)
+    scaler.update()
+    assert_same(weights_of(scaled), before)
+    gradient.copy_(kept)
+    for parameter in scaled.parameters():
+        parameter.grad.copy_(model.get_parameter(names_of(scaled)[id(parameter)]).grad * scaler.get_scale())
+    scaler.step(optimizer)
+    plain.step()
+    assert_same(weights_of(scaled), weights_of(model))
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize("rate", [0, 0.0, -0.02, math.nan, math.inf, True, "0.02"])
+def test_rates_that_are_none(tmp_path: Path, rate: Any) -> None:
+    with pytest.raises(ValueError, match=rf"`muon_learning_rate` must be a positive number, got {rate!r}\."):
+        BakaTrainingArguments(str(tmp_path), muon_learning_rate=rate)
+
+
+def test_other_optimizers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`optim` must be one of adamw_torch, adamw_torch_fused, got 'adafactor'"):
+        BakaTrainingArguments(str(tmp_path), muon_learning_rate=0.02, optim="adafactor")
+    BakaTrainingArguments(str(tmp_path), optim="adafactor")
+    model, args = tiny_model(tiny_config()), BakaTrainingArguments(str(tmp_path), muon_learning_rate=0.02)
+    adamw = torch.optim.AdamW(model.parameters())
+    for given in (dict(optimizers=(adamw, None)), dict(optimizer_cls_and_kwargs=(torch.optim.AdamW, dict(lr=1e-3)))):
+        with pytest.raises(ValueError, match=r"expected muon_learning_rate=0\.02 or an optimizer, got both"):
+            BakaTrainer(model, args, **given)
+    BakaTrainer(model, TrainingArguments(str(tmp_path)), optimizers=(adamw, None))
+
+
+def refused(folder: Path, trainer_class: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"expected DDP or FSDP2 with muon_learning_rate=0\.02, got {name}"):
+        trainer_class(tiny_model(tiny_config()), BakaTrainingArguments(str(folder), muon_learning_rate=0.02))
+
+
+def test_flat_pieces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class DeepSpeedTrainer(BakaTrainer):
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            self.is_deepspeed_enabled = True
+
+    refused(tmp_path, DeepSpeedTrainer, "DeepSpeed")
+    plugin = SimpleNamespace(fsdp_version=1, activation_checkpointing=False)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    refused(tmp_path, BakaTrainer, "FSDP1")
