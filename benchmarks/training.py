@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from side_by_side import Comparison, arguments, new_baka, new_llama, random_tokens, settle
 from transformers import PreTrainedModel
 
+DIARY = dict(hidden_act="elephant", qk_norm=False, memory_norm=False)
 SHAPES = {"cuda": ["32x2048", "4x16384", "5x2048"], "cpu": ["1x2048", "1x16384"], "quick": ["2x32", "1x64"]}
 
 
@@ -77,7 +78,12 @@ def main() -> None:
         def theirs(shape: tuple[int, int] = (batch, length)) -> Callable:
             return training_of(new_llama(args), args, shape)
 
-        sides = {"BakaLLM": ours, f"Llama, {kind}": theirs}
+        def before(shape: tuple[int, int] = (batch, length)) -> Callable:
+            model = new_baka(args, **DIARY)
+            model.cuda_graphs_enable()
+            return training_of(model, args, shape, skip_logits=True)
+
+        sides = {"BakaLLM": ours, "the diary's BakaLLM": before, f"Llama, {kind}": theirs}
         options = {} if args.device == "cpu" else dict(warm_ups=2, in_a_row=2)
         comparison.measure(f"train {batch} x {length:,}", batch * length, sides, **options)
     comparison.finish("BakaLLM", ("tokens/s", "peak GiB"))

@@ -119,6 +119,7 @@ def tiny_config(**overrides: Any) -> BakaConfig:
         hidden_act="elephant",
         qk_norm=False,
         memory_norm=False,
+        residual_initializer_range=None,
     )
     return BakaConfig(**fields | overrides)
 

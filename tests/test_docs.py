@@ -331,7 +331,7 @@ def test_table_of_weights_is_that_of_the_models() -> None:
         for ending in (endings or "").split(","):
             table[front + ending + back] = tuple(symbols[symbol] for symbol in shape.strip("[]").split(", "))
     found = {}
-    variants = [dict(memory_solidifier=name) for name in ("glu", "gelephant", "mlp", "layer")]
+    variants = [dict(memory_solidifier=name, qk_norm=False) for name in ("glu", "gelephant", "mlp", "layer")]
     block = dict(parallel_residual=False, qk_norm=True, attention_bias=True, mlp_bias=True)
     for fields in (*variants, block, dict(memory_update="gate")):
         model = BakaForCausalLM(BakaConfig(**sizes, **fields))

