@@ -14,8 +14,9 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from helpers import random_tokens, recorded_calls, tiny_config, tiny_model
+from programs import forkserver
 from torch import Tensor
-from torch.multiprocessing import get_context, start_processes
+from torch.multiprocessing import start_processes
 from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 from transformers import TrainerCallback
@@ -197,8 +198,7 @@ def in_processes(
     number: int, runs: dict[Path, dict[str, Any]], environment: Mapping[str, str] | None = None
 ) -> list[Record]:
     """Train in processes of their own, run after run: the folder of each and its settings. Process 0's records."""
-    # Forked from a process that has done the imports, which take longer than everything else.
-    get_context("forkserver").set_forkserver_preload(["baka_hf.training"])
+    forkserver()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
