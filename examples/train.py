@@ -180,11 +180,14 @@ class TrainingArguments(BakaTrainingArguments):
 
     output_dir: str | None = field(default="baka-small", metadata={"help": "Where checkpoint and curve are written."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Samples of a step on each device."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    max_steps: int = field(default=800, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
+    muon_learning_rate: float | None = field(
+        default=0.02, metadata={"help": "Peak learning rate of Muon, for the blocks' matrices; None: AdamW for all."}
+    )
+    learning_rate: float = field(default=8e-3, metadata={"help": "Peak learning rate of AdamW, for all else."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=40, metadata={"help": "Steps, or share of all steps, of linear warm-up."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of both."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's second momentum."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two points of the training loss."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate while training."})

@@ -24,6 +24,15 @@ hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite takes every core; tests that are named run in this process, where they are quick to begin."""
+    is_worker = hasattr(config, "workerinput")  # it must not have workers of its own
+    names_nothing = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if names_nothing and not is_worker and config.getoption("numprocesses", 0) is None:
+        config.option.numprocesses, config.option.dist = "logical", "worksteal"
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import byte_tokenizer, tiny_config
+from programs import run_program
 
 from baka_hf import BakaForCausalLM
 
@@ -25,8 +24,7 @@ FIGURES = {
 def test_both_sides_are_measured(name: str, tmp_path: Path) -> None:
     if name == "peers" and importlib.util.find_spec("recurrent_memory_transformer_pytorch") is None:
         pytest.skip("recurrent-memory-transformer-pytorch is not installed")
-    command = [sys.executable, BENCHMARKS / f"{name}.py", "--device", "cpu", "--quick", "--out", tmp_path]
-    subprocess.run(command, check=True, capture_output=True)
+    run_program(BENCHMARKS / f"{name}.py", tmp_path, "--device", "cpu", "--quick", "--out", tmp_path)
 
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     rows = [line for line in lines if "work" in line]
@@ -44,17 +42,16 @@ def test_both_sides_are_measured(name: str, tmp_path: Path) -> None:
     assert len(sizes) == (4 if name == "long_context" else 0)
 
 
-def test_training_on_lanes_is_measured() -> None:
-    command = [sys.executable, BENCHMARKS / "lanes.py", "--device", "cpu", "--quick"]
-    *_, line = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+def test_training_on_lanes_is_measured(tmp_path: Path) -> None:
+    *_, line = run_program(BENCHMARKS / "lanes.py", tmp_path, "--device", "cpu", "--quick").splitlines()
     row = json.loads(line)
     assert (row["processes"], row["lanes"]) == (1, 2) and row["tokens/s"] > 0
 
 
-def test_gradients_are_compared() -> None:
+def test_gradients_are_compared(tmp_path: Path) -> None:
     """Those of compiled training are as near to float32's as bfloat16 allows, whatever was trained on before."""
-    command = [sys.executable, BENCHMARKS / "gradients.py", "--device", "cpu", "--quick", "--ways", "compiled", "eager"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    options = ("--device", "cpu", "--quick", "--ways", "compiled", "eager")
+    output = run_program(BENCHMARKS / "gradients.py", tmp_path, *options)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
     assert [row[:2] for row in rows[2:]] == [
         [way, kind] for way in ("compiled", "eager") for kind in ("plain", "lanes", "plain")
@@ -62,9 +59,8 @@ def test_gradients_are_compared() -> None:
     assert all(0 < float(mean) <= float(worst) < 0.05 for _, _, mean, worst in rows[2:])
 
 
-def test_what_interruptions_cost_is_measured() -> None:
-    command = [sys.executable, BENCHMARKS / "interruption.py", "--device", "cpu", "--quick"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def test_what_interruptions_cost_is_measured(tmp_path: Path) -> None:
+    output = run_program(BENCHMARKS / "interruption.py", tmp_path, "--device", "cpu", "--quick")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
     steps = [row for row in rows if len(row) == 4][2:]
     assert [row[0].split(" of ")[0] for row in steps] == [
@@ -78,9 +74,9 @@ def test_memory_is_followed_over_a_text(tmp_path: Path) -> None:
     for part in (model, byte_tokenizer()):
         part.save_pretrained(tmp_path)
     (tmp_path / "text.txt").write_text("All that is read, and what is left of it. " * 4)
-    command = [sys.executable, BENCHMARKS / "memory.py", "--checkpoint", tmp_path, "--text_file", tmp_path / "text.txt"]
+    command = [BENCHMARKS / "memory.py", tmp_path, "--checkpoint", tmp_path, "--text_file", tmp_path / "text.txt"]
     command += ["--device", "cpu", "--out", tmp_path, "--chunks"]
-    output = subprocess.run([*command, "30"], check=True, capture_output=True, text=True).stdout
+    output = run_program(*command, 30)
     assert (tmp_path / "memory.md").read_text() in output and (tmp_path / "memory.png").is_file()
     assert len(output.splitlines()) == 2 + 2 * 10 + 1
     rows = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
@@ -92,5 +88,5 @@ def test_memory_is_followed_over_a_text(tmp_path: Path) -> None:
     losses = torch.nn.functional.cross_entropy(out.logits[0], tokens[0, 1:], reduction="none").view(30, 5).mean(1)
     assert [row["loss"] for row in rows[:30]] == pytest.approx(losses.tolist(), abs=1e-5)
     assert rows[29]["norm"] == pytest.approx(out.past_key_values.memory.norm(dim=-1).mean().item(), rel=1e-4)
-    refused = subprocess.run([*command, "34"], capture_output=True, text=True)
-    assert "expected `chunks` from 1 to 33 for" in refused.stderr
+    with pytest.raises(AssertionError, match="expected `chunks` from 1 to 33 for"):
+        run_program(*command, 34)

@@ -24,6 +24,7 @@ import torch
 import transformers
 from accelerate.commands.launch import launch_command_parser
 from helpers import LLAMA3, byte_tokenizer
+from programs import run_program
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -99,7 +100,7 @@ def test_python_blocks_run_one_after_another(page: str, checkpoint: Path, tmp_pa
     program = tmp_path / f"{Path(page).stem}.py"
     program.write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "baka-small").symlink_to(checkpoint)
-    subprocess.run([sys.executable, program.name], cwd=tmp_path, check=True)
+    run_program(program, tmp_path)
 
 
 # Commands

@@ -889,7 +889,7 @@ def test_several_answers_need_a_state_each(model: BakaForCausalLM) -> None:
 
 
 # Three boundaries and more, in chunks of 7.
-SPOKEN = dict(max_new_tokens=24, do_sample=False)
+SPOKEN = dict(max_new_tokens=16, do_sample=False)
 CHUNKS = {1: dict(chunk_size=1, num_pause_tokens=1), 3: dict(chunk_size=3), 7: dict(chunk_size=7)}
 
 
@@ -930,7 +930,7 @@ def test_speculation_from_a_state(speculating: BakaForCausalLM, name: str, given
         arguments = given(text[:, :fed], text[:, fed:]) | assistants(speculating)[name]
         found = speculating.generate(**arguments, cache=state, **SPOKEN)
         expected = speculating.generate(text, **SPOKEN)
-        assert torch.equal(found[:, -24:], expected[:, -24:])
+        assert torch.equal(found[:, -16:], expected[:, -16:])
         text = expected
         assert state.get_seq_length() == text.shape[1] - 1
         assert_has_read(speculating, state, [text[0, :-1]])
@@ -957,7 +957,7 @@ def test_speculation_after_padding_on_the_right(speculating: BakaForCausalLM, na
     arguments = assistants(speculating)[name] | SPOKEN | dict(attention_mask=mask, cache=state)
     found = speculating.generate(tokens, **arguments)
     text = speculating.generate(torch.cat([history, tokens[:, :9]], dim=1), **SPOKEN)
-    assert torch.equal(found, torch.cat([tokens, text[:, -24:]], dim=1))
+    assert torch.equal(found, torch.cat([tokens, text[:, -16:]], dim=1))
     assert_has_read(speculating, state, [text[0, :-1]])
 
 
@@ -965,7 +965,7 @@ def test_speculation_that_ends(speculating: BakaForCausalLM) -> None:
     """EOS among the guesses ends the text where greedy ends it."""
     tokens = prompt(1, 9)
     greedy = speculating.generate(tokens, **SPOKEN)[0, 9:].tolist()
-    arguments = SPOKEN | dict(eos_token_id=greedy[17], pad_token_id=0, attention_mask=ones(1, 9))
+    arguments = SPOKEN | dict(eos_token_id=greedy[11], pad_token_id=0, attention_mask=ones(1, 9))
     expected = speculating.generate(tokens, **arguments)
     for how in assistants(speculating).values():
         assert torch.equal(speculating.generate(tokens, **how, **arguments), expected)

@@ -141,7 +141,7 @@ def test_command_line(tasks: SimpleNamespace) -> None:
     assert metrics_of(json.loads(results.read_text())) == pytest.approx(tasks.expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, "auto"])
+@pytest.mark.parametrize("batch_size", [4, "auto"])  # and 1 by the command line
 def test_batch_sizes_agree(tasks: SimpleNamespace, batch_size: int | str) -> None:
     """Rows of other lengths in the batch, padded on the right to be scored and on the left to be continued, change
     nothing."""

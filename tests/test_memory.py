@@ -302,7 +302,7 @@ def test_compiled(model: BakaForCausalLM) -> None:
     if model.config.num_associative_heads:
         pytest.skip("compiled in test_compile")
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")  # what is traced is the update: the rest is test_compile's
     tokens = random_tokens(model.config, 2, 17)
     expected = torch.stack([naive_logits(model, row) for row in tokens])
     assert_close(compiled(tokens).logits, expected, **EXACT)

@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from helpers import random_tokens, tiny_config, tiny_model
 from torch import Tensor, nn
+from torch.testing import assert_close
 from train_worker import (
     Record,
     Weights,
@@ -23,7 +24,7 @@ from train_worker import (
 from transformers import TrainingArguments
 
 from baka_hf import BakaForSequenceClassification
-from baka_hf.optimizers import MuonAndAdamW, muon_and_adamw
+from baka_hf.optimizers import Muon, MuonAndAdamW, muon_and_adamw
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 MUON: dict[str, Any] = dict(muon_learning_rate=0.02, learning_rate=1e-2, weight_decay=0.5)
@@ -275,3 +276,23 @@ def test_flat_pieces_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     plugin = SimpleNamespace(fsdp_version=1, activation_checkpointing=False)
     monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
     refused(tmp_path, BakaTrainer, "FSDP1")
+
+
+def test_a_step_of_many_matrices_is_that_of_each() -> None:
+    """Of any shape, some without a gradient, beside PyTorch's own, which computes in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 6), (6, 6), (9, 4), (4, 9), (9, 4), (5, 1)]
+    mine, theirs = ([nn.Parameter(torch.randn(s, generator=generator.manual_seed(1))) for s in shapes] for _ in "ab")
+    options = dict(lr=0.1, weight_decay=0.3, momentum=0.9, adjust_lr_fn="original")
+    optimizers = Muon(mine, **options), torch.optim.Muon(theirs, **options)
+    for _ in range(3):
+        for index, pair in enumerate(zip(mine, theirs, strict=True)):
+            gradient = torch.randn(pair[0].shape, generator=generator)
+            for parameter in pair:
+                parameter.grad = None if index == 1 else gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for found, expected, shape in zip(mine, theirs, shapes, strict=True):
+        assert_close(found, expected, rtol=0, atol=0.03, msg=lambda m, s=shape: f"{s}: {m}")
+    assert torch.equal(mine[1], theirs[1])
+    assert optimizers[0].state_dict()["state"].keys() == optimizers[1].state_dict()["state"].keys()

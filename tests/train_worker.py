@@ -14,8 +14,9 @@ import torch
 from accelerate import DistributedType
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from helpers import random_tokens, recorded_calls, tiny_config, tiny_model
+from programs import forkserver
 from torch import Tensor
-from torch.multiprocessing import get_context, start_processes
+from torch.multiprocessing import start_processes
 from torch.nn.attention import SDPBackend
 from torch.testing import assert_close
 from transformers import TrainerCallback
@@ -172,11 +173,11 @@ def assert_same(found: Weights, expected: Weights, **tolerance: float) -> None:
 
 
 def assert_moved_alike(found: Record, expected: Record) -> None:
-    """With Muon, which computes in float32: steps of every parameter, from the first to the last."""
+    """With Muon, which computes in bfloat16 where matrices are sharded: every parameter, from first to last."""
     before = expected.weights[0]
     for name, tensor in expected.final.items():
         error = (found.final[name] - tensor).norm() / (tensor - before[name]).norm()
-        assert error < 1e-3, f"{name}: {error}"
+        assert error < 0.1, f"{name}: {error}"
 
 
 def assert_resumed(resumed: Record, uninterrupted: Record) -> None:
@@ -197,8 +198,7 @@ def in_processes(
     number: int, runs: dict[Path, dict[str, Any]], environment: Mapping[str, str] | None = None
 ) -> list[Record]:
     """Train in processes of their own, run after run: the folder of each and its settings. Process 0's records."""
-    # Forked from a process that has done the imports, which take longer than everything else.
-    get_context("forkserver").set_forkserver_preload(["baka_hf.training"])
+    forkserver()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
