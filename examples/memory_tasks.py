@@ -108,6 +108,13 @@ class TaskArguments:
         default="first", metadata={"help": "Recall: where pairs are told in training. For accuracy it is first."}
     )
     cut: bool = field(default=False, metadata={"help": "Recall: let segments end within pairs, in half the samples."})
+    retold: float = field(
+        default=0.5,
+        metadata={
+            "help": "Recall: share of the training samples in which all pairs are told again, keys as targets too, in "
+            "the place of questions. 0 where --told anywhere."
+        },
+    )
     curriculum: list[int] = field(
         default_factory=list,
         metadata={
@@ -143,7 +150,7 @@ class TaskArguments:
             raise ValueError(
                 f"max_steps: expected more than the {max_steps - steps[-1]} of the curriculum, got {max_steps}."
             )
-        options = dict(told=self.told) if recalls else {}
+        options = dict(told=self.told, retold=self.retold * (self.told == "first")) if recalls else {}
         return ConcatDataset(
             [
                 self.samples(stage, count * step_samples, seed + 1000 * number, **options)

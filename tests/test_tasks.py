@@ -207,6 +207,23 @@ def test_every_pair_is_told_and_asked_once(
         assert all(t % 2 == 0 for t in keys)
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_pairs_are_told_again_in_their_order(cut: bool) -> None:
+    samples = [*RecallDataset(3, 5, 4, 200, cut=cut, retold=0.3)]
+    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
+    retold = [sample for sample, count in zip(samples, counts, strict=True) if count == 6]
+    assert {*counts} == {3, 6} and 30 < len(retold) < 90
+    begins = set()
+    for sample in retold:
+        [again] = (sample["labels"] != -100).nonzero().T
+        begins.add(int(again[0]))
+        first = int(sample["input_ids"][0] == 36)
+        assert (again.diff() == 1).all() and again[0] >= 8
+        assert_close(sample["labels"][again], sample["input_ids"][first : first + 6])
+        assert_close(sample["labels"][again], sample["input_ids"][again])
+    assert begins == ({8, 10, 12, 14} if not cut else {8, 9, 10, 11, 12, 13, 14})
+
+
 def test_questions_and_cuts_are_anywhere() -> None:
     samples = [*RecallDataset(2, 4, 4, 600, cut=True)]  # two segments are for pairs, of which two tokens may be left
     beginnings = torch.stack([sample["input_ids"][0] == 36 for sample in samples])
@@ -220,6 +237,8 @@ def test_questions_and_cuts_are_anywhere() -> None:
     ("change", "message"),
     [
         ({"told": "last"}, "`told` must be 'first' or 'anywhere', got 'last'"),
+        ({"retold": 1.5}, "`retold` must be from 0 to 1, .*got 1.5"),
+        ({"retold": 0.5, "told": "anywhere"}, "and 0 where told='anywhere', got 0.5"),
         ({"num_pairs": 27}, "`num_keys` must be an integer of at least 27, got 26"),
         ({"num_pairs": 0}, "`num_pairs` must be an integer of at least 1, got 0"),
         ({"num_segments": 3}, "room for 4 pairs .*, got 3 · 4 = 12 tokens, which have it for 2"),
@@ -552,7 +571,9 @@ def test_the_capacity_is_the_most_pairs_that_are_recalled() -> None:
 
 
 def test_a_curriculum_comes_first_and_the_task_last() -> None:
-    task = memory_tasks.TaskArguments(task="recall", segment_length=4, curriculum=[1, 2], curriculum_steps=3)
+    task = memory_tasks.TaskArguments(
+        task="recall", segment_length=4, retold=0.0, curriculum=[1, 2], curriculum_steps=3
+    )
     samples = task.training_samples((6, 4), max_steps=10, step_samples=5, seed=1)
     counts = [int((sample["labels"] != -100).sum()) for sample in samples]
     assert counts == [1] * 15 + [2] * 15 + [4] * 20

@@ -154,6 +154,9 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
             memory alone can answer. "anywhere": a pair is told anywhere and asked anywhere later, so that the first
             questions are asked of few pairs, and some within a segment.
         cut: begin half of the samples with a blank: of an even `segment_length` segments then end within a pair.
+        retold: share of the samples that ask nothing. In the place of questions all pairs are told again in their
+            order, and keys are labelled too. It is for training: a memory that has to tell all again holds keys beside
+            values, and to find a value by its key is learned soon; questions alone may teach but the bag of values.
         seed: another seed, other samples.
         num_symbols: values to draw from.
         num_keys: keys to draw from.
@@ -163,8 +166,8 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
         blank: the id of what is neither key nor value.
 
     Raises:
-        ValueError: `told` is another word, a number is too small, there are fewer keys than pairs, or the segments do
-            not hold all questions.
+        ValueError: `told` is another word, a number is too small, there are fewer keys than pairs, the segments do not
+            hold all questions, or `retold` is no share, or not 0 where pairs are told anywhere.
     """
 
     def __init__(
@@ -176,6 +179,7 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
         *,
         told: str = "first",
         cut: bool = False,
+        retold: float = 0.0,
         seed: int = 0,
         num_symbols: int = 10,
         num_keys: int = NUM_KEYS,
@@ -189,7 +193,10 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
         _check_integer("num_keys", num_keys, num_pairs)
         if told not in ("first", "anywhere"):
             raise ValueError(f"`told` must be 'first' or 'anywhere', got {told!r}.")
-        self.num_pairs, self.num_samples, self.seed, self.told, self.cut = num_pairs, num_samples, seed, told, cut
+        if not 0 <= retold <= (told == "first"):
+            raise ValueError(f"`retold` must be from 0 to 1, and 0 where told='anywhere', got {retold!r}.")
+        self.num_pairs, self.num_samples, self.seed = num_pairs, num_samples, seed
+        self.told, self.cut, self.retold = told, cut, retold
         self.num_symbols, self.num_keys, self.length = num_symbols, num_keys, num_segments * segment_length
         self.vocab_size = num_symbols + num_keys + 1
         self.blank = self.vocab_size - 1
@@ -219,8 +226,13 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
         first, n = int(generator.integers(1 + self.cut)), self.num_pairs
         keys = self.num_symbols + generator.permutation(self.num_keys)[:n]
         values = generator.integers(self.num_symbols, size=n)
+        is_retold = generator.random() < self.retold
         if self.told == "first":
-            told, asked = first + 2 * np.arange(n), generator.choice(self._places(first), n, replace=False)
+            told, places = first + 2 * np.arange(n), self._places(first)
+            if is_retold:
+                asked = places[generator.integers(len(places) - n + 1) :][:n]
+            else:
+                asked = generator.choice(places, n, replace=False)
         else:
             both = generator.choice(np.arange(first, self.length - 1, 2), (n, 2), replace=False)
             told, asked = both.min(1), both.max(1)
@@ -229,6 +241,8 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
         for places in (told, asked):
             tokens[places], tokens[places + 1] = keys, values
         labels[asked + 1] = values
+        if is_retold:
+            labels[asked] = keys
         return {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
 
 
