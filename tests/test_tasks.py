@@ -1,5 +1,6 @@
 """The tasks of `baka_hf.tasks` against their definitions, and the example that shows what memory is for."""
 
+import csv
 import json
 import random
 import re
@@ -18,7 +19,18 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from baka_hf.tasks import BabiInBooksDataset, BabiQuestion, TaskDataset, answer_accuracy, read_babi
+from baka_hf import BakaConfig, BakaForCausalLM
+from baka_hf.tasks import (
+    BabiInBooksDataset,
+    BabiQuestion,
+    RecallDataset,
+    TaskDataset,
+    answer_accuracy,
+    guessing_accuracy,
+    read_babi,
+    streamed_accuracy,
+    tokenize_books,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -167,6 +179,90 @@ def test_bad_sizes(change: dict[str, Any], message: str) -> None:
         TaskDataset(**{"task": "copy", "num_segments": 9, "segment_length": 8, "num_samples": 1} | change)
 
 
+# ---- recall ----
+
+
+@given(st.integers(1, 9), st.integers(1, 8), st.integers(1, 7), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_every_pair_is_told_and_asked_once(
+    num_pairs: int, more: int, segment_length: int, anywhere: bool, cut: bool, index: int
+) -> None:
+    told = "anywhere" if anywhere else "first"
+    num_segments = 2 * (-(-(2 * num_pairs + 1) // segment_length) + 1) + more
+    dataset = RecallDataset(num_pairs, num_segments, segment_length, 100, told=told, cut=cut, num_keys=11)
+    sample = dataset[index]
+    tokens, labels = sample["input_ids"].tolist(), sample["labels"].tolist()
+    assert len(tokens) == num_segments * segment_length and sample["labels"].dtype == torch.int64
+    keys = [t for t, token in enumerate(tokens) if 10 <= token < 21]
+    asked = [t for t in keys if labels[t + 1] != -100]
+    facts = {tokens[t]: (t, tokens[t + 1]) for t in keys if t not in asked}
+    assert len(facts) == len(asked) == num_pairs == len({tokens[t] for t in asked})
+    assert all(facts[tokens[t]][0] < t and facts[tokens[t]][1] == tokens[t + 1] == labels[t + 1] < 10 for t in asked)
+    elsewhere = {*range(len(tokens))} - {t + i for t in keys for i in (0, 1)}
+    assert {tokens[t] for t in elsewhere} <= {dataset.blank} == {21}
+    assert sum(label != -100 for label in labels) == num_pairs
+    if not anywhere:  # a whole number of segments has all that is told
+        assert max(t + 1 for t, _ in facts.values()) // segment_length < min(asked) // segment_length
+        assert min(t for t, _ in facts.values()) <= cut
+    if not cut and segment_length % 2 == 0:
+        assert all(t % 2 == 0 for t in keys)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_pairs_are_told_again_in_their_order(cut: bool) -> None:
+    samples = [*RecallDataset(3, 5, 4, 200, cut=cut, retold=0.3)]
+    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
+    retold = [sample for sample, count in zip(samples, counts, strict=True) if count == 6]
+    assert {*counts} == {3, 6} and 30 < len(retold) < 90
+    begins = set()
+    for sample in retold:
+        [again] = (sample["labels"] != -100).nonzero().T
+        begins.add(int(again[0]))
+        first = int(sample["input_ids"][0] == 36)
+        assert (again.diff() == 1).all() and again[0] >= 8
+        assert_close(sample["labels"][again], sample["input_ids"][first : first + 6])
+        assert_close(sample["labels"][again], sample["input_ids"][again])
+    assert begins == ({8, 10, 12, 14} if not cut else {8, 9, 10, 11, 12, 13, 14})
+
+
+def test_questions_and_cuts_are_anywhere() -> None:
+    samples = [*RecallDataset(2, 4, 4, 600, cut=True)]  # two segments are for pairs, of which two tokens may be left
+    beginnings = torch.stack([sample["input_ids"][0] == 36 for sample in samples])
+    assert 0.4 < beginnings.float().mean() < 0.6
+    samples = [*RecallDataset(2, 9, 4, 600)]
+    places = torch.stack([sample["labels"] != -100 for sample in samples]).float().mean(0)
+    assert_close(places[4:], torch.tensor([0, 2 / 16] * 16), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"told": "last"}, "`told` must be 'first' or 'anywhere', got 'last'"),
+        ({"retold": 1.5}, "`retold` must be from 0 to 1, .*got 1.5"),
+        ({"retold": 0.5, "told": "anywhere"}, "and 0 where told='anywhere', got 0.5"),
+        ({"num_pairs": 27}, "`num_keys` must be an integer of at least 27, got 26"),
+        ({"num_pairs": 0}, "`num_pairs` must be an integer of at least 1, got 0"),
+        ({"num_segments": 3}, "room for 4 pairs .*, got 3 · 4 = 12 tokens, which have it for 2"),
+        ({"num_segments": 3, "told": "anywhere", "cut": True}, "which have it for 1"),
+    ],
+)
+def test_bad_recall(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RecallDataset(**{"num_pairs": 4, "num_segments": 4, "segment_length": 4, "num_samples": 1} | change)
+
+
+def test_guessing_knows_the_bag_alone() -> None:
+    # Of four values the most frequent one: by all 10^4 cases.
+    counts = np.stack([np.bincount(values, minlength=10) for values in np.ndindex(10, 10, 10, 10)])
+    expected = counts.max(1).mean() / 4
+    assert guessing_accuracy(TaskDataset("associative_retrieval", 5, 2, 4000), 4000) == pytest.approx(
+        expected, abs=0.01
+    )
+    assert guessing_accuracy(TaskDataset("associative_retrieval", 2, 2, 9)) == 1  # one pair
+    # Of two symbols, drawn from two: the first is right in 3 of 4 cases, the second is what is left.
+    assert guessing_accuracy(TaskDataset("copy", 3, 2, 2000, num_symbols=2), 2000) == pytest.approx(7 / 8, abs=0.02)
+    assert guessing_accuracy(RecallDataset(2, 8, 2, 2000, num_symbols=2), 2000) == pytest.approx(7 / 8, abs=0.02)
+
+
 # ---- accuracy ----
 
 
@@ -206,6 +302,50 @@ def test_accuracy_of_what_has_none(predictions: Any, labels: Any, message: str) 
         answer_accuracy(predictions, labels)
 
 
+@pytest.mark.parametrize("chunks_per_call", [1, 3, 100])
+def test_streamed_accuracy_equals_that_of_whole_samples(chunks_per_call: int) -> None:
+    config = BakaConfig(
+        vocab_size=37,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        chunk_size=5,
+        num_memory_tokens=2,
+        num_pause_tokens=1,
+        residual_initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    model = BakaForCausalLM(config).train()
+    samples = [sample for length in (4, 7) for sample in RecallDataset(2, length, 5, 6, num_symbols=10)]
+    model.eval()
+    for number, sample in enumerate(samples):  # of which none, some or all are right
+        with torch.no_grad():
+            said = model(sample["input_ids"][None]).logits.argmax(-1)[0].roll(1)
+        agrees = (sample["labels"] != -100) & (torch.arange(len(said)) % 3 < number % 4)
+        sample["labels"] = torch.where(agrees, said, sample["labels"])
+    whole = [
+        answer_accuracy(model(sample["input_ids"][None]).logits.argmax(-1), sample["labels"][None])
+        for sample in samples
+    ]
+    expected = {
+        name: np.mean([accuracy[name] for accuracy in whole]) for name in ("token_accuracy", "sequence_accuracy")
+    }
+    assert 0 < expected["sequence_accuracy"] < expected["token_accuracy"] < 1
+    model.train()
+    found = streamed_accuracy(model, samples, batch_size=5, chunks_per_call=chunks_per_call)
+    assert found == pytest.approx(expected) and model.training
+
+
+def test_streamed_accuracy_of_what_has_none() -> None:
+    model = BakaForCausalLM(BakaConfig.rung("xl", vocab_size=9, hidden_size=8, num_attention_heads=2))
+    sample = {"input_ids": torch.zeros(3, dtype=torch.int64), "labels": torch.full((3,), -100)}
+    with pytest.raises(ValueError, match="got none in sample 0"):
+        streamed_accuracy(model, [sample])
+    with pytest.raises(ValueError, match="chunks_per_call"):
+        streamed_accuracy(model, [sample], chunks_per_call=0)
+
+
 # ---- facts in books ----
 
 BABI = """1 Mary moved to the bathroom.
@@ -238,9 +378,10 @@ def babi_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_questions_know_the_facts_before_them(babi_file: Path) -> None:
     told = ("Mary moved to the bathroom.", "John went to the hallway.", "Daniel went back to the hallway.")
     office = ("The office is east of the hallway.",)
+    mary = BabiQuestion(told[:2], "Where is Mary?", "bathroom")
     assert read_babi(babi_file) == [
-        BabiQuestion(told[:2], "Where is Mary?", "bathroom"),
-        BabiQuestion(told, "Where is Daniel?", "hallway"),
+        mary,
+        BabiQuestion(told, "Where is Daniel?", "hallway", (mary,)),
         BabiQuestion(office, "How do you go from the office to the hallway?", "w"),
     ]
 
@@ -253,7 +394,7 @@ def test_facts_stand_between_sentences_of_books(
     dataset = BabiInBooksDataset(tokenizer, babi_file, BOOKS, length, num_samples=60, seed=seed)
     library = " " + " ".join(" ".join(BOOKS).split())
     for index, sample in enumerate(dataset):
-        facts, question, answer = dataset.questions[index % 3]
+        facts, question, answer, _ = dataset.questions[index % 3]
         assert sample["input_ids"].shape == sample["labels"].shape == (length,)
         text = tokenizer.decode(sample["input_ids"])
         asked = f" {question} {answer}"
@@ -267,6 +408,42 @@ def test_facts_stand_between_sentences_of_books(
         for fact in facts:
             text = text.replace(f" {fact}", "", 1)
         assert text in library and text[-1:] in ("", ".", "?", "!")
+
+
+@pytest.mark.parametrize("length", [0, 136, 200])
+def test_earlier_questions_are_asked_in_their_places(
+    tokenizer: PreTrainedTokenizerFast, babi_file: Path, length: int
+) -> None:
+    dataset = BabiInBooksDataset(tokenizer, babi_file, BOOKS, length, num_samples=30, ask_all=True)
+    for index in range(1, 30, 3):
+        sample = dataset[index]
+        text = tokenizer.decode(sample["input_ids"])
+        assert len(text) == (length or 136)
+        ask_mary, ask_daniel = " Where is Mary? bathroom", " Where is Daniel? hallway"
+        told = ("Mary moved to", "John went to", "Where is Mary? bathroom", "Daniel went back")
+        places = [text.index(f" {piece}") for piece in told]
+        assert places == sorted(places) and text.endswith(ask_daniel)
+        asked = [t for t, label in enumerate(sample["labels"].tolist()) if label != -100]
+        end = places[2] + len(ask_mary)
+        assert asked == [*range(end - len(" bathroom"), end), *range(len(text) - len(" hallway"), len(text))]
+        assert (sample["labels"][asked] == sample["input_ids"][asked]).all()
+
+
+def test_questions_that_do_not_fit_are_left_out(tokenizer: PreTrainedTokenizerFast, babi_file: Path) -> None:
+    dataset = BabiInBooksDataset(tokenizer, babi_file, BOOKS, 111)
+    assert [asked.answer for asked in dataset.questions] == ["bathroom", "w"]
+    alone = BabiInBooksDataset(tokenizer, dataset.questions[1:], (), 0)
+    assert [tokenizer.decode(sample["input_ids"]) for sample in alone] == [
+        " The office is east of the hallway. How do you go from the office to the hallway? w"
+    ]
+
+
+def test_books_are_tokenized_once(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    made = tokenize_books(tokenizer, BOOKS, tmp_path / "books.npz")
+    assert tokenizer.decode(made.tokens) == " " + " ".join(" ".join(BOOKS).split())
+    assert made.breaks[[0, -1]].tolist() == [0, len(made.tokens)] and len(made.breaks) == 1 + 4 + 6
+    kept = tokenize_books(tokenizer, "is not read again", tmp_path / "books.npz")
+    assert (kept.tokens == made.tokens).all() and (kept.breaks == made.breaks).all()
 
 
 def test_facts_and_excerpts_are_anywhere(tokenizer: PreTrainedTokenizerFast, babi_file: Path) -> None:
@@ -316,12 +493,12 @@ def test_what_is_no_babi_file(tmp_path: Path, content: str, message: str) -> Non
     ("change", "message"),
     [
         # The second question with its three facts has 112 bytes, the third with its one has 78, the books have 264.
-        ({"length": 111}, "`length` must be at least 112, .* got 111"),
+        ({"length": 77}, "`length` must be at least 78, .* got 77"),
         ({"length": 343}, r"`books` must have at least 265 tokens for samples of 343, got 264\."),
         ({"books": []}, "`books` must have .*, got 0"),
         ({"num_samples": 0}, "`num_samples` must be an integer of at least 1, got 0"),
         ({"seed": -1}, "`seed`"),
-        ({"length": None}, "`length` must be an integer of at least 1, got None"),
+        ({"length": None}, "`length` must be an integer of at least 0, got None"),
     ],
 )
 def test_bad_books(tokenizer: PreTrainedTokenizerFast, babi_file: Path, change: dict[str, Any], message: str) -> None:
@@ -349,16 +526,59 @@ def test_memory_solves_what_cannot_be_solved_without(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     arguments = (
-        "--compare --num_segments 3 --num_symbols 6 --eval_samples 200 --max_steps 200 --eval_steps 25 "
+        "--num_segments 3 --num_symbols 6 --eval_samples 200 --max_steps 200 --eval_steps 25 "
         "--per_device_train_batch_size 64 --learning_rate 4e-3 --warmup_steps 20"
     )
-    memory, nothing = run_example(arguments, tmp_path, monkeypatch, capsys)
+    [memory] = run_example(arguments, tmp_path, monkeypatch, capsys)
+    [nothing] = run_example(f"{arguments} --num_memory_tokens 0", tmp_path, monkeypatch, capsys)
     assert (memory["model"], nothing["model"]) == ("4 memory tokens", "no memory")
     assert memory["segments"] == "3" and memory["source"] == "4"
+    assert memory["guessing"] == nothing["guessing"]
     assert float(memory["answers right"]) == 1.0 and int(memory["steps"]) < 200
     # The last symbol to be copied stands in the last segment for the first time too: 1/8 + 7/8 · 1/6 can be right.
     assert float(nothing["answers right"]) < 0.02 and 0.2 < float(nothing["tokens right"]) < 0.35
     assert nothing["steps"] == "200"
+
+
+def test_memories_are_compared_over_distances_and_pairs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = (
+        f"--task recall --compare --num_pairs 2 --num_segments 4 --test_longer 3 --told anywhere --cut true "
+        f"--curriculum 1 --curriculum_steps 1 --max_steps 2 --eval_samples 20 --csv {tmp_path}/rows.csv"
+    )
+    rows = run_example(arguments, tmp_path, monkeypatch, capsys)
+    kinds = ["4 memory tokens", "associative 16", "4 memory tokens, associative 16", "no memory, XL cache", "no memory"]
+    assert [row["model"] for row in rows] == [kind for kind in kinds for _ in range(2)]
+    assert [row["tested"] for row in rows] == ["4", "12"] * 5
+    assert all(row["source"] == row["steps"] == "2" for row in rows)
+    sizes = [int(row["state bytes"]) for row in rows[::2]]
+    assert sizes[0] + sizes[1] - sizes[2] == sizes[4] < sizes[0]
+    with open(tmp_path / "rows.csv", newline="") as file:
+        written = [*csv.DictReader(file)]
+    assert [row["model"] for row in written] == [row["model"] for row in rows]
+    assert all(row["task"] == "recall" and row["segment_length"] == "4" for row in written)
+
+
+def test_the_capacity_is_the_most_pairs_that_are_recalled() -> None:
+    def row(model: str, source: int, accuracy: float, tested: int = 4) -> dict[str, Any]:
+        about = {"model": model, "state bytes": 64, "seed": 0, "segments": 4, "tested": tested}
+        return about | {"source": source, "token_accuracy": accuracy}
+
+    rows = [row("a", 8, 0.96), row("a", 4, 1.0), row("a", 16, 0.94), row("a", 16, 1.0, 8), row("b", 4, 0.5)]
+    found = {capacity["model"]: capacity["pairs"] for capacity in memory_tasks.capacities(rows)}
+    assert found == {"a": 8, "b": 0}
+
+
+def test_a_curriculum_comes_first_and_the_task_last() -> None:
+    task = memory_tasks.TaskArguments(
+        task="recall", segment_length=4, retold=0.0, curriculum=[1, 2], curriculum_steps=3
+    )
+    samples = task.training_samples((6, 4), max_steps=10, step_samples=5, seed=1)
+    counts = [int((sample["labels"] != -100).sum()) for sample in samples]
+    assert counts == [1] * 15 + [2] * 15 + [4] * 20
+    with pytest.raises(ValueError, match="max_steps: expected more than the 6 of the curriculum, got 6"):
+        task.training_samples((6, 4), max_steps=6, step_samples=5, seed=1)
 
 
 def test_the_example_resumes(

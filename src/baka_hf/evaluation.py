@@ -101,7 +101,7 @@ def evaluate_documents(
         check_positive(num_bytes=num_bytes)
     reader = _Reader(documents, model.config.vocab_size)
     with (
-        _in_eval_mode(model),
+        in_eval_mode(model),
         logging.tqdm(
             desc="Evaluating",
             total=_count_tokens(documents),
@@ -161,7 +161,7 @@ def evaluate_windows(
         for start in range(0, max(len(document) - context + stride, min(len(document) - 1, 1)), stride)
     ]
     windows.sort(key=lambda window: len(tokens[window[0]]) - window[1], reverse=True)  # full ones side by side
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         for first in range(0, len(windows), batch_size):
             batch = windows[first : first + batch_size]
             pieces = [tokens[number][start : start + context] for number, start, _ in batch]
@@ -182,7 +182,7 @@ def evaluate_windows(
 
 
 @contextmanager
-def _in_eval_mode(model: Any) -> Iterator[None]:
+def in_eval_mode(model: Any) -> Iterator[None]:
     """Afterwards each module is back in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

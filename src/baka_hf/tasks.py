@@ -1,4 +1,4 @@
-"""Tasks that only memory solves: copy, reverse, associative retrieval, and facts hidden in books.
+"""Tasks that only memory solves: copy, reverse, associative recall, and facts hidden in books.
 
     train = TaskDataset("copy", num_segments=9, segment_length=8, num_samples=100_000)
     test = TaskDataset("copy", num_segments=9, segment_length=8, num_samples=1000, seed=1)
@@ -9,17 +9,21 @@
         compute_metrics=lambda evaluation: answer_accuracy(*evaluation),
     )
 
-The first three are the algorithmic tasks of the Recurrent Memory Transformer (arXiv 2207.06881). The fourth is after
-BABILong (arXiv 2406.10149): the facts of a bAbI question, scattered over text that has nothing to do with them.
+`TaskDataset` has the algorithmic tasks of the Recurrent Memory Transformer (arXiv 2207.06881), `RecallDataset` many
+questions about many pairs (multi-query associative recall, arXiv 2312.04927), over any distance. `BabiInBooksDataset`
+does as BABILong (arXiv 2406.10149): facts of a bAbI question, scattered over text that has nothing to do with them.
 
-Samples are dicts of `input_ids` and `labels`, [T] int64, all of one length; labels are -100 but for the answer, which
-stands last, and are not shifted: models do that. Sample i depends on the seed and i alone, so workers, processes and
-runs that are resumed draw the same samples, and sets with different seeds are as good as disjoint.
+Samples are dicts of `input_ids` and `labels`, [T] int64, all of one length; labels are -100 but for answers, and not
+shifted: models do that. Sample i depends on the seed and i alone, so workers, processes and runs that are resumed draw
+the same samples, and sets with different seeds are as good as disjoint. A curriculum is one set after another, a
+`ConcatDataset` read in order.
 """
 
-import json
+import os
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -27,11 +31,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .data import SECONDS_UNTIL_PROGRESS
+from .data import SECONDS_UNTIL_PROGRESS, check_positive
+from .evaluation import in_eval_mode
 from .loss_baka import IGNORED
+from .texts import read_documents
+
+SENTENCES_AT_A_TIME = 100_000  # are tokenized by all cores
 
 NUM_KEYS = 26  # the letters
 # How many predictions a sample makes; L symbols or pairs are its source.
@@ -123,12 +133,152 @@ class TaskDataset(Dataset[dict[str, torch.Tensor]]):
         return _sample(np.concatenate([source, [self.start_token], answer]), len(answer))
 
 
+class RecallDataset(Dataset[dict[str, torch.Tensor]]):
+    """Pairs of a key and a value, told once and asked once, in samples of `num_segments` · `segment_length` tokens.
+
+        k₁ v₁ k₂ v₂ … k_n v_n · · · k₂ v₂ · · k_n v_n · · · · k₁ v₁ · ·
+
+    A question is a key that was told before, its answer the value, which stands behind it and is labelled. All n pairs
+    are asked, in random order at random places, with blanks (·) between them: how many are recalled is the capacity of
+    a memory, and more segments are longer distances.
+
+    Values are drawn uniformly from the ids 0 … `num_symbols` - 1. Keys are the next `num_keys`, and differ within a
+    sample. The blank is the last id.
+
+    Args:
+        num_pairs: n.
+        num_segments: segments, chunks of the model, that a sample takes.
+        segment_length: tokens in a segment, the model's `chunk_size`. If even, no segment ends within a pair.
+        num_samples: length of the data set. Samples are made when asked for.
+        told: "first": all pairs stand at the beginning, and questions in the segments after those they take, so that
+            memory alone can answer. "anywhere": a pair is told anywhere and asked anywhere later, so that the first
+            questions are asked of few pairs, and some within a segment.
+        cut: begin half of the samples with a blank: of an even `segment_length` segments then end within a pair.
+        retold: share of the samples that ask nothing. In the place of questions all pairs are told again in their
+            order, and keys are labelled too. It is for training: a memory that has to tell all again holds keys beside
+            values, and to find a value by its key is learned soon; questions alone may teach but the bag of values.
+        seed: another seed, other samples.
+        num_symbols: values to draw from.
+        num_keys: keys to draw from.
+
+    Attributes:
+        vocab_size: token ids of the task.
+        blank: the id of what is neither key nor value.
+
+    Raises:
+        ValueError: `told` is another word, a number is too small, there are fewer keys than pairs, the segments do not
+            hold all questions, or `retold` is no share, or not 0 where pairs are told anywhere.
+    """
+
+    def __init__(
+        self,
+        num_pairs: int,
+        num_segments: int,
+        segment_length: int,
+        num_samples: int,
+        *,
+        told: str = "first",
+        cut: bool = False,
+        retold: float = 0.0,
+        seed: int = 0,
+        num_symbols: int = 10,
+        num_keys: int = NUM_KEYS,
+    ):
+        _check_integer("num_pairs", num_pairs, 1)
+        _check_integer("num_segments", num_segments, 1)
+        _check_integer("segment_length", segment_length, 1)
+        _check_integer("num_samples", num_samples, 1)
+        _check_integer("seed", seed, 0)
+        _check_integer("num_symbols", num_symbols, 2)
+        _check_integer("num_keys", num_keys, num_pairs)
+        if told not in ("first", "anywhere"):
+            raise ValueError(f"`told` must be 'first' or 'anywhere', got {told!r}.")
+        if not 0 <= retold <= (told == "first"):
+            raise ValueError(f"`retold` must be from 0 to 1, and 0 where told='anywhere', got {retold!r}.")
+        self.num_pairs, self.num_samples, self.seed = num_pairs, num_samples, seed
+        self.told, self.cut, self.retold = told, cut, retold
+        self.num_symbols, self.num_keys, self.length = num_symbols, num_keys, num_segments * segment_length
+        self.vocab_size = num_symbols + num_keys + 1
+        self.blank = self.vocab_size - 1
+
+        # Where questions may begin: behind the segments that the pairs take.
+        self.told_length = -(-(2 * num_pairs + cut) // segment_length) * segment_length
+        if told == "first":
+            room = min(len(self._places(first)) for first in range(1 + cut))
+        else:
+            room = (self.length - cut) // 2 - num_pairs
+        if room < num_pairs:
+            raise ValueError(
+                f"`num_segments` · `segment_length` must have room for {num_pairs} pairs and the questions about them, "
+                f"got {num_segments} · {segment_length} = {self.length} tokens, which have it for {max(room, 0)}."
+            )
+
+    def _places(self, first: int) -> np.ndarray:
+        """Where questions can stand behind the segments of pairs, of which the first begins at token `first`."""
+        begin = self.told_length + (self.told_length - first) % 2
+        return np.arange(begin, self.length - 1, 2)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = _generator(self.seed, index, len(self))
+        first, n = int(generator.integers(1 + self.cut)), self.num_pairs
+        keys = self.num_symbols + generator.permutation(self.num_keys)[:n]
+        values = generator.integers(self.num_symbols, size=n)
+        is_retold = generator.random() < self.retold
+        if self.told == "first":
+            told, places = first + 2 * np.arange(n), self._places(first)
+            if is_retold:
+                asked = places[generator.integers(len(places) - n + 1) :][:n]
+            else:
+                asked = generator.choice(places, n, replace=False)
+        else:
+            both = generator.choice(np.arange(first, self.length - 1, 2), (n, 2), replace=False)
+            told, asked = both.min(1), both.max(1)
+        tokens = np.full(self.length, self.blank)
+        labels = np.full(self.length, IGNORED)
+        for places in (told, asked):
+            tokens[places], tokens[places + 1] = keys, values
+        labels[asked + 1] = values
+        if is_retold:
+            labels[asked] = keys
+        return {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
+
+
+def guessing_accuracy(dataset: TaskDataset | RecallDataset, num_samples: int = 1000) -> float:
+    """The share of answers' tokens that are right for a model that knows what was told, but not where or of which key.
+
+    At every answer it knows which symbols were told and which of them were answered already, and says the one that is
+    left most often. A model that is as good as this has learned the bag of symbols and no order, no binding.
+
+    Args:
+        dataset: what is asked.
+        num_samples: the first so many samples are taken.
+    """
+    expected, count = 0.0, 0
+    for index in range(min(num_samples, len(dataset))):
+        sample = dataset[index]
+        told, left = Counter[int](), Counter[int]()
+        for token, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
+            if label != IGNORED:
+                left = left if left.total() else told.copy()  # a source that is copied twice is told once
+                expected += max(left.values()) / left.total()
+                count += 1
+                left[token] -= 1
+            elif token < dataset.num_symbols:
+                told[token] += 1
+                left[token] += 1
+    return expected / count
+
+
 class BabiQuestion(NamedTuple):
-    """A question of a bAbI story, the facts that were told before it, and its answer."""
+    """A question of a bAbI story, the facts told before it, its answer, and the story's questions before it."""
 
     facts: tuple[str, ...]
     question: str
     answer: str
+    earlier: tuple["BabiQuestion", ...] = ()
 
 
 def read_babi(path: str | PathLike[str]) -> list[BabiQuestion]:
@@ -142,6 +292,7 @@ def read_babi(path: str | PathLike[str]) -> list[BabiQuestion]:
     """
     questions: list[BabiQuestion] = []
     facts: list[str] = []
+    earlier: list[BabiQuestion] = []
     for row, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
         number, _, text = line.strip().partition(" ")
         question, *answers = (part.strip() for part in text.split("\t"))
@@ -150,9 +301,10 @@ def read_babi(path: str | PathLike[str]) -> list[BabiQuestion]:
                 f"{path}, line {row}: expected '1 A fact.' or '2 A question?<tab>answer<tab>1', got {line!r}."
             )
         if number == "1":
-            facts = []
+            facts, earlier = [], []
         if answers:
-            questions.append(BabiQuestion(tuple(facts), question, answers[0]))
+            questions.append(BabiQuestion(tuple(facts), question, answers[0], tuple(earlier)))
+            earlier.append(questions[-1]._replace(earlier=()))
         else:
             facts.append(question)
     if not questions:
@@ -160,92 +312,137 @@ def read_babi(path: str | PathLike[str]) -> list[BabiQuestion]:
     return questions
 
 
-class BabiInBooksDataset(Dataset[dict[str, torch.Tensor]]):
-    """bAbI questions whose facts are hidden in books: sentences of a book, facts in order between them, the question.
+@dataclass(frozen=True)
+class Books:
+    """Books as tokens, end to end."""
 
-    Sample i asks question i of the file, from the first again after the last. Its background is an excerpt that is cut
-    at its beginning to make the sample `length` tokens long, and each fact stands before or after any sentence of it
-    with equal probability. The answer follows the question, and it alone is labelled.
+    tokens: np.ndarray  # [N] int32
+    breaks: np.ndarray  # where sentences begin in them, ascending, and where the last one ends, int64
+
+
+def tokenize_books(
+    tokenizer: Any, books: str | PathLike[str] | Iterable[str], path: str | PathLike[str] | None = None
+) -> Books:
+    """Books sentence by sentence, each tokenized as in the midst of a text.
 
     Args:
         tokenizer: a fast tokenizer. No special tokens are added.
-        babi_file: path of a file as `read_babi` takes it.
-        books: path of a text file, or of a .jsonl file with a "text" in each line, or texts. They are read and
-            tokenized at once and kept as 4 bytes per token; an excerpt may reach from one into the next.
-        length: T, the tokens of a sample.
+        books: path of a file as `texts.read_documents` takes it, or texts.
+        path: a file (.npz) that keeps the tokens. If there is one, it is read, and `books` are not; if not, the first
+            process that comes makes it, and others wait. It does not know of which books and tokenizer it was made.
+    """
+    if path is not None:
+        with FileLock(f"{os.fspath(path)}.lock"):
+            if not Path(path).exists():
+                made, part = tokenize_books(tokenizer, books), f"{os.fspath(path)}.part"
+                with open(part, "wb") as file:
+                    np.savez(file, tokens=made.tokens, breaks=made.breaks)
+                os.replace(part, path)
+        with np.load(path) as arrays:
+            return Books(arrays["tokens"], arrays["breaks"])
+    texts = read_documents(os.fspath(books)) if isinstance(books, str | PathLike) else books
+    arrays, lengths = [np.array([], np.int32)], [0]
+    for text in logging.tqdm(texts, desc="Tokenizing", unit="book", delay=SECONDS_UNTIL_PROGRESS):
+        encoded = _encode(tokenizer, _sentences(text))
+        arrays.append(np.fromiter(chain.from_iterable(encoded), np.int32))
+        lengths += map(len, encoded)
+    return Books(np.concatenate(arrays), np.cumsum(lengths))
+
+
+class BabiInBooksDataset(Dataset[dict[str, torch.Tensor]]):
+    """bAbI questions whose facts are hidden in books: sentences of a book, facts in order between them, the question.
+
+    Sample i asks question i of the list, from the first again after the last. Its background is an excerpt that is cut
+    at its beginning to make the sample `length` tokens long, and each fact stands before or after any sentence of it
+    with equal probability. The answer follows the question, and it alone is labelled, or with `ask_all` those of the
+    story's earlier questions too, which then stand between sentences like facts: many targets a sample, some of them
+    near to their facts.
+
+    Args:
+        tokenizer: a fast tokenizer. No special tokens are added.
+        questions: path of a file as `read_babi` takes it, or what it has read. Those that are longer with their facts
+            than `length` are left out.
+        books: a `Books`, or what `tokenize_books` makes one of. An excerpt may reach from one book into the next.
+        length: T, the tokens of a sample; 0: no book, samples of as many tokens as their pieces have.
         num_samples: length of the data set, by default the number of questions.
+        ask_all: also ask the earlier questions of a story.
         seed: another seed, other excerpts and places of the facts.
 
     Attributes:
-        questions: what the file asks, a list of `BabiQuestion`.
+        questions: what is asked, a list of `BabiQuestion`.
 
     Raises:
-        ValueError: a question with its facts is longer than `length`, the books are shorter than what is needed beside
-            one, a number is too small, or a file is not in its format.
+        ValueError: every question with its facts is longer than `length`, the books are shorter than what is needed
+            beside one, a number is too small, or a file is not in its format.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        babi_file: str | PathLike[str],
-        books: str | PathLike[str] | Iterable[str],
+        questions: str | PathLike[str] | Sequence[BabiQuestion],
+        books: Books | str | PathLike[str] | Iterable[str],
         length: int,
         *,
         num_samples: int | None = None,
+        ask_all: bool = False,
         seed: int = 0,
     ):
-        _check_integer("length", length, 1)
+        _check_integer("length", length, 0)
         _check_integer("seed", seed, 0)
-        self.questions = read_babi(babi_file)
-        self.length, self.seed = length, seed
+        known = read_babi(questions) if isinstance(questions, str | PathLike) else questions
+        self.length, self.seed, self.ask_all = length, seed, ask_all
+
+        sentences = sorted({sentence for question in known for sentence, _ in self._sequence(question)})
+        self.tokens_of = dict(zip(sentences, map(np.array, _encode(tokenizer, sentences)), strict=True))
+        sizes = [sum(len(self.tokens_of[text]) for text, _ in self._sequence(question)) for question in known]
+        self.questions = [asked for asked, size in zip(known, sizes, strict=True) if size <= length or not length]
+        if not self.questions:
+            raise ValueError(
+                f"`length` must be at least {min(sizes)}, as the shortest question with facts, got {length}."
+            )
         self.num_samples = len(self.questions) if num_samples is None else num_samples
         _check_integer("num_samples", self.num_samples, 1)
 
-        # Every piece of a sample but the text's first begins with a space: it is tokenized as in the midst of a text.
-        def encode(sentences: Iterable[str]) -> list[list[int]]:
-            return tokenizer([f" {sentence}" for sentence in sentences], add_special_tokens=False)["input_ids"]
-
-        pieces = sorted({piece for facts, *asked in self.questions for piece in (*facts, *asked)})
-        self.tokens_of = dict(zip(pieces, map(np.array, encode(pieces)), strict=True))
-        sizes = [sum(len(self.tokens_of[piece]) for piece in (*facts, *asked)) for facts, *asked in self.questions]
-        if max(sizes) > length:
-            raise ValueError(
-                f"`length` must be at least {max(sizes)}, as the longest question with facts, got {length}."
-            )
-
-        arrays, lengths = [np.array([], np.int32)], [0]
-        for text in logging.tqdm(_texts(books), desc="Tokenizing", unit="book", delay=SECONDS_UNTIL_PROGRESS):
-            if sentences := _sentences(text):
-                encoded = encode(sentences)
-                arrays.append(np.fromiter(chain.from_iterable(encoded), np.int32))
-                lengths += map(len, encoded)
-        self.background = np.concatenate(arrays)
-        self.breaks = np.cumsum(lengths)  # where sentences begin in it, and where the last one ends
-        if len(self.background) < length - min(sizes):
+        self.books = books if isinstance(books, Books) else tokenize_books(tokenizer, books)
+        if len(self.books.tokens) < length - min(sizes):
             raise ValueError(
                 f"`books` must have at least {length - min(sizes)} tokens for samples of {length}, "
-                f"got {len(self.background)}."
+                f"got {len(self.books.tokens)}."
             )
+
+    def _sequence(self, asked: BabiQuestion) -> list[tuple[str, bool]]:
+        """What is told and asked, in order, and which of it are answers."""
+        questions = (*(asked.earlier if self.ask_all else ()), asked)
+        begins = (0, *(len(question.facts) for question in questions))
+        sequence = []
+        for begin, (facts, question, answer, _) in zip(begins, questions, strict=False):
+            sequence += [(fact, False) for fact in facts[begin:]] + [(question, False), (answer, True)]
+        return sequence
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         generator = _generator(self.seed, index, len(self))
-        facts, question, answer = self.questions[index % len(self.questions)]
-        asked = [self.tokens_of[question], self.tokens_of[answer]]
-        told = [self.tokens_of[fact] for fact in facts]
-        count = self.length - sum(map(len, told + asked))
+        pieces: list[tuple[np.ndarray, int]] = []  # what is not torn apart, and how many of its last tokens are asked
+        for text, is_answer in self._sequence(self.questions[index % len(self.questions)]):
+            tokens = self.tokens_of[text]
+            if is_answer:
+                pieces.append((np.concatenate([pieces.pop()[0], tokens]), len(tokens)))
+            else:
+                pieces.append((tokens, 0))
+        count = max(self.length - sum(len(tokens) for tokens, _ in pieces), 0)
 
-        stop = generator.choice(self.breaks[np.searchsorted(self.breaks, count) :])
+        breaks = self.books.breaks
+        stop = generator.choice(breaks[np.searchsorted(breaks, count) :])
         start = stop - count
-        first, last = np.searchsorted(self.breaks, [start, stop], side="right")
-        places = np.sort(generator.choice([start, *self.breaks[first:last]], size=len(told)))
-        parts = np.split(self.background[start:stop], places - start)
-        text = [parts[0]]
-        for fact, part in zip(told, parts[1:], strict=True):
-            text += [fact, part]
-        return _sample(np.concatenate(text + asked), len(asked[-1]))
+        first, last = np.searchsorted(breaks, [start, stop], side="right")
+        places = np.sort(generator.choice([start, *breaks[first:last]], size=len(pieces) - 1))
+        excerpts = [(excerpt, 0) for excerpt in np.split(self.books.tokens[start:stop], places - start)]
+        parts = [*chain.from_iterable(zip(excerpts, pieces, strict=True))]
+        input_ids = torch.from_numpy(np.concatenate([tokens for tokens, _ in parts]).astype(np.int64))
+        labels = [np.where(np.arange(len(tokens)) < len(tokens) - asked, IGNORED, tokens) for tokens, asked in parts]
+        return {"input_ids": input_ids, "labels": torch.from_numpy(np.concatenate(labels).astype(np.int64))}
 
 
 def answer_accuracy(predictions: Any, labels: Any) -> dict[str, float]:
@@ -275,6 +472,52 @@ def answer_accuracy(predictions: Any, labels: Any) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def streamed_accuracy(
+    model: Any, dataset: Dataset[dict[str, torch.Tensor]], batch_size: int = 8, *, chunks_per_call: int = 16
+) -> dict[str, float]:
+    """What `answer_accuracy` gives for a data set whose samples may be of any length.
+
+    Samples are read once, in pieces, with the state carried from piece to piece, and logits are computed only where
+    something is asked: device memory does not depend on the length. An answer of several tokens is right when greedy
+    search would have given it.
+
+    Args:
+        model: a `BakaForCausalLM`. It is read in eval mode; then each of its modules is back in the mode it was in.
+        dataset: samples, of whatever lengths.
+        batch_size: samples read side by side. Shorter ones end in tokens that nothing depends on.
+        chunks_per_call: chunks of a piece.
+
+    Raises:
+        ValueError: a size is below 1, or there is a sample without an answer.
+    """
+    check_positive(batch_size=batch_size, chunks_per_call=chunks_per_call)
+    size, count = chunks_per_call * model.config.chunk_size, len(dataset)  # type: ignore[arg-type]
+    num_asked, num_right, num_solved = 0, 0, 0
+    with in_eval_mode(model):
+        for start in range(0, count, batch_size):
+            samples = [dataset[index] for index in range(start, min(start + batch_size, count))]
+            input_ids = pad_sequence([sample["input_ids"][:-1] for sample in samples], batch_first=True)
+            targets = [sample["labels"][1:] for sample in samples]
+            asked = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+            is_right = torch.zeros_like(asked, dtype=torch.bool)
+            state = model.new_cache(len(samples))
+            pieces = zip(input_ids.split(size, 1), asked.split(size, 1), is_right.split(size, 1), strict=True)
+            for ids, labels, is_right_here in pieces:
+                hidden = model.base_model(ids.to(model.device), past_key_values=state, use_cache=True)[0]
+                where = (labels != IGNORED).nonzero(as_tuple=True)
+                if len(where[0]):
+                    said = model.lm_head(hidden[where]).argmax(-1)
+                    is_right_here[where] = said.cpu() == labels[where]
+            is_asked = asked != IGNORED
+            for row in (~is_asked.any(1)).nonzero()[:1, 0].tolist():
+                raise ValueError(f"expected labels in every sample, got none in sample {start + row}.")
+            num_asked += int(is_asked.sum())
+            num_right += int(is_right.sum())
+            num_solved += int((is_right | ~is_asked).all(1).sum())
+    return {"token_accuracy": num_right / num_asked, "sequence_accuracy": num_solved / count}
+
+
 def _check_integer(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
@@ -294,14 +537,16 @@ def _sample(tokens: np.ndarray, answer_length: int) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _texts(books: str | PathLike[str] | Iterable[str]) -> Iterable[str]:
-    if not isinstance(books, str | PathLike):
-        yield from books
-    elif Path(books).suffix == ".jsonl":
-        with open(books, encoding="utf-8") as lines:
-            yield from (json.loads(line)["text"] for line in lines)
-    else:
-        yield Path(books).read_text(encoding="utf-8")
+def _encode(tokenizer: Any, sentences: Sequence[str]) -> list[list[int]]:
+    """Every sentence begins with a space: it is tokenized as in the midst of a text."""
+    fast = tokenizer.backend_tokenizer
+    return [
+        encoding.ids
+        for start in range(0, len(sentences), SENTENCES_AT_A_TIME)
+        for encoding in fast.encode_batch_fast(
+            [f" {sentence}" for sentence in sentences[start : start + SENTENCES_AT_A_TIME]], add_special_tokens=False
+        )
+    ]
 
 
 def _sentences(text: str) -> list[str]:
@@ -309,4 +554,15 @@ def _sentences(text: str) -> list[str]:
     return [sentence for sentence in re.split(r"(?<=[.!?]) ", " ".join(text.split())) if sentence]
 
 
-__all__ = ["BabiInBooksDataset", "BabiQuestion", "TaskDataset", "answer_accuracy", "read_babi"]
+__all__ = [
+    "BabiInBooksDataset",
+    "BabiQuestion",
+    "Books",
+    "RecallDataset",
+    "TaskDataset",
+    "answer_accuracy",
+    "guessing_accuracy",
+    "read_babi",
+    "streamed_accuracy",
+    "tokenize_books",
+]
