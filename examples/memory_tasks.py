@@ -305,15 +305,14 @@ def main() -> None:
     models = [model_args, *(model_args.others() if task.compare else ())]
     recalls = task.task == "recall"
     pairs = task.num_pairs if recalls else task.num_pairs[:1]
+    about = {"task": task.task, "segment_length": task.segment_length, "retold": task.retold if recalls else None}
     rows = []
     for size in product(task.num_segments, pairs):
         for seed in task.seeds or [args.seed]:
             for model in models:
                 done = train(model, task, size, args, seed)
                 if task.csv:
-                    write_csv(
-                        task.csv, [{"task": task.task, "segment_length": task.segment_length} | row for row in done]
-                    )
+                    write_csv(task.csv, [about | row for row in done])
                 rows += done
     if recalls and len(pairs) > 1:
         print(f"\nmost pairs of which {RECALLED} are recalled")

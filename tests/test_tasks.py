@@ -557,7 +557,7 @@ def test_memories_are_compared_over_distances_and_pairs(
     with open(tmp_path / "rows.csv", newline="") as file:
         written = [*csv.DictReader(file)]
     assert [row["model"] for row in written] == [row["model"] for row in rows]
-    assert all(row["task"] == "recall" and row["segment_length"] == "4" for row in written)
+    assert all((row["task"], row["segment_length"], row["retold"]) == ("recall", "4", "0.5") for row in written)
 
 
 def test_the_capacity_is_the_most_pairs_that_are_recalled() -> None:
