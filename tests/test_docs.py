@@ -237,7 +237,8 @@ def known_names() -> set[str]:
     sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
     fields = dict(memory_solidifier="glu", separate_solidifiers=True, memory_update="gate")
     config = BakaConfig(**sizes, **fields, rope_parameters=LLAMA3)
-    for model in (LlamaForCausalLM(LlamaConfig(**sizes)), BakaForCausalLM(config)):
+    associative = BakaConfig(**sizes, associative_dim=2, associative_write="tokens")
+    for model in (LlamaForCausalLM(LlamaConfig(**sizes)), *map(BakaForCausalLM, (config, associative))):
         names |= {part for name, _ in model.named_modules() for part in name.split(".")}
         names |= {part for name, _ in model.named_parameters() for part in name.split(".")}
         names |= set(model.config.rope_parameters)
