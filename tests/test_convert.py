@@ -30,7 +30,7 @@ from baka_hf import BakaForCausalLM
 from baka_hf.convert import add_memory, main
 
 N = 7
-BARE = dict(chunk_size=N, num_memory_tokens=0)
+BARE = dict(chunk_size=N, num_memory_tokens=0, num_pause_tokens=0)
 LINEAR = dict(rope_type="linear", rope_theta=50.0, factor=3.0)
 SOURCES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, dict(rope_parameters=LLAMA3, head_dim=6)),
@@ -114,6 +114,31 @@ def test_all_else_is_the_sources() -> None:
     assert (converted.config.pad_token_id, converted.config.eos_token_id) == (0, [2, 3])
     converted(text(3 * N), labels=text(3 * N)).loss.backward()
     assert all(weight.grad is not None for weight in own.values())
+
+
+@torch.no_grad()
+def test_what_is_new_begins_quietly() -> None:
+    """Pauses and the first memory vector as a first token's state, of the block from which it grows in a text too."""
+    model = source("llama", num_hidden_layers=5, num_key_value_heads=4)
+    for layer in model.model.layers[:4]:  # what grows, grows most where there is nothing else to read
+        layer.self_attn.o_proj.weight.mul_(3)
+    model.model.layers[3].mlp.down_proj.weight.mul_(50)
+    converted = add_memory(model, chunk_size=N, num_memory_tokens=4, num_pause_tokens=2).model
+    alone = model(torch.tensor([[1]]), output_hidden_states=True).hidden_states[:-1]
+    text = model.model.embed_tokens(torch.arange(1, 33) * (19 // 33))
+    reached = []
+    for state in alone:
+        embeds = torch.cat([text, state[0]])[None]
+        states = model(inputs_embeds=embeds, output_hidden_states=True).hidden_states[:-1]
+        reached.append(max(state[0, -1].norm().item() for state in states))
+    most = max(state.norm().item() for state in alone)
+    half = min((reached[0] * most) ** 0.5, max(reached))
+    sink = next(state[0, 0] for state, norm in zip(alone, reached, strict=True) if norm >= half * 0.9999)
+    assert_close(converted.memory_tokens.weight[0], sink)
+    assert_close(converted.pause_token.weight[0], sink)
+    scale = model.model.embed_tokens.weight.square().mean().sqrt().item()
+    assert_close(converted.memory_norm.weight, torch.full((16,), scale / 100))
+    assert 0.5 < converted.memory_tokens.weight[1:].std().item() / (scale / 100) < 1.5
 
 
 def test_on_the_meta_device() -> None:

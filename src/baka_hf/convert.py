@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .configuration_baka import BakaConfig
-from .modeling_baka import BakaForCausalLM
+from .modeling_baka import BakaForCausalLM, BakaModel
 
 # The decoders of transformers that are this block and nothing else.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -45,8 +45,11 @@ FIELDS = {
     "eos_token_id": "eos_token_id",
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# What is new begins so, unless other fields are given.
-DEFAULTS: dict[str, Any] = dict(num_pause_tokens=0)
+# A pause before each chunk is its sink, see `_sink_of`.
+DEFAULTS: dict[str, Any] = dict(num_pause_tokens=1)
+# Scale of memory vectors beside that of embeddings: norms of blocks, whose epsilon is more than their squares, leave
+# them small, and blocks make of each another vector. Of equal ones each would take its share of attention.
+QUIET = 0.01
 # Parts that a source has where it has such a parameter.
 PARTS = {
     "qk_norm": "model.layers.0.self_attn.q_norm.weight",
@@ -109,6 +112,8 @@ def add_memory(model: Any, *, chunk_size: int, num_memory_tokens: int = 16, **fi
     for name in missing:
         target.get_submodule(name.rpartition(".")[0]).to_empty(device=model.device, recurse=False)
     target.initialize_weights()
+    if model.device.type != "meta":
+        _begin(target.model, model)
     target.generation_config = copy.deepcopy(model.generation_config)
     return target.train(model.training)
 
@@ -138,6 +143,41 @@ def _weights_of(model: Any) -> dict[str, torch.Tensor]:
                 f"expected a source on one device, got {model.device} and, for `{name}`, {parameter.device}."
             )
     return model.state_dict()
+
+
+@torch.no_grad()
+def _begin(decoder: BakaModel, source: Any) -> None:
+    """First values for what is new, by which it disturbs a trained source as little as may be."""
+    config = decoder.config
+    sink = _sink_of(source)
+    if config.num_pause_tokens:
+        decoder.pause_token.weight.copy_(sink.expand_as(decoder.pause_token.weight))
+    if config.num_memory_tokens:
+        quiet = QUIET * decoder.embed_tokens.weight.float().square().mean().sqrt().item()
+        decoder.memory_tokens.weight.normal_(std=quiet)[0] = sink
+        if config.memory_norm:
+            decoder.memory_norm.weight.fill_(quiet)
+
+
+def _sink_of(source: Any) -> torch.Tensor:
+    """A vector [D] that a source takes for a text's first token, wherever it stands.
+
+    Trained decoders lean on that token: its state becomes so large in some block that nothing that it reads changes it
+    any more (arXiv 2402.17762), and attention that looks for nothing rests there (attention sinks, arXiv 2309.17453).
+    An embedding in the middle of a text does not come to this. The token's own state, of a block before, does: it is
+    the first that grows, where it stands behind other tokens, at least half of the way, in factors, from what an
+    embedding there comes to, to what the first token does.
+    """
+    ids = source.config.eos_token_id if source.config.bos_token_id is None else source.config.bos_token_id
+    first = torch.tensor([[ids[0] if isinstance(ids, list) else ids or 0]], device=source.device)
+    states = source(first, output_hidden_states=True).hidden_states[:-1]  # the last one is normed
+    candidates = torch.cat(states)  # [L, 1, D]
+    others = torch.arange(1, 33, device=source.device) * (source.config.vocab_size // 33)
+    text = source.get_input_embeddings()(others).expand(len(candidates), -1, -1)
+    read = source(inputs_embeds=torch.cat([text, candidates], dim=1), output_hidden_states=True, logits_to_keep=1)
+    reached = torch.stack([state[:, -1].float().norm(dim=-1) for state in read.hidden_states[:-1]]).amax(0)
+    least = (reached[0] * candidates.float().norm(dim=-1).max()).sqrt().clamp(max=reached.max())
+    return candidates[(reached >= least).int().argmax(), 0]
 
 
 def _configure(source: Any, weights: Mapping[str, torch.Tensor], given: dict[str, Any]) -> BakaConfig:
