@@ -42,8 +42,10 @@ def parse_args() -> argparse.Namespace:
 def losses(model: Any, tokens: torch.Tensor, piece: int) -> list[float]:
     """Mean nats per token of each piece of `tokens` [B, T + 1], read with a state if the model is one of ours."""
     state = model.new_cache(len(tokens)) if hasattr(model, "new_cache") else None
-    pieces = tokens[:, :-1].split(piece, dim=1)
-    logits = [model(x, cache=state).logits for x in pieces] if state is not None else model(tokens[:, :-1]).logits.split(piece, 1)
+    if state is None:
+        logits = model(tokens[:, :-1]).logits.split(piece, dim=1)
+    else:
+        logits = [model(x, cache=state).logits for x in tokens[:, :-1].split(piece, dim=1)]
     targets = tokens[:, 1:].split(piece, dim=1)
     return [F.cross_entropy(x.float().mT, y).item() for x, y in zip(logits, targets, strict=True)]
 

@@ -167,7 +167,8 @@ def main() -> None:
         print(f"\n{name}, nats per token:")
         for gain in scores[name]:
             error = gain["standard_error"]
-            print(f"  chunk {gain['first_chunk']:>4} on  {gain['gain']:+.4f}" + (f" ± {2 * error:.4f}" if error else ""))
+            spread = f" ± {2 * error:.4f}" if error else ""
+            print(f"  chunk {gain['first_chunk']:>4} on  {gain['gain']:+.4f}{spread}")
     (output / "scores.json").write_text(json.dumps(scores, indent=1))
     draw(scores[name], name).savefig(output / "gain_by_depth.png")
     print(f"\nloss {own['loss']:.4f}, {own['bits_per_byte']:.4f} bits per byte; all of it: {output}/")

@@ -1,13 +1,12 @@
-"""Decoders that get a memory: the same function of a first chunk, and of all that follows what a chunk may see of it."""
+"""Decoders that get a memory: the same function of a first chunk, and of what follows, as far as a chunk sees."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import LLAMA3, byte_tokenizer, run_script
+from helpers import LLAMA3, byte_tokenizer
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
@@ -225,7 +224,8 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert AutoTokenizer.from_pretrained(target).chat_template == "{{ messages[0].content }}"
     weights = LlamaForCausalLM.from_pretrained(folder / "source", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in weights.items())
-    for arguments, message in ((command, "must not be there yet"), ([*command[:1], f"{target}2", "--chunk_size", "99"], "99")):
+    too_long = [*command[:1], f"{target}2", "--chunk_size", "99"]
+    for arguments, message in ((command, "must not be there yet"), (too_long, "99")):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
     assert not (folder / "target2").exists()

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .configuration_baka import BakaConfig
-from .modeling_baka import BakaForCausalLM, BakaModel
+from .modeling_baka import BakaForCausalLM
 
 # The decoders of transformers that are this block and nothing else.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -46,7 +46,7 @@ FIELDS = {
 }
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A pause before each chunk is its sink, see `_sink_of`.
-DEFAULTS: dict[str, Any] = dict(num_pause_tokens=1)
+DEFAULTS: dict[str, Any] = dict(num_pause_tokens=1, memory_write="carry", memory_update="replace", memory_norm=True)
 # Scale of memory vectors beside that of embeddings: norms of blocks, whose epsilon is more than their squares, leave
 # them small, and blocks make of each another vector. Of equal ones each would take its share of attention.
 QUIET = 0.01
@@ -122,7 +122,7 @@ def _weights_of(model: Any) -> dict[str, torch.Tensor]:
     """The parameters by name, of a source that is not wrapped, packed or spread."""
     if hasattr(model, "merge_and_unload"):
         raise ValueError(
-            f"expected a model without an adapter, got {type(model).__name__}: give what its `merge_and_unload()` gives."
+            f"expected a model without an adapter, got {type(model).__name__}: give what `merge_and_unload` gives."
         )
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
@@ -146,7 +146,7 @@ def _weights_of(model: Any) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _begin(decoder: BakaModel, source: Any) -> None:
+def _begin(decoder: Any, source: Any) -> None:
     """First values for what is new, by which it disturbs a trained source as little as may be."""
     config = decoder.config
     sink = _sink_of(source)
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="folder or Hub name of a Llama, Mistral, Qwen2, Qwen3 or SmolLM2")
-    add("target", metavar="TARGET", type=Path, help="folder that the new checkpoint is written to, which is not there yet")
+    add("target", metavar="TARGET", type=Path, help="folder for the new checkpoint, which is not there yet")
     add("--chunk_size", type=int, required=True, help="tokens of text in a chunk")
     add("--num_memory_tokens", type=int, default=16, help="memory vectors (default: %(default)s)")
     add("--fields", type=json.loads, default={}, help='other fields of BakaConfig, {"num_pause_tokens": 4}')
@@ -222,7 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer.save_pretrained(args.target)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{args.target}: {model.num_parameters():,} parameters, {model.num_parameters() - source.num_parameters():,} new")
+    number, new = model.num_parameters(), model.num_parameters() - source.num_parameters()
+    print(f"{args.target}: {number:,} parameters, of which {new:,} are new")
 
 
 __all__ = ["add_memory"]
