@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import byte_tokenizer, tiny_config
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from baka_hf import BakaForCausalLM
 
@@ -94,3 +95,24 @@ def test_memory_is_followed_over_a_text(tmp_path: Path) -> None:
     assert rows[29]["norm"] == pytest.approx(out.past_key_values.memory.norm(dim=-1).mean().item(), rel=1e-4)
     refused = subprocess.run([*command, "34"], capture_output=True, text=True)
     assert "expected `chunks` from 1 to 33 for" in refused.stderr
+
+
+def test_what_a_conversion_costs_is_measured(tmp_path: Path) -> None:
+    """The source's loss on the first chunk is that of the model without memory and pauses, and no other."""
+    sizes = dict(vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.5))
+    for part in (model, byte_tokenizer()):
+        part.save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("All that is read, and what is left of it. " * 4)
+    command = [sys.executable, BENCHMARKS / "convert.py", "--source", tmp_path, "--text_file", tmp_path / "text.txt"]
+    command += ["--device", "cpu", "--chunk_size", "20", "--chunks", "4", "--num_memory_tokens", "2", "--out", tmp_path]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert output == (tmp_path / "convert.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()[2:]]
+    assert len(rows) == 5 and {len(row) for row in rows} == {6}
+    assert rows[0][1:3] == rows[1][1:3] and rows[0][3:] != rows[1][3:]
+    assert rows[1][1] != rows[2][1] != rows[3][1]
+    text = torch.tensor([byte_tokenizer()((tmp_path / "text.txt").read_text()).input_ids[:81]])
+    losses = torch.nn.functional.cross_entropy(model.eval()(text[:, :-1]).logits[0], text[0, 1:], reduction="none")
+    assert [float(loss) for loss in rows[0][1:5]] == pytest.approx(losses.view(4, 20).mean(1).tolist(), abs=1e-3)
+    assert float(rows[0][5]) == pytest.approx(losses[20:].mean().item(), abs=1e-3)
