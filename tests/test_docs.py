@@ -262,6 +262,7 @@ def known_names() -> set[str]:
 ELSEWHERE = {
     "target_modules",
     "modules_to_save",
+    "merge_and_unload",
     "compute_loss_func",
     "shift_labels",
     "num_items_in_batch",
@@ -279,6 +280,7 @@ ELSEWHERE |= {
     "batch_size",
 }
 ELSEWHERE |= {"max_position_embeddings"}  # of other configurations
+ELSEWHERE |= {"lora_rank", "memory_learning_rate", "skip_first_chunk"}  # options of examples/give_memory.py
 ELSEWHERE |= {"zero_init"}  # an option of examples/ladder.py
 ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 

@@ -112,7 +112,7 @@ def add_memory(model: Any, *, chunk_size: int, num_memory_tokens: int = 16, **fi
     for name in missing:
         target.get_submodule(name.rpartition(".")[0]).to_empty(device=model.device, recurse=False)
     target.initialize_weights()
-    if model.device.type != "meta":
+    if missing and model.device.type != "meta":
         _begin(target.model, model)
     target.generation_config = copy.deepcopy(model.generation_config)
     return target.train(model.training)
