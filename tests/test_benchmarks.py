@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import byte_tokenizer, tiny_config
 from programs import run_program
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from baka_hf import BakaForCausalLM
 
@@ -29,7 +30,7 @@ def test_both_sides_are_measured(name: str, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     rows = [line for line in lines if "work" in line]
     works = {work: {row["side"] for row in rows if row["work"] == work} for work in (row["work"] for row in rows)}
-    assert works and all(len(sides) == 2 and "BakaLLM" in sides for sides in works.values())
+    assert works and all(len(sides) > 1 and "BakaLLM" in sides for sides in works.values())
     for figure in FIGURES[name]:
         assert {row[figure] > 0 for row in rows if figure in row} == {True}
 
@@ -90,3 +91,24 @@ def test_memory_is_followed_over_a_text(tmp_path: Path) -> None:
     assert rows[29]["norm"] == pytest.approx(out.past_key_values.memory.norm(dim=-1).mean().item(), rel=1e-4)
     with pytest.raises(AssertionError, match="expected `chunks` from 1 to 33 for"):
         run_program(*command, 34)
+
+
+def test_what_a_conversion_costs_is_measured(tmp_path: Path) -> None:
+    """The source's loss on the first chunk is that of the model without memory and pauses, and no other."""
+    sizes = dict(vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.5))
+    for part in (model, byte_tokenizer()):
+        part.save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("All that is read, and what is left of it. " * 4)
+    options = ["--source", tmp_path, "--text_file", tmp_path / "text.txt", "--device", "cpu", "--out", tmp_path]
+    options += ["--chunk_size", 20, "--chunks", 4, "--num_memory_tokens", 2]
+    output = run_program(BENCHMARKS / "convert.py", tmp_path, *options)
+    assert output == (tmp_path / "convert.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()[2:]]
+    assert len(rows) == 5 and {len(row) for row in rows} == {6}
+    assert rows[0][1:3] == rows[1][1:3] and rows[0][3:] != rows[1][3:]
+    assert rows[1][1] != rows[2][1] != rows[3][1]
+    text = torch.tensor([byte_tokenizer()((tmp_path / "text.txt").read_text()).input_ids[:81]])
+    losses = torch.nn.functional.cross_entropy(model.eval()(text[:, :-1]).logits[0], text[0, 1:], reduction="none")
+    assert [float(loss) for loss in rows[0][1:5]] == pytest.approx(losses.view(4, 20).mean(1).tolist(), abs=1e-3)
+    assert float(rows[0][5]) == pytest.approx(losses[20:].mean().item(), abs=1e-3)

@@ -25,7 +25,7 @@ import transformers
 from accelerate.commands.launch import launch_command_parser
 from helpers import LLAMA3, byte_tokenizer
 from programs import run_program
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -88,9 +88,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def llama(checkpoint: Path) -> Path:
+    """A folder as of any Llama, tiny and untrained, with that checkpoint's tokenizer."""
+    folder = checkpoint.with_name("my-llama")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, bos_token_id=None)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if code_blocks(text, "python")])
-def test_python_blocks_run_one_after_another(page: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_python_blocks_run_one_after_another(page: str, checkpoint: Path, llama: Path, tmp_path: Path) -> None:
     """Every page alone, in a process of its own; lines of the program are those of the page."""
     lines: list[str] = []
     for before, block in code_blocks(TEXTS[page], "python"):
@@ -99,7 +110,9 @@ def test_python_blocks_run_one_after_another(page: str, checkpoint: Path, tmp_pa
         lines += [""] * (before - len(lines)) + block.splitlines()
     program = tmp_path / f"{Path(page).stem}.py"
     program.write_text("\n".join(lines), encoding="utf-8")
-    (tmp_path / "baka-small").symlink_to(checkpoint)
+    for folder in (checkpoint, llama):
+        (tmp_path / folder.name).symlink_to(folder)
+    (tmp_path / "book.txt").write_text("A book of some length. " * 60)
     run_program(program, tmp_path)
 
 
@@ -251,6 +264,7 @@ def known_names() -> set[str]:
 ELSEWHERE = {
     "target_modules",
     "modules_to_save",
+    "merge_and_unload",
     "compute_loss_func",
     "shift_labels",
     "num_items_in_batch",
@@ -267,6 +281,8 @@ ELSEWHERE |= {
     "max_batch_size",
     "batch_size",
 }
+ELSEWHERE |= {"max_position_embeddings"}  # of other configurations
+ELSEWHERE |= {"lora_rank", "memory_learning_rate", "skip_first_chunk"}  # options of examples/give_memory.py
 ELSEWHERE |= {"zero_init"}  # an option of examples/ladder.py
 ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 
