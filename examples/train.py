@@ -182,7 +182,7 @@ class TrainingArguments(BakaTrainingArguments):
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Samples of a step on each device."})
     max_steps: int = field(default=800, metadata={"help": "Optimizer steps; -1: num_train_epochs decides."})
     muon_learning_rate: float | None = field(
-        default=0.02, metadata={"help": "Peak learning rate of Muon, for the blocks' matrices; None: AdamW for all."}
+        default=0.02, metadata={"help": "Peak learning rate of Muon, for the blocks' matrices; 0: AdamW for all."}
     )
     learning_rate: float = field(default=8e-3, metadata={"help": "Peak learning rate of AdamW, for all else."})
     lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning rate schedule."})
@@ -196,6 +196,10 @@ class TrainingArguments(BakaTrainingArguments):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
     # Pinning without an accelerator does nothing but warn.
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory of batches."})
+
+    def __post_init__(self) -> None:
+        self.muon_learning_rate = self.muon_learning_rate or None  # which no command line can say
+        super().__post_init__()
 
 
 # ---- documents: data sets with the columns "name" and "text" ----
