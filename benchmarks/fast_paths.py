@@ -23,10 +23,12 @@ from baka_hf import attention_baka, decoding_graphs_baka, layers_baka, loss_baka
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-def training(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
+def training(
+    args: argparse.Namespace, without: Context, rows: int, length: int, **fields: Any
+) -> Callable[[], None]:
     """A run of one compiled training step, recorded as CUDA graphs."""
     torch._dynamo.reset()
-    model = new_baka(args).train()
+    model = new_baka(args, **fields).train()
     model.cuda_graphs_enable()
     tokens = random_tokens(model, rows, length)
     step = model if args.device == "cpu" else torch.compile(model)
@@ -39,10 +41,12 @@ def training(args: argparse.Namespace, without: Context, rows: int, length: int)
     return run
 
 
-def stepping(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
+def stepping(
+    args: argparse.Namespace, without: Context, rows: int, length: int, **fields: Any
+) -> Callable[[], None]:
     """A run of `length` steps of one token from a static state."""
     torch._dynamo.reset()
-    model = new_baka(args)
+    model = new_baka(args, **fields)
     tokens = random_tokens(model, rows, 1)
     with without():
         state = model.new_cache(rows, static=args.device != "cpu")

@@ -72,6 +72,7 @@ class Arguments:
     worth: list[str] = field(
         default_factory=list, metadata={"help": "Held-out text on which it is measured what the past is worth."}
     )
+    save: bool = field(default=False, metadata={"help": "Keep every trained model, in models/ of the output."})
     deadline: float | None = field(
         default=None, metadata={"help": "Seconds from the start by which to end: take no run that would last longer."}
     )
@@ -230,6 +231,7 @@ def train(run: Run, seed: int, tokens: Tokens, output: str) -> tuple[Any, dict[s
         warmup_steps=min(setting.warmup_steps, steps - decay),
         lr_scheduler_type="warmup_stable_decay",
         bf16=on_gpu,
+        tf32=on_gpu or None,  # what is kept in float32: associations
         torch_compile=on_gpu,
         cuda_graphs=on_gpu,
         seed=seed,
@@ -323,6 +325,8 @@ def main() -> None:
                 model, about = train(run, seed, tokens, args.output)
                 with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
                     results = list(score(run, model, tokens, args, **about))
+                if args.save:
+                    model.save_pretrained(Path(args.output, "models", re.sub(r"[^\w.=-]+", "_", name)))
                 for result in results:
                     write_result(database, result)
         except Timeout:

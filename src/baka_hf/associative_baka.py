@@ -18,6 +18,7 @@ NUM_SHIFTS = 3  # ν of DPFP-ν: a key of d numbers has 2νd features
 EPSILON = 1e-5
 MAX_PIECE = 64  # tokens whose writes are solved for at once
 BLOCK = 8  # rows of a triangular matrix whose inverse is a product
+FEW = 2  # queries that compiled sums serve better than a product of matrices: norm, cast and sum are one pass
 
 
 def associative_layers(config: Any) -> list[int]:
@@ -95,9 +96,18 @@ class BakaTokenAssociation(nn.Module):
 
     def read(self, query: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What is stored under `query`, a product of `q_proj` [B, Q, H · d]: [B, Q, D]."""
+        return self.o_proj(self.look_up(query, held))
+
+    def look_up(self, query: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """What `o_proj` takes, [B, Q, H · head_dim], arguments as in `read`."""
+        (state,), dtype = held, query.dtype
         query = self.of_heads(query)
-        query = F.normalize(query.to(at_least_float32(query.dtype)), dim=-1).to(query.dtype)
-        return self.o_proj((query @ held[0].to(query.dtype)).transpose(1, 2).flatten(2))
+        query = F.normalize(query.to(at_least_float32(dtype)), dim=-1).to(dtype)
+        if query.shape[2] <= FEW:
+            found = (query[..., None].to(state) * state[:, :, None]).sum(-2).to(dtype)
+        else:
+            found = query @ state.to(dtype)
+        return found.transpose(1, 2).flatten(2)
 
     def project(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Keys [B, n, H · d], values [B, n, H · head_dim], and what strengths and decay are made of [B, n, H]."""

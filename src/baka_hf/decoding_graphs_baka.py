@@ -286,6 +286,8 @@ class DecodingBlock:
         self.layer, self.slots = layer, slots
         self.of_input = Joined.of(layer.input_projections)
         self.of_mlp = None if layer.is_parallel else Joined.of(layer.mlp_projections)
+        beside = layer.projections_beside
+        self.of_attended = torch.cat([linear.weight for linear in beside], dim=1) if len(beside) > 1 else None
         self.enter, self.leave, self.write = enter, leave, write
 
     def refresh(self) -> None:
@@ -293,6 +295,8 @@ class DecodingBlock:
             self.of_input.copy_(self.layer.input_projections)
             if self.of_mlp is not None:
                 self.of_mlp.copy_(self.layer.mlp_projections)
+            if self.of_attended is not None:
+                torch.cat([linear.weight for linear in self.layer.projections_beside], dim=1, out=self.of_attended)
 
     def __call__(
         self,
@@ -315,7 +319,7 @@ class DecodingBlock:
             scale=attention.scaling,
             enable_gqa=attention.num_key_value_groups > 1,
         )
-        output = self.leave(self.layer, entered, attended, self.of_mlp, held)
+        output = self.leave(self.layer, entered, attended, self.of_attended, self.of_mlp, held)
         if associated is not None and view.writers is not None and view.writers.completes:
             inputs = view.writers.take(output) if entered.inputs is None else entered.inputs
             associated = associated._replace(held=self.write(self.layer, held, inputs))
@@ -405,13 +409,20 @@ def leave(
     layer: Any,
     entered: Entered,
     attended: torch.Tensor,
+    of_attended: torch.Tensor | None,
     of_mlp: Joined | None,
     held: tuple[torch.Tensor, ...] | None,
 ) -> torch.Tensor:
-    """What a block does after attention, [B, H, Q, head_dim]: its output [B, Q, D]."""
-    attended = layer.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
-    if entered.association_query is not None:
-        attended = attended + layer.association.read(entered.association_query, held)
+    """What a block does after attention, [B, H, Q, head_dim]: its output [B, Q, D].
+
+    `of_attended` are the weights of all that is read beside attention, side by side.
+    """
+    attended, o_proj = attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj
+    if of_attended is None:
+        attended = o_proj(attended)
+    else:
+        found = layer.association.look_up(entered.association_query, held)
+        attended = nn.functional.linear(torch.cat([attended, found], dim=-1), of_attended, o_proj.bias)
     mlp = layer.mlp.down_proj if of_mlp is None else partial(_mlp, layer, of_mlp)
     return layer.combine(entered.hidden_states, attended, mlp, entered.gated)
 

@@ -51,7 +51,7 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         if config.residual_initializer_range is not None:
             initialise(config.residual_initializer_range, self.self_attn.o_proj, self.mlp.down_proj)
         self.association: Any = ASSOCIATIONS[config.associative_write](config) if has_association else None
-        self.is_read_beside = config.associative_write == "tokens"
+        self.is_read_beside = has_association and config.associative_write == "tokens"
 
     def forward(
         self,
@@ -118,9 +118,15 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         if self.is_parallel:
             projections += self.mlp_projections
-        if self.association is not None and self.is_read_beside:
+        if self.is_read_beside:
             projections.append(self.association.q_proj)
         return projections
+
+    @property
+    def projections_beside(self) -> list[nn.Linear]:
+        """What gives the sum beside the MLP: attention's output, if associations are read there too theirs."""
+        o_proj = self.self_attn.o_proj
+        return [o_proj, self.association.o_proj] if self.is_read_beside else [o_proj]
 
     @property
     def mlp_projections(self) -> list[nn.Linear]:
