@@ -23,9 +23,7 @@ from baka_hf import attention_baka, decoding_graphs_baka, layers_baka, loss_baka
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-def training(
-    args: argparse.Namespace, without: Context, rows: int, length: int, **fields: Any
-) -> Callable[[], None]:
+def training(args: argparse.Namespace, without: Context, rows: int, length: int, **fields: Any) -> Callable[[], None]:
     """A run of one compiled training step, recorded as CUDA graphs."""
     torch._dynamo.reset()
     model = new_baka(args, **fields).train()
@@ -41,9 +39,7 @@ def training(
     return run
 
 
-def stepping(
-    args: argparse.Namespace, without: Context, rows: int, length: int, **fields: Any
-) -> Callable[[], None]:
+def stepping(args: argparse.Namespace, without: Context, rows: int, length: int, **fields: Any) -> Callable[[], None]:
     """A run of `length` steps of one token from a static state."""
     torch._dynamo.reset()
     model = new_baka(args, **fields)

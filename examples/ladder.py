@@ -282,7 +282,8 @@ def score(run: Run, model: Any, tokens: Tokens, args: Arguments, **about: Any) -
         options = dict(batch_size=args.eval_batch_size, progress=False, by_document=True)
         own, gains, pasts = evaluate_documents(model, documents, num_bytes=num_bytes, **options), {}, []
         if dataset in args.worth:
-            pasts += [("memory", "exchanged"), ("memory", "learned")] if model.config.num_memory_tokens else []
+            has_memory = model.config.num_memory_tokens or model.config.associative_dim
+            pasts += [("memory", "exchanged"), ("memory", "learned")] if has_memory else []
             pasts += [("keys", "exchanged")] if model.config.use_xl_cache else []
         for part, past in pasts:
             other = evaluate_documents(model, documents, **options, **{part: past})

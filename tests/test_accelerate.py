@@ -157,7 +157,9 @@ def test_weights_are_loaded_in_another_precision(name: str, checkpoint: Path) ->
         model = load(checkpoint, **{name: dtype})
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
         tokens = random_tokens(model.config, 2, LENGTH)
-        assert carried(model, tokens)[1].memory.dtype == model(tokens).logits.dtype == torch.bfloat16
+        state = carried(model, tokens)[1]
+        assert state.layers[0].keys.dtype == model(tokens).logits.dtype == torch.bfloat16
+        assert state.memory.dtype == torch.float32  # normed
 
 
 # Quantization

@@ -34,20 +34,24 @@ from baka_hf import BakaCache, BakaForCausalLM, calls_baka
 @every_state
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_size_is_the_formula_and_stays_so(overrides: dict[str, Any], dtype: torch.dtype) -> None:
-    """B · (L · 2 · H_kv · d · 2S + R · D) numbers (S without XL), before, during and long after reading; and each
-    association, in float32: 6a · (D + 1), or H · a · d and n · D more of the model's."""
+    """B · (L · 2 · H_kv · d · 2S + R · D) numbers (S without XL), before, during and long after reading, R · D in float32
+    if they are normed; and each association, in float32: 6a · (D + 1), or H · a · d and n · D more of the model's."""
     model = tiny_model(tiny_config(**overrides), dtype)
     config, cache = model.config, model.new_cache(3)
     slots = 2 * config.num_memory_tokens + config.chunk_size + config.num_pause_tokens
     if config.use_xl_cache:
         slots *= 2
     numbers = config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * slots
-    numbers += config.num_memory_tokens * config.hidden_size
+    vectors = config.num_memory_tokens * config.hidden_size
     associations = config.num_hidden_layers // config.associative_layer_interval
     in_float32 = associations * 6 * config.associative_dim * (config.hidden_size + 1)
     if config.associative_write == "tokens":
         in_float32 = associations * config.num_attention_heads * config.associative_dim * config.head_dim
         numbers += associations * config.chunk_size * config.hidden_size
+    if config.memory_norm:
+        in_float32 += vectors
+    else:
+        numbers += vectors
     expected = 3 * (numbers * dtype.itemsize + in_float32 * 4)
     assert cache.nbytes == expected
     for length in (1, 1, 3, 5, 60):

@@ -42,7 +42,7 @@ DEFAULTS = dict(
     associative_dim=0,
     associative_write="memory",
     associative_layer_interval=1,
-    num_pause_tokens=8,
+    num_pause_tokens=0,
     pause_placement="fixed",
     use_xl_cache=True,
     bptt_chunks=None,
@@ -55,6 +55,7 @@ DEFAULTS = dict(
 
 # What evidence has changed of the diary's, which files without a word of it mean.
 DIARY = DEFAULTS | dict(hidden_act="elephant", qk_norm=False, residual_initializer_range=None, memory_norm=False)
+DIARY |= dict(num_pause_tokens=8)
 
 # Every field away from its default.
 UNUSUAL = dict(

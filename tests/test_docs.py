@@ -248,7 +248,7 @@ def known_names() -> set[str]:
             if getattr(thing, "__module__", "") == module.__name__:
                 names |= {name} | members_of(thing)
     sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
-    fields = dict(memory_solidifier="glu", separate_solidifiers=True, memory_update="gate")
+    fields = dict(memory_solidifier="glu", separate_solidifiers=True, memory_update="gate", num_pause_tokens=1)
     config = BakaConfig(**sizes, **fields, rope_parameters=LLAMA3)
     associative = BakaConfig(**sizes, associative_dim=2, associative_write="tokens")
     for model in (LlamaForCausalLM(LlamaConfig(**sizes)), *map(BakaForCausalLM, (config, associative))):
@@ -351,7 +351,7 @@ def test_table_of_weights_is_that_of_the_models() -> None:
     variants = [dict(memory_solidifier=name, qk_norm=False) for name in ("glu", "gelephant", "mlp", "layer")]
     block = dict(parallel_residual=False, qk_norm=True, attention_bias=True, mlp_bias=True)
     block |= dict(associative_dim=6, associative_write="tokens")
-    for fields in (*variants, block, dict(memory_update="gate")):
+    for fields in (*variants, block, dict(memory_update="gate"), dict(num_pause_tokens=2)):
         model = BakaForCausalLM(BakaConfig(**sizes, **fields))
         found |= {name.replace(".0.", ".N."): tuple(weight.shape) for name, weight in model.state_dict().items()}
         assert not list(model.buffers())

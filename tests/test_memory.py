@@ -370,12 +370,12 @@ def test_a_file_from_before_updates_had_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gated_memory_holds(dtype: torch.dtype) -> None:
+def test_a_normed_memory_holds(dtype: torch.dtype) -> None:
     """Over hundreds of chunks its norm stays, it goes on changing, and it is where its formula says it must be."""
     numbers = {}
-    for name in ("replace", "gate"):
+    for name in ("plain", "replace", "gate"):
         torch.manual_seed(0)
-        kind = dict(memory_update=name, memory_norm=name == "gate")
+        kind = dict(memory_update=name.replace("plain", "replace"), memory_norm=name != "plain")
         config = tiny_config(**kind, chunk_size=2, num_pause_tokens=0, hidden_size=48, num_memory_tokens=4)
         model = BakaForCausalLM(config).to(dtype).eval()
         state, memories = model.new_cache(), []
@@ -384,13 +384,15 @@ def test_a_gated_memory_holds(dtype: torch.dtype) -> None:
                 model(chunk, cache=state, logits_to_keep=1)
                 memories.append(state.memory[0])
         numbers[name] = torch.stack(memories)
-    assert numbers["gate"].dtype == torch.float32
+    assert numbers["plain"].dtype == dtype
     norms = {name: memories.float().norm(dim=-1).mean(-1) for name, memories in numbers.items()}
-    early, late = norms["gate"][100:200].mean(), norms["gate"][200:].mean()
-    assert 0.9 < late / early < 1.1 and norms["gate"][100:].std() < 0.1 * early
-    assert norms["replace"][-1] > 1.5 * norms["replace"][99]
-    changed = numbers["gate"][1:] != numbers["gate"][:-1]
-    assert changed.float().mean() > 0.99
+    assert norms["plain"][-1] > 1.5 * norms["plain"][99]
+    for name in ("replace", "gate"):
+        assert numbers[name].dtype == torch.float32
+        early, late = norms[name][100:200].mean(), norms[name][200:].mean()
+        assert 0.9 < late / early < 1.1 and norms[name][100:].std() < 0.1 * early
+        changed = numbers[name][1:] != numbers[name][:-1]
+        assert changed.float().mean() > 0.99
     norm, learned = model.model.memory_norm, model.model.learned_memory(state.memory)
     bound = norm.weight.abs() * 47**0.5 + norm.bias.abs()
     assert (numbers["gate"].abs() <= bound.maximum(learned.abs())).all()

@@ -137,7 +137,7 @@ class BakaConfig(PreTrainedConfig):
             token of the text, in each of `num_attention_heads` heads (the gated delta rule, arXiv 2412.06464).
         associative_layer_interval (`int`, defaults to 1): Every so many blocks one has an associative memory: of 1, 2,
             3, … counted from 1, those that it divides.
-        num_pause_tokens (`int`, defaults to 8): Pauses in a chunk (arXiv 2310.02226), at most `chunk_size`.
+        num_pause_tokens (`int`, defaults to 0): Pauses in a chunk (arXiv 2310.02226), at most `chunk_size`.
         pause_placement (`str`, defaults to `"fixed"`): `"fixed"`, before every (n // P)-th token, or `"random"`
             while training, unless dropout is switched off.
         use_xl_cache (`bool`, defaults to `True`): Attend to the previous chunk's keys and values.
@@ -193,7 +193,7 @@ class BakaConfig(PreTrainedConfig):
     associative_dim: int = 0
     associative_write: str = "memory"
     associative_layer_interval: int = 1
-    num_pause_tokens: int = 8
+    num_pause_tokens: int = 0
     pause_placement: str = "fixed"
     use_xl_cache: bool = True
     bptt_chunks: int | None = None

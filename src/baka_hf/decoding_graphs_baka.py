@@ -287,7 +287,7 @@ class DecodingBlock:
         self.of_input = Joined.of(layer.input_projections)
         self.of_mlp = None if layer.is_parallel else Joined.of(layer.mlp_projections)
         beside = layer.projections_beside
-        self.of_attended = torch.cat([linear.weight for linear in beside], dim=1) if len(beside) > 1 else None
+        self.of_attended = _side_by_side(beside) if len(beside) > 1 else None
         self.enter, self.leave, self.write = enter, leave, write
 
     def refresh(self) -> None:
@@ -296,7 +296,7 @@ class DecodingBlock:
             if self.of_mlp is not None:
                 self.of_mlp.copy_(self.layer.mlp_projections)
             if self.of_attended is not None:
-                torch.cat([linear.weight for linear in self.layer.projections_beside], dim=1, out=self.of_attended)
+                self.of_attended.copy_(_side_by_side(self.layer.projections_beside))
 
     def __call__(
         self,
@@ -400,6 +400,12 @@ def enter(
     return Entered(hidden_states, query, gated, association_query, inputs)
 
 
+@torch.no_grad()
+def _side_by_side(linears: list[nn.Linear]) -> torch.Tensor:
+    """The weights of layers whose products are added, as one that multiplies their inputs side by side."""
+    return torch.cat([linear.weight for linear in linears], dim=1)
+
+
 def one_product(linears: list[nn.Linear], normed: torch.Tensor, joined: Joined) -> Sequence[torch.Tensor]:
     """What `linears` make of `normed`, by all their rows in one matrix."""
     return nn.functional.linear(normed, joined.weight, joined.bias).split(joined.sizes, dim=-1)
@@ -415,7 +421,7 @@ def leave(
 ) -> torch.Tensor:
     """What a block does after attention, [B, H, Q, head_dim]: its output [B, Q, D].
 
-    `of_attended` are the weights of all that is read beside attention, side by side.
+    `of_attended` are the weights of attention and of what is read beside it, if anything is, side by side.
     """
     attended, o_proj = attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj
     if of_attended is None:

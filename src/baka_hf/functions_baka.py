@@ -75,10 +75,27 @@ def initialise(std: float, *modules: nn.Linear | nn.Embedding) -> None:
         module.initial_std = std  # type: ignore[assignment]
 
 
-def get_norm(config: BakaConfig) -> nn.Module:
-    """A norm of states [..., D], of the kind that the configuration says."""
-    kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.layer_norm_eps)
+class WideLayerNorm(nn.LayerNorm):
+    """LayerNorm of states [..., D], computed and given in float32 at least."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        dtype = at_least_float32(states.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return nn.functional.layer_norm(states.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class WideRMSNorm(nn.RMSNorm):
+    """RMSNorm of states [..., D], computed and given in float32 at least."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        dtype = at_least_float32(states.dtype)
+        return nn.functional.rms_norm(states.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+
+
+def get_norm(config: BakaConfig, wide: bool = False) -> nn.Module:
+    """A norm of states [..., D], of the kind that the configuration says; `wide`: in float32 at least."""
+    kinds: tuple[Any, Any] = (WideLayerNorm, WideRMSNorm) if wide else (nn.LayerNorm, nn.RMSNorm)
+    return kinds[config.norm_type == "rmsnorm"](config.hidden_size, eps=config.layer_norm_eps)
 
 
 def inverse_frequencies(rope_type: str, theta: float, head_dim: int, *scaling: float) -> torch.Tensor:

@@ -54,14 +54,15 @@ class BakaMemoryUpdate(nn.Module):
         Args:
             config: a `BakaConfig`, or what a state knows of one: the fields in `state_files_baka.SIGNATURE_FIELDS`.
         """
-        return {"memory": Held((config.num_memory_tokens, config.hidden_size))}
+        # Normed, vectors differ by little from chunk to chunk: half precision would give many of their numbers twice.
+        return {"memory": Held((config.num_memory_tokens, config.hidden_size), in_float32=config.memory_norm)}
 
     def forward(self, memory: Memory, written: torch.Tensor) -> Memory:
         """What `memory`, whose vectors the chunk has read, becomes after it has `written` [B, R, D].
 
         Rows do not see each other, nothing is changed in place, and no number goes to the host. `memory` is in the
         dtypes it is kept in, which what is returned is brought to; `written` is in the model's. With `memory_norm` what
-        was written is normed already.
+        was written is normed already, in float32 at least.
         """
         return memory | {"memory": written}
 
@@ -98,14 +99,10 @@ class BakaGatedMemoryUpdate(BakaMemoryUpdate):
         num_vectors, hidden_size = self.gate_bias.shape
         init.copy_(self.gate_bias, torch.linspace(0, 3, num_vectors)[:, None].expand(-1, hidden_size))
 
-    @classmethod
-    def held(cls, config: Any) -> dict[str, Held]:
-        return {"memory": Held((config.num_memory_tokens, config.hidden_size), in_float32=True)}
-
     def forward(self, memory: Memory, written: torch.Tensor) -> Memory:
         vectors = memory["memory"]
-        gate = (self.gate_proj(written).to(vectors) + self.gate_bias.to(vectors)).sigmoid()
-        return {"memory": gate * vectors + (1 - gate) * written.to(vectors)}
+        gate = self.gate_proj(written.to(self.gate_bias.dtype)).to(vectors) + self.gate_bias.to(vectors)
+        return {"memory": torch.lerp(written.to(vectors), vectors, gate.sigmoid())}
 
 
 MEMORY_UPDATES: dict[str, type[BakaMemoryUpdate]] = {"replace": BakaMemoryUpdate, "gate": BakaGatedMemoryUpdate}

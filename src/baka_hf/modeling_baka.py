@@ -176,7 +176,7 @@ class BakaModel(BakaPreTrainedModel):
             if self.memory_update.needs_norm:
                 initialise(1.0, self.memory_tokens)
             if config.memory_norm:
-                self.memory_norm = get_norm(config)
+                self.memory_norm = get_norm(config, wide=True)
             if config.separate_solidifiers:
                 self.read_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
                 self.write_solidifier = SOLIDIFIERS[config.memory_solidifier](config)
