@@ -33,7 +33,9 @@ SCORE_COLUMNS = ("run", "seed", "data", "loss", "perplexity", "bits/byte", "note
 # The last part of a model's class name, its Auto class and the Hub's name of what it does.
 TASKS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "Model": ("AutoModel", "feature-extraction"),
 }
 
