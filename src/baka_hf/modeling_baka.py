@@ -5,7 +5,7 @@ in one pass, and has `Reading` read them; everything recurrent goes through `Bak
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -207,7 +207,7 @@ class BakaModel(BakaPreTrainedModel):
         past_key_values: BakaCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
@@ -224,7 +224,7 @@ class BakaModel(BakaPreTrainedModel):
             use_cache: return the state; by default `config.use_cache`, and no when training. False with a state is
                 refused: it goes forward.
             output_hidden_states: also return the embeddings and each block's output over the text, [B, L, D] each,
-                the last one normed.
+                the last one normed; or only those that an index or a list of indices names, and None for the others.
             output_attentions: also return each block's weights (eager attention only), [B, heads, L, 2S]: over
                 the slots of the previous chunk's stream, then over those of the own one.
 
@@ -288,7 +288,7 @@ class BakaModel(BakaPreTrainedModel):
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         cache: BakaCache | None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         within_beam_search: bool = False,
         **kwargs: Any,
