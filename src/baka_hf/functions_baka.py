@@ -171,8 +171,10 @@ def choose_rows(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torc
 
 
 def any_rows(rows: Any) -> bool:
-    """Whether any row may be meant: nobody waits for an accelerator to say that none is."""
-    return rows if isinstance(rows, bool) else rows.device.type != "cpu" or bool(rows.any())
+    """Whether any row may be meant: nobody waits for an accelerator to say that none is, and a program serves all."""
+    if isinstance(rows, bool):
+        return rows
+    return torch.compiler.is_compiling() or rows.device.type != "cpu" or bool(rows.any())
 
 
 def and_rows(left: Any, right: Any) -> Any:
