@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from baka_hf import BakaConfig
-from baka_hf.results import read_results
+from baka_hf.results import Result, read_results, write_result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -257,8 +257,12 @@ def test_streaming_carries_memory_and_resumes(
     whole, resumed = ["--streaming", "--output_dir", f"{tmp_path}/whole"], ["--output_dir", f"{tmp_path}/resumed"]
     monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *whole])
     train.main()
+    another = Result(run_id="whole", seed=1, dataset="elsewhere", split="test", loss=1.0, num_tokens=1)
+    write_result(tmp_path / "all.db", another)
     resume = ["--resume_from_checkpoint", f"{tmp_path}/whole/checkpoint-4"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *whole, *resume, *resumed])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *trained.arguments, *whole, *resume, *resumed, "--results_db", f"{tmp_path}/all.db"]
+    )
     train.main()
     weights = load_file(tmp_path / "whole" / "model.safetensors")
     assert_close(load_file(tmp_path / "resumed" / "model.safetensors"), weights)
@@ -269,6 +273,12 @@ def test_streaming_carries_memory_and_resumes(
     assert (result.run_id, result.steps, result.split) == ("whole", 6, "validation")
     assert blocks.run_id == "whole" and bigram.run_id.startswith("bigram") and bigram.num_tokens == result.num_tokens
     assert math.isfinite(result.loss) and result.loss_by_chunk and result.curves["train"]
+    assert result.note.endswith("2 memory vectors and the keys and values of the chunk before carried along")
+    shared, own = (
+        [dataclasses.replace(each, written=None) for each in read_results(tmp_path / name)]
+        for name in ("all.db", "resumed/results.db")
+    )
+    assert shared == [dataclasses.replace(another, written=None), *own]
 
 
 def test_two_processes_go_on_where_one_stood(
