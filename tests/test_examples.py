@@ -18,13 +18,14 @@ from helpers import CHECKPOINTING
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from baka_hf import BakaConfig
 from baka_hf.results import Result, read_results, write_result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import ask
 import generate
 import train
 
@@ -341,12 +342,44 @@ def test_a_prompt_is_shown_and_continued(
     assert text.startswith("class") and len(text) > len("class\n")
 
 
+def test_a_document_is_asked(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Each question is answered as if it were the only one, by a document just read or by its state in a file; as
+    `generate` answers with the whole text in front of it."""
+    (tmp_path / "book.txt").write_text(TEXT[:3000])
+    flags = f"--model {trained.output} --temperature 0 --max_new_tokens 12 --form {{}}:".split()
+
+    def answers(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["ask.py", *arguments, *flags])
+        ask.main()
+        return capsys.readouterr().out
+
+    both = answers("class", "import", "--document", f"{tmp_path}/book.txt", "--save_state", f"{tmp_path}/read")
+    first, second = (answers(question, "--load_state", f"{tmp_path}/read") for question in ("class", "import"))
+    assert both == first + second and first.startswith("class\n") and second.startswith("import\n")
+
+    tokenizer = AutoTokenizer.from_pretrained(trained.output)
+    model = AutoModelForCausalLM.from_pretrained(trained.output)
+    ids = [tokenizer.bos_token_id]
+    for text in (TEXT[:3000], "import:"):
+        ids += tokenizer(text, add_special_tokens=False).input_ids
+    options = dict(do_sample=False, max_new_tokens=12, stop_strings=["\n"], tokenizer=tokenizer)
+    output = model.generate(torch.tensor([ids]), **options)
+    assert second == "import\n" + tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True) + "\n"
+
+
 def test_what_is_not_there_is_told_by_a_message_alone(
     trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """No checkpoint, and nobody asks the Hub for one of that name; no state, or one of other weights."""
-    with pytest.raises(SystemExit, match="there is no folder 'nowhere'"):
-        run_generate(trained, monkeypatch, "--model nowhere")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.AutoTokenizer, "from_pretrained", None)
+        for folder in ("nowhere", f"{tmp_path}/nowhere", "./nowhere", str(tmp_path)):
+            with pytest.raises(SystemExit, match=f"there is no checkpoint in a folder '{folder}'"):
+                run_generate(trained, monkeypatch, f"--model {folder}")
+        with pytest.raises(TypeError):  # somebody on the Hub may have it
+            run_generate(trained, monkeypatch, "--model somebody/baka-small")
     with pytest.raises(SystemExit, match=r"expected a saved state at .*nowhere"):
         run_generate(trained, monkeypatch, f"--load_state {tmp_path}/nowhere")
     run_generate(trained, monkeypatch, f"--max_new_tokens 0 --save_state {tmp_path}/state", stdin=TEXT)
