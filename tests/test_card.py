@@ -13,7 +13,13 @@ from helpers import CONFIGS, random_tokens, snippet, tiny_config
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
-from baka_hf import BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
+from baka_hf import (
+    BakaConfig,
+    BakaForCausalLM,
+    BakaForSequenceClassification,
+    BakaForTokenClassification,
+    BakaModel,
+)
 from baka_hf.data import LaneDataset
 from baka_hf.evaluation import evaluate_documents
 from baka_hf.hub import model_card, what_is_carried
@@ -303,7 +309,9 @@ def test_the_snippet_of_a_trained_model_runs(
     assert names["state"].get_seq_length() == names["text"].shape[1] - 1 > 400
 
 
-@pytest.mark.parametrize("model_class", [BakaForCausalLM, BakaModel, BakaForSequenceClassification])
+@pytest.mark.parametrize(
+    "model_class", [BakaForCausalLM, BakaModel, BakaForSequenceClassification, BakaForTokenClassification]
+)
 @pytest.mark.parametrize("has_tokenizer", [True, False])
 def test_other_snippets_run(
     model_class: Any,

@@ -504,6 +504,18 @@ def test_packed_documents(overrides: dict[str, Any]) -> None:
         assert out.past_key_values.num_tokens[row] == lengths[-1]
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_padded_rows_are_packed_ones(attn_implementation: str) -> None:
+    """As transformers' shared tests have it: rows padded on the left, and the same rows as one without padding."""
+    model = tiny_model(tiny_config())
+    model.set_attn_implementation(attn_implementation)
+    rows = texts(model, 13, 5, 9)
+    mask = torch.stack([F.pad(torch.ones_like(row), (13 - len(row), 0)) for row in rows])
+    padded = model(scatter(rows, mask), attention_mask=mask).logits[mask == 1]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    assert_close(model(torch.cat(rows)[None], position_ids=positions[None]).logits[0], padded, **EXACT)
+
+
 @state_configs
 @pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
 def test_packed_row_alone(overrides: dict[str, Any], lengths: list[int]) -> None:
