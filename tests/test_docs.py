@@ -292,8 +292,11 @@ ELSEWHERE |= {  # transformers' shared tests
     "test_capture_outputs_decorator",
     "test_generate_compile_model_forward_fullgraph",
     "test_generate_with_static_cache",
+    "test_model_rope_scaling_frequencies",
+    "test_model_rope_scaling_from_config",
     "test_model_weights_reload_no_missing_tied_weights",
     "test_retain_grad_hidden_states_attentions",
+    "test_training_overfit",
 }
 ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 
