@@ -144,7 +144,8 @@ def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    # Not by `torch.promote_types`, which would be an operation of exported programs.
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
