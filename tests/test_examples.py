@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -349,6 +350,13 @@ def test_a_document_is_asked(
     `generate` answers with the whole text in front of it."""
     (tmp_path / "book.txt").write_text(TEXT[:3000])
     flags = f"--model {trained.output} --temperature 0 --max_new_tokens 12 --form {{}}:".split()
+    counts: list[int] = []
+
+    def write(model: Any, tokenizer: Any, state: Any, *others: Any, **options: Any) -> int:
+        counts.append(int(state.num_tokens))
+        return generate.write(model, tokenizer, state, *others, **options)
+
+    monkeypatch.setattr(ask, "write", write)
 
     def answers(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["ask.py", *arguments, *flags])
@@ -357,7 +365,12 @@ def test_a_document_is_asked(
 
     both = answers("class", "import", "--document", f"{tmp_path}/book.txt", "--save_state", f"{tmp_path}/read")
     first, second = (answers(question, "--load_state", f"{tmp_path}/read") for question in ("class", "import"))
-    assert both == first + second and first.startswith("class\n") and second.startswith("import\n")
+    assert (
+        both == first + second
+        and counts[:2] == counts[2:]
+        and first.startswith("class\n")
+        and second.startswith("import\n")
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(trained.output)
     model = AutoModelForCausalLM.from_pretrained(trained.output)
