@@ -9,6 +9,7 @@ The text is read chunk by chunk into a state of constant size, so the memory nee
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -52,9 +53,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    if "/" not in args.model and not Path(args.model).is_dir():
+    folder = Path(args.model)
+    # A Hub id is user/name; what stands in a folder that there is, is meant to be a folder.
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", args.model) and not folder.parent.is_dir()
+    if not (folder / "config.json").is_file() and not is_hub_id:
         sys.exit(
-            f"--model: there is no folder {args.model!r} (examples/train.py writes one), and a Hub id is user/name."
+            f"--model: there is no checkpoint in a folder {args.model!r} (examples/train.py writes one), "
+            "and a Hub id is user/name."
         )
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)

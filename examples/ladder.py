@@ -63,6 +63,7 @@ class Arguments:
     runs: list[str] = field(metadata={"help": "What is trained, see above."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each run is trained with each of them."})
     output: str = field(default="baka-ladder", metadata={"help": "Folder of results.db, and of locks and tokens."})
+    results_db: str | None = field(default=None, metadata={"help": "File of the results. results.db of the output."})
     tokens: str | None = field(
         default=None, metadata={"help": "File that keeps the tokens; made if there is none. tokens.npz of the output."}
     )
@@ -300,7 +301,7 @@ def main() -> None:
         if missing := [name for name in (*valid, *args.worth) if not valid.get(name) or name == "train"]:
             raise ValueError(f"valid: expected NAME=FILE for every held-out text, got none for {', '.join(missing)}.")
         runs = [Run.parse(text, setting) for text in args.runs]
-        locks, database = Path(args.output, "locks"), Path(args.output, "results.db")
+        locks, database = Path(args.output, "locks"), Path(args.results_db or Path(args.output, "results.db"))
         locks.mkdir(parents=True, exist_ok=True)
         tokens = load_tokens(
             args.tokens or Path(args.output, "tokens.npz"),

@@ -46,6 +46,7 @@ from transformers import (
 from baka_hf import BakaConfig, BakaForCausalLM
 from baka_hf.data import LaneDataset
 from baka_hf.evaluation import evaluate_documents
+from baka_hf.hub import what_is_carried
 from baka_hf.results import Result, curves_of, write_result
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
@@ -194,6 +195,9 @@ class TrainingArguments(BakaTrainingArguments):
     eval_steps: float | None = field(default=250, metadata={"help": "Steps between two evaluations."})
     save_steps: float = field(default=250, metadata={"help": "Steps between two checkpoints to resume from."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept."})
+    results_db: str | None = field(
+        default=None, metadata={"help": "File of the results of many runs, to which those of this one are added too."}
+    )
     # Pinning without an accelerator does nothing but warn.
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "Pin memory of batches."})
 
@@ -511,7 +515,8 @@ def main() -> None:
         ]
         if args.world_size == 1:
             whole = evaluate_documents(model, list(validation_tokens["input_ids"]), num_bytes=num_bytes)
-            whole_note = f"{len(validation_texts):,} whole documents, memory carried along"
+            carried = what_is_carried(model.config) or "nothing"
+            whole_note = f"{len(validation_texts):,} whole documents, {carried} carried along"
             results.append(Result.of(model, whole, split="validation", note=whole_note, **about))
         results.append(
             Result(
@@ -524,8 +529,9 @@ def main() -> None:
                 note="of the same tokens, counted in the same training text",
             )
         )
-        for result in results:
-            write_result(output / "results.db", result)
+        for database in {output / "results.db", Path(args.results_db or output / "results.db")}:
+            for result in results:
+                write_result(database, result)
         draw_curve(trainer.state.log_history, bigram["nats_per_token"], output / "training_curve.png")
         print(f"\n{'held-out text':<44}{'nats per token':>16}{'perplexity':>14}{'bits per byte':>16}")
         for result in results:

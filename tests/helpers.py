@@ -224,6 +224,13 @@ def naive_read(model: BakaForCausalLM, tokens: Tensor, **options: Any) -> Readin
         return read(model.config, model.state_dict(), tokens.tolist(), **options)
 
 
+def naive_head(model: Any, tokens: Tensor, layer: str) -> Tensor:
+    """What a head, a linear layer without bias, makes of one document [T] that is read naively: [T, outputs]."""
+    with torch.no_grad():
+        weights = model.state_dict() | {"lm_head.weight": getattr(model, layer).weight}
+        return read(model.config, weights, tokens.tolist()).logits
+
+
 def byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
     """A tokenizer without training: a token is a byte, ids 0 … 255, and `special_tokens` such as `eos_token` follow."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -13,10 +13,16 @@ from helpers import CONFIGS, random_tokens, snippet, tiny_config
 from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerFast
 
-from baka_hf import BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
+from baka_hf import (
+    BakaConfig,
+    BakaForCausalLM,
+    BakaForSequenceClassification,
+    BakaForTokenClassification,
+    BakaModel,
+)
 from baka_hf.data import LaneDataset
 from baka_hf.evaluation import evaluate_documents
-from baka_hf.hub import model_card
+from baka_hf.hub import model_card, what_is_carried
 from baka_hf.results import Result, write_result
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
@@ -156,6 +162,25 @@ def test_names_of_several_lines_make_no_headings_and_no_rows() -> None:
     assert re.findall(r"^#+ (.*)$", card.text, re.MULTILINE) == ["tiny", "Use", "Memory", "Evaluation", "Limits"]
 
 
+@pytest.mark.parametrize(
+    ("name", "carried"),
+    [
+        ("pristine", ""),
+        ("xl", "the keys and values of the chunk before"),
+        ("associations_of_memory", "2 memory vectors, associations and the keys and values of the chunk before"),
+        ("rmt_alone", "2 memory vectors"),
+    ],
+)
+def test_what_is_carried(name: str, carried: str) -> None:
+    """Where nothing is, the card speaks of none."""
+    model = BakaForCausalLM(tiny_config(**CONFIGS[name]))
+    chunks = [{"chunk": 0, "loss": 1.0, "num_tokens": 10}]
+    text = " ".join(model_card(model, "tiny", results=[result(loss_by_chunk=chunks)]).text.split())
+    assert what_is_carried(model.config) == carried
+    assert f"each read to its end{f' with {carried} carried along' if carried else ''} (what is deep" in text
+    assert ("hands what it has understood from chunk to chunk" in text) == bool(carried)
+
+
 # What a Trainer knows
 
 
@@ -284,7 +309,9 @@ def test_the_snippet_of_a_trained_model_runs(
     assert names["state"].get_seq_length() == names["text"].shape[1] - 1 > 400
 
 
-@pytest.mark.parametrize("model_class", [BakaForCausalLM, BakaModel, BakaForSequenceClassification])
+@pytest.mark.parametrize(
+    "model_class", [BakaForCausalLM, BakaModel, BakaForSequenceClassification, BakaForTokenClassification]
+)
 @pytest.mark.parametrize("has_tokenizer", [True, False])
 def test_other_snippets_run(
     model_class: Any,

@@ -20,7 +20,14 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from baka_hf import BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
+from baka_hf import (
+    BakaConfig,
+    BakaForCausalLM,
+    BakaForQuestionAnswering,
+    BakaForSequenceClassification,
+    BakaForTokenClassification,
+    BakaModel,
+)
 
 SOURCES = Path(__file__).parents[1] / "src" / "baka_hf"
 # What may be given on loading, of a model with all that is learned, that would lose something of it.
@@ -90,7 +97,11 @@ def test_another_head_is_no_loss(checkpoint: Path, model: BakaForCausalLM, tmp_p
     decoder = BakaModel.from_pretrained(checkpoint)
     classifier = BakaForSequenceClassification.from_pretrained(checkpoint, num_labels=3)
     classifier.save_pretrained(tmp_path)
-    for found in (decoder, classifier.model, AutoModel.from_pretrained(tmp_path)):
+    answers = BakaForQuestionAnswering.from_pretrained(checkpoint)
+    answers.save_pretrained(tmp_path / "answers")
+    labels = BakaForTokenClassification.from_pretrained(tmp_path / "answers")
+    assert torch.equal(BakaForTokenClassification.from_pretrained(tmp_path).score.weight, classifier.score.weight)
+    for found in (decoder, classifier.model, labels.model, AutoModel.from_pretrained(tmp_path)):
         assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.model.state_dict().items())
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is BakaForCausalLM
 

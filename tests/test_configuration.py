@@ -261,7 +261,9 @@ def test_auto_map_names_every_auto_class(tmp_path: Path) -> None:
         "AutoModel": "modeling_baka.BakaModel",
         "AutoModelForCausalLM": "modeling_baka.BakaForCausalLM",
         "AutoModelForDecision": "modeling_baka.BakaForCausalLM",
+        "AutoModelForQuestionAnswering": "modeling_baka.BakaForQuestionAnswering",
         "AutoModelForSequenceClassification": "modeling_baka.BakaForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_baka.BakaForTokenClassification",
     }
     assert BakaConfig(auto_map={"AutoConfig": "user/repo--x.Y"}).auto_map == {"AutoConfig": "user/repo--x.Y"}
 

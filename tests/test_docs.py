@@ -284,6 +284,20 @@ ELSEWHERE |= {
 ELSEWHERE |= {"max_position_embeddings"}  # of other configurations
 ELSEWHERE |= {"lora_rank", "memory_learning_rate", "skip_first_chunk"}  # options of examples/give_memory.py
 ELSEWHERE |= {"zero_init"}  # an option of examples/ladder.py
+ELSEWHERE |= {"aoti_compile_and_package", "cache_implementation", "layer_norm_epsilon"}
+ELSEWHERE |= {  # transformers' shared tests
+    "ModelTesterMixin",
+    "test_attention_outputs",
+    "test_can_capture_specific_layers_hidden_states",
+    "test_capture_outputs_decorator",
+    "test_generate_compile_model_forward_fullgraph",
+    "test_generate_with_static_cache",
+    "test_model_rope_scaling_frequencies",
+    "test_model_rope_scaling_from_config",
+    "test_model_weights_reload_no_missing_tied_weights",
+    "test_retain_grad_hidden_states_attentions",
+    "test_training_overfit",
+}
 ELSEWHERE |= {"quantization_config", "device_map", "exist_ok", "disable_dropout"}
 
 

@@ -224,6 +224,31 @@ def test_hidden_states(overrides: dict[str, Any]) -> None:
             assert states[row, ~real].eq(0).all()
 
 
+@pytest.mark.parametrize("asked", [[0, 2], -1, [1], (-2, 0, 3)])
+def test_hidden_states_that_are_asked_for(asked: Any) -> None:
+    """Those that an index or several name, as transformers 5.24 takes them, and None in the place of the others."""
+    model = tiny_model(tiny_config(num_hidden_layers=3))
+    mask = torch.ones(2, 13)
+    mask[1, :4] = 0
+    tokens = scatter(texts(model, 13, 9), mask)
+    every = model(tokens, attention_mask=mask, output_hidden_states=True)
+    found = model(tokens, attention_mask=mask, output_hidden_states=asked)
+    kept = {index % 4 for index in (asked if isinstance(asked, list | tuple) else [asked])}
+    assert [index for index, state in enumerate(found.hidden_states) if state is not None] == sorted(kept)
+    for index in kept:
+        assert torch.equal(found.hidden_states[index], every.hidden_states[index])
+    assert torch.equal(found.logits, every.logits)
+
+
+@pytest.mark.parametrize(("asked", "wrong"), [([0, 4], 4), (-5, -5), ("12", "'1'")])
+def test_hidden_states_that_there_are_not(asked: Any, wrong: Any) -> None:
+    model = tiny_model(tiny_config(num_hidden_layers=3))
+    cache = model.new_cache()
+    with pytest.raises(ValueError, match=f"a bool, or indices from -4 to 3, got {wrong}"):
+        model(torch.tensor([[1, 2]]), cache=cache, output_hidden_states=asked)
+    assert cache.get_seq_length() == 0
+
+
 @every_config
 def test_attentions(overrides: dict[str, Any]) -> None:
     """Eager attention weights over the two streams' slots are the naive ones, in one call and over two."""
@@ -477,6 +502,18 @@ def test_packed_documents(overrides: dict[str, Any]) -> None:
         assert_close(out.logits[row], torch.cat([reading.logits for reading in readings]), **EXACT)
         assert_close(out.past_key_values.memory[row], readings[-1].memories[-1], **EXACT)
         assert out.past_key_values.num_tokens[row] == lengths[-1]
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_padded_rows_are_packed_ones(attn_implementation: str) -> None:
+    """As transformers' shared tests have it: rows padded on the left, and the same rows as one without padding."""
+    model = tiny_model(tiny_config())
+    model.set_attn_implementation(attn_implementation)
+    rows = texts(model, 13, 5, 9)
+    mask = torch.stack([F.pad(torch.ones_like(row), (13 - len(row), 0)) for row in rows])
+    padded = model(scatter(rows, mask), attention_mask=mask).logits[mask == 1]
+    positions = torch.cat([torch.arange(len(row)) for row in rows])
+    assert_close(model(torch.cat(rows)[None], position_ids=positions[None]).logits[0], padded, **EXACT)
 
 
 @state_configs

@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,13 +19,14 @@ from helpers import CHECKPOINTING
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from baka_hf import BakaConfig
-from baka_hf.results import read_results
+from baka_hf.results import Result, read_results, write_result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import ask
 import generate
 import train
 
@@ -257,8 +259,12 @@ def test_streaming_carries_memory_and_resumes(
     whole, resumed = ["--streaming", "--output_dir", f"{tmp_path}/whole"], ["--output_dir", f"{tmp_path}/resumed"]
     monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *whole])
     train.main()
+    another = Result(run_id="whole", seed=1, dataset="elsewhere", split="test", loss=1.0, num_tokens=1)
+    write_result(tmp_path / "all.db", another)
     resume = ["--resume_from_checkpoint", f"{tmp_path}/whole/checkpoint-4"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *trained.arguments, *whole, *resume, *resumed])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *trained.arguments, *whole, *resume, *resumed, "--results_db", f"{tmp_path}/all.db"]
+    )
     train.main()
     weights = load_file(tmp_path / "whole" / "model.safetensors")
     assert_close(load_file(tmp_path / "resumed" / "model.safetensors"), weights)
@@ -269,6 +275,12 @@ def test_streaming_carries_memory_and_resumes(
     assert (result.run_id, result.steps, result.split) == ("whole", 6, "validation")
     assert blocks.run_id == "whole" and bigram.run_id.startswith("bigram") and bigram.num_tokens == result.num_tokens
     assert math.isfinite(result.loss) and result.loss_by_chunk and result.curves["train"]
+    assert result.note.endswith("2 memory vectors and the keys and values of the chunk before carried along")
+    shared, own = (
+        [dataclasses.replace(each, written=None) for each in read_results(tmp_path / name)]
+        for name in ("all.db", "resumed/results.db")
+    )
+    assert shared == [dataclasses.replace(another, written=None), *own]
 
 
 def test_two_processes_go_on_where_one_stood(
@@ -331,12 +343,56 @@ def test_a_prompt_is_shown_and_continued(
     assert text.startswith("class") and len(text) > len("class\n")
 
 
+def test_a_document_is_asked(
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Each question is answered as if it were the only one, by a document just read or by its state in a file; as
+    `generate` answers with the whole text in front of it."""
+    (tmp_path / "book.txt").write_text(TEXT[:3000])
+    flags = f"--model {trained.output} --temperature 0 --max_new_tokens 12 --form {{}}:".split()
+    counts: list[int] = []
+
+    def write(model: Any, tokenizer: Any, state: Any, *others: Any, **options: Any) -> int:
+        counts.append(int(state.num_tokens))
+        return generate.write(model, tokenizer, state, *others, **options)
+
+    monkeypatch.setattr(ask, "write", write)
+
+    def answers(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["ask.py", *arguments, *flags])
+        ask.main()
+        return capsys.readouterr().out
+
+    both = answers("class", "import", "--document", f"{tmp_path}/book.txt", "--save_state", f"{tmp_path}/read")
+    first, second = (answers(question, "--load_state", f"{tmp_path}/read") for question in ("class", "import"))
+    assert (
+        both == first + second
+        and counts[:2] == counts[2:]
+        and first.startswith("class\n")
+        and second.startswith("import\n")
+    )
+
+    tokenizer = AutoTokenizer.from_pretrained(trained.output)
+    model = AutoModelForCausalLM.from_pretrained(trained.output)
+    ids = [tokenizer.bos_token_id]
+    for text in (TEXT[:3000], "import:"):
+        ids += tokenizer(text, add_special_tokens=False).input_ids
+    options = dict(do_sample=False, max_new_tokens=12, stop_strings=["\n"], tokenizer=tokenizer)
+    output = model.generate(torch.tensor([ids]), **options)
+    assert second == "import\n" + tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True) + "\n"
+
+
 def test_what_is_not_there_is_told_by_a_message_alone(
     trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """No checkpoint, and nobody asks the Hub for one of that name; no state, or one of other weights."""
-    with pytest.raises(SystemExit, match="there is no folder 'nowhere'"):
-        run_generate(trained, monkeypatch, "--model nowhere")
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.AutoTokenizer, "from_pretrained", None)
+        for folder in ("nowhere", f"{tmp_path}/nowhere", "./nowhere", str(tmp_path)):
+            with pytest.raises(SystemExit, match=f"there is no checkpoint in a folder '{folder}'"):
+                run_generate(trained, monkeypatch, f"--model {folder}")
+        with pytest.raises(TypeError):  # somebody on the Hub may have it
+            run_generate(trained, monkeypatch, "--model somebody/baka-small")
     with pytest.raises(SystemExit, match=r"expected a saved state at .*nowhere"):
         run_generate(trained, monkeypatch, f"--load_state {tmp_path}/nowhere")
     run_generate(trained, monkeypatch, f"--max_new_tokens 0 --save_state {tmp_path}/state", stdin=TEXT)

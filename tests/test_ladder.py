@@ -43,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         f"--train {folder}/train.jsonl --valid code={folder}/valid.jsonl --tokenizer {folder}/tokenizer.json "
         "--worth code --hidden_size 16 --intermediate_size 32 --num_hidden_layers 1 --num_attention_heads 2 "
         "--chunk_size 16 --num_lanes 2 --chunks_per_step 2 --max_steps 3 --warmup_steps 1 --valid_chars 500 "
-        f"--learning_rate 0.01 --output {folder}/out"
+        f"--learning_rate 0.01 --output {folder}/out --results_db {folder}/all.db"
     ).split()
     models: dict[tuple[str, int], tuple[Any, dict[str, torch.Tensor]]] = {}
     train = ladder.BakaTrainer.train
@@ -56,7 +56,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder.BakaTrainer, "train", watched)
         run(patch, [*common, "--runs", *RUNS, "--seeds", "0", "1"])
-    database = folder / "out" / "results.db"
+    database = folder / "all.db"
     return SimpleNamespace(folder=folder, common=common, models=models, database=database)
 
 

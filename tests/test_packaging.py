@@ -9,12 +9,25 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import baka_hf
-from baka_hf import BakaConfig, BakaForCausalLM, BakaForSequenceClassification, BakaModel
+from baka_hf import (
+    BakaConfig,
+    BakaForCausalLM,
+    BakaForQuestionAnswering,
+    BakaForSequenceClassification,
+    BakaForTokenClassification,
+    BakaModel,
+)
 from baka_hf.registration import register
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +104,8 @@ def test_auto_classes_that_are_imported_later_know_the_model() -> None:
 def test_auto_classes_that_were_imported_before_know_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     auto = {AutoModel: BakaModel, AutoModelForCausalLM: BakaForCausalLM}
     auto |= {AutoModelForSequenceClassification: BakaForSequenceClassification}
+    auto |= {AutoModelForTokenClassification: BakaForTokenClassification}
+    auto |= {AutoModelForQuestionAnswering: BakaForQuestionAnswering}
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.delitem(CONFIG_MAPPING_NAMES, "baka")
     for auto_class in auto:

@@ -34,7 +34,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (
-    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification,
+    AutoModelForTokenClassification, AutoTokenizer, pipeline
 )
 source, target = map(Path, sys.argv[1:3])
 prompts, length, found = json.loads(sys.argv[3]), int(sys.argv[4]), {}
@@ -44,10 +45,14 @@ config = AutoConfig.from_pretrained(source, **trusted)
 model = AutoModelForCausalLM.from_pretrained(source, **trusted)
 decoder = AutoModel.from_pretrained(source, **trusted)
 classifier = AutoModelForSequenceClassification.from_pretrained(source / "classifier", **trusted)
-found["classes"] = [f"{type(x).__module__} {type(x).__name__}" for x in (config, model, decoder, classifier)]
+torch.manual_seed(0)
+heads = [AutoModelForTokenClassification, AutoModelForQuestionAnswering]
+heads = [head.from_pretrained(source, **trusted) for head in heads]  # new, on the decoder
+found["classes"] = [f"{type(x).__module__} {type(x).__name__}" for x in (config, model, decoder, classifier, *heads)]
 state = model.new_cache(1)
 with torch.no_grad():
     tensors = dict(
+        labels=heads[0](tokens).logits, starts=heads[1](tokens).start_logits,
         logits=model(tokens).logits, hidden=decoder(tokens).last_hidden_state, verdict=classifier(tokens).logits,
     )
     model(tokens, cache=state)
@@ -157,9 +162,11 @@ def test_logits_elsewhere(elsewhere: Path, checkpoint: Path) -> None:
         assert torch.equal(found["logits"], model(TOKENS).logits)
         assert torch.equal(found["hidden"], model.model(TOKENS).last_hidden_state)
         assert torch.equal(found["verdict"], classifier(TOKENS).logits)
+    assert found["labels"].shape == (1, 13, 2) and found["starts"].shape == (1, 13)
     classes = json.loads((elsewhere / "found.json").read_text())["classes"]
     assert all(name.startswith("transformers_modules.") for name in classes)
     names = ["BakaConfig", "BakaForCausalLM", "BakaModel", "BakaForSequenceClassification"]
+    names += ["BakaForTokenClassification", "BakaForQuestionAnswering"]
     assert [name.split()[1] for name in classes] == names
 
 

@@ -14,14 +14,22 @@ __all__ = [
     "BakaCache",
     "BakaConfig",
     "BakaForCausalLM",
+    "BakaForQuestionAnswering",
     "BakaForSequenceClassification",
+    "BakaForTokenClassification",
     "BakaModel",
 ]
 
 if TYPE_CHECKING:
     from .cache_baka import BakaCache
     from .configuration_baka import BakaConfig
-    from .modeling_baka import BakaForCausalLM, BakaForSequenceClassification, BakaModel
+    from .modeling_baka import (
+        BakaForCausalLM,
+        BakaForQuestionAnswering,
+        BakaForSequenceClassification,
+        BakaForTokenClassification,
+        BakaModel,
+    )
 else:  # a type checker would take any name for one of the package's
     _MODULES = {"BakaCache": "cache_baka", "BakaConfig": "configuration_baka"}  # all others are in modeling_baka
 

@@ -3,6 +3,7 @@
 What happens in between, reading, is in `reading_baka` and in the graphs. Nothing in here depends on weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Call:
     spans: list[Span]
     state: BakaCache | None
     cache: BakaCache | None  # that state; while it is read, a draft of it, which the state becomes when all is read
-    with_states: bool
+    with_states: tuple[int, ...]  # which hidden states are asked for: 0 is what goes into the first block
     with_weights: bool
     num_last_states: int | None  # how many columns' states are asked for, from the last one back; None: all
     # What a state will know of itself:
@@ -70,7 +71,7 @@ class Beside(NamedTuple):
 class Results(NamedTuple):
     """What reading a call gives."""
 
-    states: list[list[torch.Tensor]]  # of each span, of each block that was asked for, [B, T, D]
+    states: list[list[torch.Tensor]]  # of each span, those that were asked for and the last one, [B, T, D]
     weights: list[list[torch.Tensor]]  # likewise, [B, T, H · 2S]
     memory: Memory | None  # what is left to the next call
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # likewise, of each block; none if they were written in place
@@ -86,7 +87,7 @@ def plan(
     cache: BakaCache | None,
     inputs_embeds: torch.Tensor | None,
     use_cache: bool | None,
-    output_hidden_states: bool | None,
+    output_hidden_states: bool | int | Sequence[int] | None,
     output_attentions: bool | None,
     embeds: bool,
     within_beam_search: bool = False,
@@ -98,7 +99,8 @@ def plan(
     With `embeds` its ids are looked up here, all at once: the embedding has one gradient then, not one for every span.
     """
     config = model.config
-    with_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    asked = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    with_states = _states_among(asked, config.num_hidden_layers + 1)
     with_weights = config.output_attentions if output_attentions is None else output_attentions
     if with_weights and config._attn_implementation != "eager":
         logger.warning_once(
@@ -178,12 +180,25 @@ def plan(
     )
 
 
+def _states_among(asked: bool | int | Sequence[int], count: int) -> tuple[int, ...]:
+    """Which of the `count` hidden states are asked for: all, none, or those whose indices are named."""
+    if not asked or isinstance(asked, bool):
+        return tuple(range(count)) if asked else ()
+    indices = [asked] if isinstance(asked, int) else list(asked)
+    wrong = [index for index in indices if not isinstance(index, int) or not -count <= index < count]
+    if wrong:
+        raise ValueError(
+            f"expected `output_hidden_states` to be a bool, or indices from {-count} to {count - 1}, got {wrong[0]!r}."
+        )
+    return tuple(sorted({index % count for index in indices}))
+
+
 def _plan_beside(
     model: Any,
     alone: torch.Tensor,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
-    with_states: bool,
+    with_states: tuple[int, ...],
     with_weights: bool,
     embeds: bool,
 ) -> Beside:
@@ -219,9 +234,17 @@ def close(model: Any, call: Call, results: Results, beside: Results | None = Non
     return BaseModelOutputWithPast(
         last_hidden_state=states[-1],
         **{CACHE_NAME: call.state},
-        hidden_states=tuple(states) if call.with_states else None,
+        hidden_states=_hidden_states(model, call, states) if call.with_states else None,
         attentions=weights,
     )
+
+
+def _hidden_states(model: Any, call: Call, states: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+    """What goes into the first block and what comes out of each; None in the place of what was not asked for."""
+    last = model.config.num_hidden_layers
+    found = dict(zip((index for index in call.with_states if index < last), states, strict=False))
+    found |= {last: states[-1]} if last in call.with_states else {}
+    return tuple(found.get(index) for index in range(last + 1))
 
 
 def _leave_state(cache: BakaCache, call: Call, results: Results) -> None:
@@ -248,7 +271,7 @@ def _outputs(model: Any, call: Call, results: Results) -> tuple[list[torch.Tenso
         like = model.norm.weight
         empty = like.new_zeros(batch_size, length, config.hidden_size)
         blank = like.new_zeros(batch_size, heads, length, num_slots)
-        count = config.num_hidden_layers + 1 if call.with_states else 1
+        count = len({*call.with_states, config.num_hidden_layers})
         return [empty] * count, (blank,) * config.num_hidden_layers if call.with_weights else None
 
     columns = columns_of(call.spans, batch_size, length)

@@ -14,7 +14,7 @@ from .configuration_baka import AUTO_MAP
 # The classes whose code comes with a checkpoint.
 CLASSES = {code.rpartition(".")[2] for code in AUTO_MAP.values()}
 # What a checkpoint of another of these classes may hold beyond what a model has a place for.
-HEADS = ("lm_head", "score")
+HEADS = ("lm_head", "score", "qa_outputs")
 
 
 class BakaCheckpointMixin:

@@ -15,7 +15,9 @@ AUTO_MAP = {
     # transformers scores typed decisions by a language model's next-token logits, and `transformers serve` (5.24) finds
     # a checkpoint's own code by this entry alone.
     "AutoModelForDecision": "modeling_baka.BakaForCausalLM",
+    "AutoModelForQuestionAnswering": "modeling_baka.BakaForQuestionAnswering",
     "AutoModelForSequenceClassification": "modeling_baka.BakaForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_baka.BakaForTokenClassification",
 }
 MEMORY_WRITES = ("carry", "tokens")
 MEMORY_SOLIDIFIERS = ("none", "glu", "gelephant", "mlp", "layer")

@@ -137,7 +137,7 @@ class StaticReader:
             self.angles = rotary_table_of(config, self.device, slots.dtype)
         # What the host knows of the tensors above: what a token brings, and where the slots seen by it end.
         self.known: list[Any] = [self.num_tokens.cpu(), self.seeded.cpu(), self.reads.cpu()]
-        self.kinds, self.widths, self.ends = _steps(config)
+        self.kinds, self.widths, self.ends = kinds_of_steps(config)
         self.num_windows = NUM_WINDOWS if self.batch_size >= LARGE_BATCH else 1
         self.window = -(-S // (8 * self.num_windows)) * 8
         on_gpu = self.device.type == "cuda"
@@ -491,7 +491,7 @@ def _bias(numbers: torch.Tensor, horizons: torch.Tensor, dtype: torch.dtype) -> 
     return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, float("-inf"))
 
 
-def _steps(config: BakaConfig) -> tuple[list[int], list[int], list[int]]:
+def kinds_of_steps(config: BakaConfig) -> tuple[list[int], list[int], list[int]]:
     """For a token at each position of a chunk its kind, n of them; how many positions a step of each kind takes at
     most; and where the slots of the token at each position end, n again."""
     n, R, pauses = config.chunk_size, config.num_memory_tokens, set(fixed_pauses(config))

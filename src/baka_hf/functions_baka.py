@@ -161,7 +161,8 @@ def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    # Not by `torch.promote_types`, which would be an operation of exported programs.
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -188,8 +189,10 @@ def choose_rows(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torc
 
 
 def any_rows(rows: Any) -> bool:
-    """Whether any row may be meant: nobody waits for an accelerator to say that none is."""
-    return rows if isinstance(rows, bool) else rows.device.type != "cpu" or bool(rows.any())
+    """Whether any row may be meant: nobody waits for an accelerator to say that none is, and a program serves all."""
+    if isinstance(rows, bool):
+        return rows
+    return torch.compiler.is_compiling() or rows.device.type != "cpu" or bool(rows.any())
 
 
 def and_rows(left: Any, right: Any) -> Any:

@@ -33,9 +33,20 @@ SCORE_COLUMNS = ("run", "seed", "data", "loss", "perplexity", "bits/byte", "note
 # The last part of a model's class name, its Auto class and the Hub's name of what it does.
 TASKS = {
     "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
     "Model": ("AutoModel", "feature-extraction"),
 }
+
+
+def what_is_carried(config: Any) -> str:
+    """What a chunk hands to the next, in words; none if every chunk is read by itself."""
+    carried = [f"{config.num_memory_tokens} memory vectors"] if config.num_memory_tokens else []
+    carried += ["associations"] if config.associative_dim else []
+    carried += ["the keys and values of the chunk before"] if config.use_xl_cache else []
+    *others, last = carried or [""]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def model_card(
@@ -98,8 +109,6 @@ def model_card(
     if not card_data.eval_results:
         card_data.eval_results = None  # an empty list would be an index without results
         card_data.model_name = None
-    carried = [f"{config.num_memory_tokens} memory vectors"] if config.num_memory_tokens else []
-    carried += ["the keys and values of the chunk before"] if config.use_xl_cache else []
     origin = None
     if base_model:
         base = one_line(base_model)
@@ -115,7 +124,7 @@ def model_card(
         auto_class=auto_class,
         task=own_task,
         has_tokenizer=has_tokenizer,
-        carried=" and ".join(carried),
+        carried=what_is_carried(config),
         origin=origin,
         dataset=one_line(" and ".join(_listed(dataset))),
         num_parameters=model.num_parameters(),
@@ -202,6 +211,7 @@ def _facts_of(trainer: Any, results: Sequence[Result]) -> dict[str, str]:
     facts["Steps"] = f"{state.global_step:,}, each of {rows:,} rows"
     if isinstance(lanes, LaneDataset | StreamingLanes):
         facts["Steps"] += f" of {lanes.row_length:,} tokens"
+    if isinstance(lanes, LaneDataset | StreamingLanes) and what_is_carried(model.config):
         carries = getattr(trainer, "_carries", False)
         facts["Memory"] = "carried on from step to step" if carries else "empty at the beginning of every row"
     chunks = getattr(args, "chunks_per_backward", None)

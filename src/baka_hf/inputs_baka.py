@@ -85,6 +85,22 @@ def check_targets(targets: torch.Tensor, number: int, ignored: int) -> None:
             raise ValueError(f"expected labels from 0 to {number - 1}, or {ignored} for none, got {int(wrong[0])}.")
 
 
+def check_positions(batch_size: int, **positions: torch.Tensor | None) -> None:
+    """That positions [B] are given all or none; values are looked at on a CPU alone."""
+    if all(value is None for value in positions.values()):
+        return
+    for name, value in positions.items():
+        if value is None:
+            raise ValueError(f"expected {' and '.join(f'`{each}`' for each in positions)}, got no `{name}`.")
+        if value.dtype not in (torch.int32, torch.int64) or value.shape != (batch_size,):
+            raise ValueError(
+                f"expected `{name}` to be integers of shape {[batch_size]}, got {value.dtype} of shape "
+                f"{list(value.shape)}."
+            )
+        if value.device.type == "cpu" and can_look_at(value) and bool((value < 0).any()):
+            raise ValueError(f"expected `{name}` of at least 0, got {int(value.min())}.")
+
+
 def check_kept(logits_to_keep: Any, length: int) -> None:
     """That `logits_to_keep` is a number of positions, or a tensor of some of the `length` there are."""
     if isinstance(logits_to_keep, int):

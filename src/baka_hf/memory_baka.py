@@ -22,7 +22,7 @@ class Held(NamedTuple):
 
     def dtype_in(self, dtype: torch.dtype) -> torch.dtype:
         """Its dtype in a state of `dtype`."""
-        return torch.promote_types(dtype, torch.float32) if self.in_float32 else dtype
+        return torch.float32 if self.in_float32 and dtype != torch.float64 else dtype
 
     def zeros(self, batch_size: int, device: torch.device | str | None, dtype: torch.dtype) -> torch.Tensor:
         """It in rows that have read nothing, in a state of `dtype`: [B, …]."""

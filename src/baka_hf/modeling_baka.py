@@ -1,11 +1,11 @@
-"""BakaLLM: the decoder, a language model and a classifier.
+"""BakaLLM: the decoder, and the models that are a decoder and a head.
 
 `BakaModel.forward` checks a call, cuts it into spans, pieces of one chunk (the field also says segment) that are read
 in one pass, and has `Reading` read them; everything recurrent goes through `BakaCache`.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Unpack
 
@@ -13,13 +13,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
-from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import TransformersKwargs
@@ -34,6 +30,7 @@ from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
 from .functions_baka import get_norm, initialise
 from .generation_baka import BakaGenerationMixin
+from .heads_baka import QuestionAnswering, SequenceClassification, TokenClassification
 from .inputs_baka import (
     check_cache,
     check_kept,
@@ -210,7 +207,7 @@ class BakaModel(BakaPreTrainedModel):
         past_key_values: BakaCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
@@ -227,7 +224,7 @@ class BakaModel(BakaPreTrainedModel):
             use_cache: return the state; by default `config.use_cache`, and no when training. False with a state is
                 refused: it goes forward.
             output_hidden_states: also return the embeddings and each block's output over the text, [B, L, D] each,
-                the last one normed.
+                the last one normed; or only those that an index or a list of indices names, and None for the others.
             output_attentions: also return each block's weights (eager attention only), [B, heads, L, 2S]: over
                 the slots of the previous chunk's stream, then over those of the own one.
 
@@ -291,7 +288,7 @@ class BakaModel(BakaPreTrainedModel):
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         cache: BakaCache | None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         within_beam_search: bool = False,
         **kwargs: Any,
@@ -491,10 +488,8 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
     forward.__signature__ = inspect.signature(forward)
 
 
-class BakaForSequenceClassification(BakaPreTrainedModel):
+class BakaForSequenceClassification(SequenceClassification, BakaPreTrainedModel):
     """BakaLLM that reads a document of any length, memory carried through, and judges it at its last token."""
-
-    accepts_loss_kwargs = False  # its loss is a mean, so Trainer has to divide by the number of accumulated batches
 
     def __init__(self, config: BakaConfig):
         super().__init__(config)
@@ -503,65 +498,39 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: BakaCache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        cache: BakaCache | None = None,
-        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
-    ) -> SequenceClassifierOutputWithPast:
-        """Logits [B, num_labels] at each row's last real token; arguments as in `BakaModel.forward`, and `labels` [B].
 
-        The last real token is found by `attention_mask`, else by `config.pad_token_id`, else it is the last column.
+class BakaForTokenClassification(TokenClassification, BakaPreTrainedModel):
+    """BakaLLM that labels each token of a document of any length, by it and by what stands before it."""
 
-        Raises:
-            ValueError: as `BakaModel.forward`; or, on a CPU, a label is no class.
-        """
-        if labels is not None and self.loss_function is ForSequenceClassificationLoss:
-            # As transformers tells classes from values, which have a loss of their own.
-            kind, is_number = self.config.problem_type, labels.dtype in (torch.int32, torch.int64)
-            if kind == "single_label_classification" or (kind is None and self.num_labels > 1 and is_number):
-                check_targets(labels, self.num_labels, IGNORED)
-                labels = labels.long()
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=either_name(past_key_values, cache),
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.score(outputs.last_hidden_state)
-        batch_size, length = logits.shape[:2]
-        real = None
-        if attention_mask is not None:
-            real = attention_mask[:, -length:] != 0
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        columns = torch.arange(length, device=logits.device)
-        last = columns[-1:].expand(batch_size) if real is None else (columns * real.to(logits.device)).argmax(1)
-        pooled = logits[torch.arange(batch_size, device=logits.device), last]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=pooled,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def __init__(self, config: BakaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = BakaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class BakaForQuestionAnswering(QuestionAnswering, BakaPreTrainedModel):
+    """BakaLLM that reads a question and a document of any length, and finds where the answer starts and ends."""
+
+    def __init__(self, config: BakaConfig):
+        super().__init__(config)
+        self.model = BakaModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2, bias=False)
+        self.post_init()
 
 
 BakaModel.register_for_auto_class("AutoModel")
 BakaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+BakaForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
 BakaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+BakaForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["BakaForCausalLM", "BakaForSequenceClassification", "BakaModel", "BakaPreTrainedModel"]
+__all__ = [
+    "BakaForCausalLM",
+    "BakaForQuestionAnswering",
+    "BakaForSequenceClassification",
+    "BakaForTokenClassification",
+    "BakaModel",
+    "BakaPreTrainedModel",
+]

@@ -51,7 +51,7 @@ class Passed(NamedTuple):
 
     memory: Memory | None  # that its chunk has read
     after: Stream  # the state after it
-    states: list[torch.Tensor]  # its text's, [B, T, D] each; the last one normed
+    states: list[torch.Tensor]  # its text's that were asked for, [B, T, D] each, and the last one, normed
     weights: list[torch.Tensor]  # its text's, [B, T, H · 2S] each
 
 
@@ -65,7 +65,7 @@ class ChunkPass:
         blocks: Any = None,
         slots: list[BakaCacheLayer] | None = None,
         in_place: bool = False,
-        with_states: bool = False,
+        with_states: tuple[int, ...] = (),
         with_weights: bool = False,
     ):
         """
@@ -76,7 +76,8 @@ class ChunkPass:
             slots: what each block writes keys and values into, where that is done in place.
             in_place: whether it is, there or by the blocks themselves: then the state after a span has no keys and
                 values of its own.
-            with_states, with_weights: give hidden states of all blocks, and attention's weights.
+            with_states: which hidden states to give beside the last one, 0 for what goes into the first block.
+            with_weights: give attention's weights.
         """
         self.model, self.config, self.batch_size = model, model.config, batch_size
         self.blocks = model.layers if blocks is None else blocks
@@ -96,16 +97,16 @@ class ChunkPass:
             stream: the state before it.
         """
         memory, hidden_states, pasts, associated = self.enter(first, layout, view, text, stream)
-        states, news, weights = [hidden_states], [], []
+        states, news, weights = [], [], []
         for index, (layer, past, slots) in enumerate(zip(self.blocks, pasts, self.slots, strict=True)):
+            states += [hidden_states] if index in self.with_states else []
             hidden_states, key, value, weight, associated[index] = layer(
                 hidden_states, *past, view, slots, associated[index]
             )
-            states = [*states, hidden_states] if self.with_states else [hidden_states]
             is_kept = layout.followed and not self.in_place
             news.append((key.transpose(1, 2), value.transpose(1, 2)) if is_kept else None)
             weights.append(weight if self.with_weights else None)
-        return self.leave(layout, view.placement, memory, pasts, news, states, weights, associated)
+        return self.leave(layout, view.placement, memory, pasts, news, [*states, hidden_states], weights, associated)
 
     def enter(
         self, first: Any, layout: Layout, view: View, text: torch.Tensor, stream: Stream

@@ -20,7 +20,9 @@ CONFIGURATION = "BakaConfig"
 MODELS = {
     "MODEL_MAPPING": "BakaModel",
     "MODEL_FOR_CAUSAL_LM_MAPPING": "BakaForCausalLM",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING": "BakaForQuestionAnswering",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "BakaForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "BakaForTokenClassification",
 }
 
 
