@@ -34,8 +34,9 @@ from baka_hf import BakaCache, BakaForCausalLM, calls_baka
 @every_state
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_size_is_the_formula_and_stays_so(overrides: dict[str, Any], dtype: torch.dtype) -> None:
-    """B · (L · 2 · H_kv · d · 2S + R · D) numbers (S without XL), before, during and long after reading, R · D in float32
-    if they are normed; and each association, in float32: 6a · (D + 1), or H · a · d and n · D more of the model's."""
+    """B · (L · 2 · H_kv · d · 2S + R · D) numbers (S without XL), before, during and long after reading, R · D in
+    float32 if they are normed; and each association, in float32: 6a · (D + 1), or H · a · d, and n · D of the model's.
+    """
     model = tiny_model(tiny_config(**overrides), dtype)
     config, cache = model.config, model.new_cache(3)
     slots = 2 * config.num_memory_tokens + config.chunk_size + config.num_pause_tokens
