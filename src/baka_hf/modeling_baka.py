@@ -47,7 +47,8 @@ from .inputs_baka import (
 )
 from .layers_baka import BakaDecoderLayer, BakaPauseDropout
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
+from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory, check_updated, memory_held
+from .parts_baka import is_registered
 from .reading_baka import Reading
 from .solidifiers_baka import SOLIDIFIERS
 from .stream_baka import fixed_pauses
@@ -67,8 +68,9 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, BakaMemoryUpdate):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset) and (isinstance(module, BakaMemoryUpdate) or is_registered(module)):
+            reset()
         std = getattr(module, "initial_std", None)
         if std is None:
             super()._init_weights(module)
@@ -78,6 +80,11 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
         if isinstance(bias, torch.Tensor):
             first, last = getattr(module, "initial_bias", (0.0, 0.0))
             init.copy_(bias, torch.linspace(first, last, len(bias)))
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In custom code transformers passes over modules without parameters of their own. All in here go by what
+        # `transformers.initialization` knows of each parameter.
+        super()._initialize_weights(module)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -351,11 +358,13 @@ class BakaModel(BakaPreTrainedModel):
         if self.config.memory_norm:
             written = self.memory_norm(written)
         memory = {name: x.to(written.device) for name, x in memory.items()}  # a device map may have put it elsewhere
-        return {name: x.to(memory[name]) for name, x in self.memory_update(memory, written).items()}
+        updated = self.memory_update(memory, written)
+        check_updated(self.memory_update, memory, updated)
+        return {name: x.to(memory[name]) for name, x in updated.items()}
 
     def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
         """The memory of rows that have read nothing, on the device of `like` and for a model of its dtype: zeros."""
-        held = MEMORY_UPDATES[self.config.memory_update].held(self.config) | associations_held(self.config)
+        held = memory_held(self.config) | associations_held(self.config)
         return {name: each.zeros(batch_size, like.device, like.dtype) for name, each in held.items()}
 
     def anchor(self, like: torch.Tensor) -> torch.Tensor:

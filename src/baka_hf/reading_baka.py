@@ -27,7 +27,7 @@ from .functions_baka import (
     rotary_table_of,
     where_rows,
 )
-from .memory_baka import MEMORY_UPDATES, Memory
+from .memory_baka import Memory, memory_held
 from .stream_baka import (
     Angles,
     Associated,
@@ -84,7 +84,7 @@ class ChunkPass:
         self.in_place, self.with_states, self.with_weights = in_place, with_states, with_weights
         self.half = self.config.stream_length if self.config.use_xl_cache else 0  # slots of the previous stream
         self.associative_layers = associative_layers(self.config)
-        self.vectors = MEMORY_UPDATES[self.config.memory_update].held(self.config)
+        self.vectors = memory_held(self.config)
 
     def run(self, first: Any, layout: Layout, view: View, text: torch.Tensor, stream: Stream) -> Passed:
         """Read one span.

@@ -333,7 +333,7 @@ def writers_of(config: BakaConfig, span: Span, layout: Layout, keeps: bool, devi
     n, completes = config.chunk_size, any_rows(layout.completes)
     if not config.associative_dim or not layout.followed:
         return None
-    if config.associative_write == "memory":
+    if config.associative_writers == "memory":
         if not completes:
             return None
         if layout.in_step:
