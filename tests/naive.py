@@ -44,6 +44,7 @@ def elephant(x: Tensor) -> Tensor:
     return 1 / (1 + x.abs() ** 8)
 
 
+SOLIDIFIERS: dict[str, Callable[..., Tensor]] = {}  # those of a test
 ACTIVATIONS = {"elephant": elephant, "silu": F.silu, "gelu": F.gelu}
 
 
@@ -234,7 +235,7 @@ def solidify(config: Any, weights: Weights, role: str, x: Tensor) -> Tensor:
         case "layer":
             everything = torch.ones(len(x), len(x), dtype=torch.bool)
             return block(config, weights, name, x, None, 0, everything)[0]
-    raise NotImplementedError(config.memory_solidifier)
+    return SOLIDIFIERS[config.memory_solidifier](config, weights, name, x)
 
 
 def gated(weights: Weights, memory: Tensor, written: Tensor) -> Tensor:

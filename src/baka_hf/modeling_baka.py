@@ -351,7 +351,11 @@ class BakaModel(BakaPreTrainedModel):
         if self.config.memory_solidifier == "none":
             return memory
         solidifier = getattr(self, f"{to}_solidifier") if self.config.separate_solidifiers else self.solidifier
-        return solidifier(memory).to(memory.device)  # a device map may have put it elsewhere
+        solid = solidifier(memory)
+        if solid.shape != memory.shape:
+            name = type(solidifier).__name__
+            raise ValueError(f"expected {name} to give a memory {list(memory.shape)}, got {list(solid.shape)}.")
+        return solid.to(memory.device)  # a device map may have put it elsewhere
 
     def update_memory(self, memory: Memory, written: torch.Tensor) -> Memory:
         """What the next chunk finds, of the memory that a chunk has read and what it has written, [B, R, D]."""
@@ -379,7 +383,7 @@ class BakaModel(BakaPreTrainedModel):
             learned = self.learned_memory(like)[None]
             for to in ("read", "write"):
                 total = total + self.solidify(learned, to).sum().to(like)
-            empty = self.empty_memory(like, 1)
+            empty = {name: x.zeros(1, like.device, like.dtype) for name, x in memory_held(self.config).items()}
             updated = self.update_memory(empty | {"memory": learned.to(empty["memory"])}, learned)
             total = total + sum(held.sum().to(like) for held in updated.values())
         return 0 * total

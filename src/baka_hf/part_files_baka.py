@@ -110,9 +110,9 @@ def as_in_checkpoint(paths: Iterable[Path]) -> dict[str, str]:
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
         for node in sorted(nodes, key=lambda node: node.lineno, reverse=True):  # what is above stays where it is
             names = _neighbours(node, path)
-            if not names:
-                continue
             waiting += {path.parent / f"{file}.py" for file, _, is_ours in names if not is_ours}
+            if not names or (isinstance(node, ast.ImportFrom) and node.level):
+                continue  # from elsewhere, or from a neighbour already
             first, last = node.lineno - 1, (node.end_lineno or node.lineno) - 1
             before, after = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
             indent = "\n" + " " * node.col_offset
