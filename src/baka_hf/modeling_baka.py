@@ -15,11 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import TransformersKwargs
@@ -27,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .associative_baka import associations_held, associative_layers
 from .cache_baka import BakaCache
-from .calls_baka import CACHE_NAME, Call, Results, close, plan
+from .calls_baka import CACHE_NAME, BakaCausalLMOutput, BakaModelOutput, Call, Results, close, plan
 from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
@@ -219,9 +215,10 @@ class BakaModel(BakaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_memories: bool = False,
         cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
-    ) -> BaseModelOutputWithPast:
+    ) -> BakaModelOutput:
         """Read text, from its beginning or on from a state.
 
         Args:
@@ -237,6 +234,7 @@ class BakaModel(BakaPreTrainedModel):
                 the last one normed.
             output_attentions: also return each block's weights (eager attention only), [B, heads, L, 2S]: over
                 the slots of the previous chunk's stream, then over those of the own one.
+            output_memories: also return the memories that full chunks have read and left, see `BakaModelOutput`.
 
         Returns:
             `last_hidden_state` [B, L, D], zero where `attention_mask` is 0 (with `num_last_states=k` among `kwargs` the
@@ -257,10 +255,11 @@ class BakaModel(BakaPreTrainedModel):
                     "prompt learning drops `position_ids`: give it samples that are not packed)."
                 )
         outputs = output_hidden_states, output_attentions
+        kwargs["output_memories"] = output_memories
         if inputs_embeds is None:
             states = self.read_token(input_ids, attention_mask, cache, *outputs, **kwargs)
             if states is not None:
-                return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
+                return BakaModelOutput(last_hidden_state=states, **{CACHE_NAME: cache})
         self.num_plans += 1
         recomputes = self.checkpoints_chunks and self.training and torch.is_grad_enabled()
         embeds = torch.is_grad_enabled() and not recomputes
@@ -274,7 +273,7 @@ class BakaModel(BakaPreTrainedModel):
     def _open(self, call: Call) -> tuple[Call, Any]:
         """The call with a draft of its state, and what reads whole chunks of it by graphs, if anything does."""
         reader = None
-        if not (call.text.is_floating_point() or call.with_states or call.with_weights):
+        if not (call.text.is_floating_point() or call.with_states or call.with_weights or call.with_memories):
             reader = self._static_reader(call.state)
         return call.on_draft(), reader
 
@@ -301,6 +300,7 @@ class BakaModel(BakaPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         within_beam_search: bool = False,
+        output_memories: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor | None:
         """Read one token in each row from a static state: its states [B, 1, D]; None if it is not so simple.
@@ -311,6 +311,8 @@ class BakaModel(BakaPreTrainedModel):
         if cache is None or not getattr(cache, "is_static", False) or input_ids is None or input_ids.shape[-1] != 1:
             return None
         if output_hidden_states or output_attentions or config.output_hidden_states or config.output_attentions:
+            return None
+        if output_memories:
             return None
         batch_size, _ = check_text(config, input_ids, None)
         check_cache(self, cache, batch_size, within_beam_search)
@@ -417,7 +419,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
         skip_logits: bool = False,
         cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
-    ) -> CausalLMOutputWithPast:
+    ) -> BakaCausalLMOutput:
         """Logits and loss; arguments as in `BakaModel.forward`, and
 
         Args:
@@ -492,12 +494,13 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
                 logits = self.lm_head(hidden_states)
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
                 logits = logits[:, kept]
-        return CausalLMOutputWithPast(
+        return BakaCausalLMOutput(
             loss=loss,
             logits=logits,
             **{CACHE_NAME: cache},
             hidden_states=None if outputs is None else outputs.hidden_states,
             attentions=None if outputs is None else outputs.attentions,
+            memories=None if outputs is None else outputs.memories,
         )
 
     # `generate` asks for it in every step, and to find it out takes longer than all else that is done here on the host.
@@ -542,7 +545,7 @@ class BakaForSequenceClassification(BakaPreTrainedModel):
             if kind == "single_label_classification" or (kind is None and self.num_labels > 1 and is_number):
                 check_targets(labels, self.num_labels, IGNORED)
                 labels = labels.long()
-        outputs: BaseModelOutputWithPast = self.model(
+        outputs: BakaModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,

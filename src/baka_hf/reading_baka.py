@@ -339,6 +339,7 @@ class Reading:
             self.pieces = call.text[:, :length].split([span.count for span in call.spans], dim=1)
         self.states: list[list[torch.Tensor]] = []
         self.weights: list[list[torch.Tensor]] = []
+        self.memories: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @on_host
     def context(self) -> Any:
@@ -384,6 +385,10 @@ class Reading:
                     passed = self._run(span.first, layout, view, text, stream)
             if depth == reach:
                 self._collect(span, passed)
+                if self.call.with_memories and any_rows(layout.completes):
+                    assert passed.memory is not None and passed.after.memory is not None
+                    # Copies: a static state's tensors change where they are.
+                    self.memories.append((passed.memory["memory"].clone(), passed.after.memory["memory"].clone()))
                 if k is None:
                     following[0] = passed.after
                 elif is_read(0):
@@ -587,7 +592,8 @@ class Reading:
             first = self.states[0]
             first[-1] = first[-1] + self.model.anchor(first[-1])
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64)
-        return Results(self.states, self.weights, self.last.memory, self._keys_and_values(), pauses)
+        left = self.last.memory, self._keys_and_values(), pauses
+        return Results(self.states, self.weights, *left, tuple(self.memories))
 
     def _keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each block's keys and values, [B, H_kv, slots, head_dim], that the cache is left with; none if in place."""
