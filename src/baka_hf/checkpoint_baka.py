@@ -108,6 +108,6 @@ class BakaCheckpointMixin:
 def _is_of(found: type, expected: type) -> bool:
     """Whether modules of class `found` are what `expected` builds: PyTorch's own subclasses of it are, as shards have
     them, but nobody else's, of which a checkpoint would know nothing."""
-    if (found.__module__, found.__qualname__) == (expected.__module__, expected.__qualname__):
+    if (found.__module__, found.__name__) == (expected.__module__, expected.__name__):
         return True
     return issubclass(found, expected) and found.__module__.startswith("torch.")
