@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
 from baka_hf import BakaForCausalLM
+from baka_hf.inspect import COLUMNS, LABELS, course, follow_memory
 
-COLUMNS = ("norm", "changed", "change", "loss")
-LABELS = ("norm of the memory", "share of numbers that changed", "relative change", "loss, nats per token")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -33,22 +32,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="A folder for the table, the figures and the plot.")
     return parser.parse_args()
-
-
-@torch.no_grad()
-def measure(model: BakaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """[chunks, 4], the `COLUMNS` of each chunk of `tokens` [chunks · n + 1]."""
-    cache, rows = model.new_cache(static=True), []
-    before = cache.memory.clone()
-    n = model.config.chunk_size
-    for chunk, following in zip(tokens[:-1].split(n), tokens[1:].split(n), strict=True):
-        loss = model(chunk[None], shift_labels=following[None], cache=cache, skip_logits=True).loss
-        memory = cache.memory.clone()
-        numbers, difference = memory.double(), memory.double() - before.double()
-        norm, change = numbers.norm(dim=-1).mean(), difference.norm() / numbers.norm()
-        rows.append(torch.stack([norm, (memory != before).double().mean(), change, loss.double()]))
-        before = memory
-    return torch.stack(rows).cpu()
 
 
 def table_of(measured: dict[str, torch.Tensor], chunk_size: int) -> str:
@@ -68,9 +51,7 @@ def draw(measured: dict[str, torch.Tensor]) -> Figure:
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     for column, (axes, label) in enumerate(zip(figure.subplots(2, 2).flat, LABELS, strict=True)):
         for dtype, rows in measured.items():
-            parts = rows[:, column].tensor_split(min(100, len(rows)))
-            ends = torch.tensor([len(part) for part in parts]).cumsum(0)
-            axes.plot(ends.tolist(), [part.mean().item() for part in parts], label=dtype)
+            axes.plot(*course(rows[:, column]), label=dtype)
         axes.set(xlabel="chunks read", ylabel=label, ylim=(0, None))
         axes.legend(fontsize="small")
     return figure
@@ -90,7 +71,7 @@ def main() -> None:
         if args.chunks < 1 or len(ids) < length:
             most = (len(ids) - 1) // n
             raise ValueError(f"expected `chunks` from 1 to {most} for {args.text_file}, got {args.chunks}.")
-        measured[dtype] = measure(model, torch.tensor(ids[:length], device=args.device))
+        measured[dtype] = follow_memory(model, torch.tensor(ids[:length]))
     table = table_of(measured, n)
     print(table)
     if args.out is not None:

@@ -38,12 +38,14 @@ class Reading:
     hidden: list[Tensor]  # L + 1 of [T, D]: embeddings, blocks 1 … L-1, the last block after the final norm
     attentions: list[Tensor]  # L of [H, T, 2S]: over the previous stream's slots, then the own stream's
     memories: list[Tensor]  # m_0, m_1, … of [R, D], one more per full chunk
+    streams: list[list[Tensor]]  # L of, for each chunk, the attention of all its positions, [H, positions, 2S]
 
 
 def elephant(x: Tensor) -> Tensor:
     return 1 / (1 + x.abs() ** 8)
 
 
+SOLIDIFIERS: dict[str, Callable[..., Tensor]] = {}  # those of a test
 ACTIVATIONS = {"elephant": elephant, "silu": F.silu, "gelu": F.gelu}
 
 
@@ -234,7 +236,7 @@ def solidify(config: Any, weights: Weights, role: str, x: Tensor) -> Tensor:
         case "layer":
             everything = torch.ones(len(x), len(x), dtype=torch.bool)
             return block(config, weights, name, x, None, 0, everything)[0]
-    raise NotImplementedError(config.memory_solidifier)
+    return SOLIDIFIERS[config.memory_solidifier](config, weights, name, x)
 
 
 def gated(weights: Weights, memory: Tensor, written: Tensor) -> Tensor:
@@ -282,6 +284,7 @@ def read(
     memories = [m]
     hidden: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
     attentions: list[list[Tensor]] = [[] for _ in range(num_layers)]
+    streams: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
     for i, chunk in enumerate(text.split(n)):
         if i in detach_at:
@@ -319,7 +322,8 @@ def read(
                     associations[layer] = store(weights, name, x[len(x) - num_memory :], held)
             own.append(keys_values)
             unseen = num_slots if previous[layer] is None else 0, num_slots - len(stream)
-            attentions[layer].append(F.pad(attended[:, text_slots], unseen))
+            streams[layer].append(F.pad(attended, unseen))
+            attentions[layer].append(streams[layer][-1][:, text_slots])
         hidden[num_layers].append(norm(config, weights, "model.norm", x[text_slots]))
 
         if full:
@@ -337,4 +341,5 @@ def read(
         hidden=[torch.cat(states) for states in hidden],
         attentions=[torch.cat(attended, dim=1) for attended in attentions],
         memories=memories,
+        streams=streams,
     )

@@ -18,8 +18,11 @@ How large files go is up to the client, as it is with the Hub: by Xet wherever `
 import base64
 import hashlib
 import json
+import os
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -33,6 +36,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 from stand_in_xet import XetStorage
 
+HERE = Path(__file__).parent
 OWNER, TOKEN = "ada", "hf_" + "s3cret" * 6
 # What a new repository's .gitattributes send to LFS, of the kinds of files that are met here.
 LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -145,6 +149,32 @@ class StandInHub:
             for method, path, status in self.requests
             if any(method == way and path.startswith(place) for way, place in ways)
         ]
+
+
+class Client:
+    """Runs scripts in processes that take the stand-in for the Hub; they share a cache, empty at first."""
+
+    def __init__(self, hub: StandInHub, home: Path):
+        self.hub, self.home = hub, home
+
+    def start(self, script: str, *arguments: Any, token: str | None = TOKEN, **variables: str) -> subprocess.Popen[str]:
+        """With the package and the tests' helpers on the path, which a script may shut out."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        path = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            env=kept | {"PYTHONPATH": path} | self.hub.environment(self.home, token) | variables,
+            cwd=self.home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script: str, *arguments: Any, **options: Any) -> str:
+        process = self.start(script, *arguments, **options)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return output
 
 
 def is_large(path: str, size: int) -> bool:

@@ -107,6 +107,9 @@ def test_python_blocks_run_one_after_another(page: str, checkpoint: Path, llama:
     for before, block in code_blocks(TEXTS[page], "python"):
         if "from peft" in block and importlib.util.find_spec("peft") is None:
             continue
+        if file := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / file[1]).write_text(block, encoding="utf-8")
+            continue
         lines += [""] * (before - len(lines)) + block.splitlines()
     program = tmp_path / f"{Path(page).stem}.py"
     program.write_text("\n".join(lines), encoding="utf-8")

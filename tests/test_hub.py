@@ -4,20 +4,16 @@ Clients are processes of their own: the client reads its address and its cache's
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import snippet, tiny_config, tiny_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load
-from stand_in_hub import TOKEN, Fault, StandInHub
+from stand_in_hub import TOKEN, Client, Fault, StandInHub
 
 WEIGHTS = "model.safetensors"
 HERE = Path(__file__).parent
@@ -102,32 +98,6 @@ def hub() -> Iterator[StandInHub]:
         yield served
     unknown = [request for request in served.requests if request[2] == 501]
     assert not unknown
-
-
-class Client:
-    """Runs scripts in processes that take the stand-in for the Hub; they share a cache, empty at first."""
-
-    def __init__(self, hub: StandInHub, home: Path):
-        self.hub, self.home = hub, home
-
-    def start(self, script: str, *arguments: Any, token: str | None = TOKEN, **variables: str) -> subprocess.Popen[str]:
-        """With the package and the tests' helpers on the path, which a script may shut out."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        path = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
-        return subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, arguments)],
-            env=kept | {"PYTHONPATH": path} | self.hub.environment(self.home, token) | variables,
-            cwd=self.home,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, script: str, *arguments: Any, **options: Any) -> str:
-        process = self.start(script, *arguments, **options)
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        return output
 
 
 @pytest.fixture

@@ -17,12 +17,23 @@ __all__ = [
     "BakaForQuestionAnswering",
     "BakaForSequenceClassification",
     "BakaForTokenClassification",
+    "BakaMemoryUpdate",
     "BakaModel",
+    "Held",
+    "import_parts",
+    "register_activation",
+    "register_association",
+    "register_memory",
+    "register_norm",
+    "register_solidifier",
 ]
 
 if TYPE_CHECKING:
+    from .associative_baka import register_association
     from .cache_baka import BakaCache
     from .configuration_baka import BakaConfig
+    from .functions_baka import register_activation, register_norm
+    from .memory_baka import BakaMemoryUpdate, Held, register_memory
     from .modeling_baka import (
         BakaForCausalLM,
         BakaForQuestionAnswering,
@@ -30,8 +41,21 @@ if TYPE_CHECKING:
         BakaForTokenClassification,
         BakaModel,
     )
+    from .parts import import_parts
+    from .solidifiers_baka import register_solidifier
 else:  # a type checker would take any name for one of the package's
-    _MODULES = {"BakaCache": "cache_baka", "BakaConfig": "configuration_baka"}  # all others are in modeling_baka
+    _MODULES = {  # all others are in modeling_baka
+        "BakaCache": "cache_baka",
+        "BakaConfig": "configuration_baka",
+        "BakaMemoryUpdate": "memory_baka",
+        "Held": "memory_baka",
+        "import_parts": "parts",
+        "register_activation": "functions_baka",
+        "register_association": "associative_baka",
+        "register_memory": "memory_baka",
+        "register_norm": "functions_baka",
+        "register_solidifier": "solidifiers_baka",
+    }
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

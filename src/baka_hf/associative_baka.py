@@ -4,6 +4,7 @@ Two ways to write, both once a chunk, so that within a chunk what is read stands
 (arXiv 2407.04841), or every token in turn by the delta rule (arXiv 2412.06464), which is computed in parallel.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from .configuration_baka import BakaConfig
 from .functions_baka import at_least_float32, initialise
 from .memory_baka import Held
+from .parts_baka import Part, register
 
 NUM_SHIFTS = 3  # ν of DPFP-ν: a key of d numbers has 2νd features
 EPSILON = 1e-5
@@ -44,6 +46,8 @@ def associations_held(config: Any) -> dict[str, Held]:
 
 class BakaMemoryAssociation(nn.Module):
     """Written by a block's outputs at the write positions, and read by every position before the block (ARMT)."""
+
+    written_by = "memory"
 
     def __init__(self, config: BakaConfig):
         super().__init__()
@@ -78,6 +82,8 @@ class BakaTokenAssociation(nn.Module):
     Under the key of the token before it, so that what followed a context is stored under that. The first token of a
     chunk writes nothing.
     """
+
+    written_by = "tokens"
 
     def __init__(self, config: BakaConfig):
         super().__init__()
@@ -249,3 +255,13 @@ def invert_unit_lower(lower: torch.Tensor) -> torch.Tensor:
 
 
 ASSOCIATIONS: dict[str, type[nn.Module]] = {"memory": BakaMemoryAssociation, "tokens": BakaTokenAssociation}
+
+
+def register_association(name: str) -> Callable[[Part], Part]:
+    """A decorator for a class that `associative_write="name"` then stands for, a subclass of `BakaMemoryAssociation` or
+    of `BakaTokenAssociation`: of that it has what is held, who writes and when it is read.
+
+    Raises:
+        ValueError: the class is neither, or the name is another's.
+    """
+    return register("associative_write", name, ASSOCIATIONS, (BakaMemoryAssociation, BakaTokenAssociation))

@@ -23,6 +23,25 @@ logger = logging.get_logger(__name__)
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
+Memories = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # see `BakaModelOutput`
+
+
+@dataclass
+class BakaModelOutput(BaseModelOutputWithPast):
+    """What a decoder gives. `memories` are there if asked for by `output_memories`: two tensors [B, R, D] for each time
+    that chunks became full, the memory that these have read, before the solidifier, and the one that they have left. In
+    rows whose chunk did not become full then both are the same."""
+
+    memories: Memories | None = None
+
+
+@dataclass
+class BakaCausalLMOutput(CausalLMOutputWithPast):
+    """What a language model gives; `memories` as in `BakaModelOutput`."""
+
+    memories: Memories | None = None
+
+
 @dataclass(frozen=True)
 class Call:
     """What is asked for, and how it is to be read."""
@@ -36,6 +55,7 @@ class Call:
     cache: BakaCache | None  # that state; while it is read, a draft of it, which the state becomes when all is read
     with_states: tuple[int, ...]  # which hidden states are asked for: 0 is what goes into the first block
     with_weights: bool
+    with_memories: bool
     num_last_states: int | None  # how many columns' states are asked for, from the last one back; None: all
     # What a state will know of itself:
     input_ids: torch.Tensor | None  # as they came
@@ -76,6 +96,7 @@ class Results(NamedTuple):
     memory: Memory | None  # what is left to the next call
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # likewise, of each block; none if they were written in place
     pauses: torch.Tensor  # [P] or [B, P] int64, where those of the chunk in progress stand
+    memories: Memories = ()  # that chunks have read and left, if asked for
 
 
 @on_host
@@ -92,6 +113,7 @@ def plan(
     embeds: bool,
     within_beam_search: bool = False,
     num_last_states: int | None = None,
+    output_memories: bool = False,
     **kwargs: Any,
 ) -> Call:
     """Check a call of `model`, a `BakaModel`, and cut it into spans.
@@ -107,6 +129,8 @@ def plan(
             f"`output_attentions` needs attn_implementation='eager', {config._attn_implementation!r} gives none."
         )
         with_weights = False
+    if output_memories and not config.num_memory_tokens:
+        raise ValueError("`output_memories` must be False when `num_memory_tokens` is 0, got True.")
     batch_size, length = check_text(config, input_ids, inputs_embeds)
     check_cache(model, cache, batch_size, within_beam_search)
     fed = 0 if cache is None else cache.get_seq_length()
@@ -169,6 +193,7 @@ def plan(
         cache=cache,
         with_states=with_states,
         with_weights=with_weights,
+        with_memories=bool(output_memories),
         num_last_states=num_last_states,
         input_ids=input_ids,
         heard=heard,
@@ -216,7 +241,7 @@ def _plan_beside(
 
 
 @on_host
-def close(model: Any, call: Call, results: Results, beside: Results | None = None) -> BaseModelOutputWithPast:
+def close(model: Any, call: Call, results: Results, beside: Results | None = None) -> BakaModelOutput:
     """Put together what was read, `beside` of `call.beside`, and have the state become what is left behind."""
     states, weights = _outputs(model, call, results)
     if call.beside is not None and beside is not None:
@@ -231,11 +256,12 @@ def close(model: Any, call: Call, results: Results, beside: Results | None = Non
     if call.state is not None and call.cache is not None:
         _leave_state(call.cache, call, results)
         call.state.go_on(call.cache)
-    return BaseModelOutputWithPast(
+    return BakaModelOutput(
         last_hidden_state=states[-1],
         **{CACHE_NAME: call.state},
         hidden_states=_hidden_states(model, call, states) if call.with_states else None,
         attentions=weights,
+        memories=results.memories if call.with_memories else None,
     )
 
 

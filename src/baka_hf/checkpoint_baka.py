@@ -10,6 +10,7 @@ from torch import nn
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from .configuration_baka import AUTO_MAP
+from .part_files_baka import ENTRY
 
 # The classes whose code comes with a checkpoint.
 CLASSES = {code.rpartition(".")[2] for code in AUTO_MAP.values()}
@@ -40,7 +41,8 @@ class BakaCheckpointMixin:
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         code = {name: place.rpartition("--")[2] for name, place in model.config.auto_map.items() if name in AUTO_MAP}
-        owners = {*(model.config.architectures or ())} - CLASSES | {*code.values()} - {*AUTO_MAP.values()}
+        ours = {*AUTO_MAP.values()} | {f"{ENTRY}.{name}" for name in CLASSES}
+        owners = {*(model.config.architectures or ())} - CLASSES | {*code.values()} - ours
         if owners and cls.__name__ in CLASSES:
             raise ValueError(
                 f"expected a checkpoint of {cls.__name__}, got one of {', '.join(sorted(owners))}, which is another "
@@ -84,7 +86,7 @@ class BakaCheckpointMixin:
         modules = dict(self.named_modules())  # type: ignore[attr-defined]
         for name, module in built.named_modules():
             found = modules.get(name)
-            if not isinstance(module, nn.Linear | nn.Embedding) and not isinstance(found, type(module)):
+            if not isinstance(module, nn.Linear | nn.Embedding) and not _is_of(type(found), type(module)):
                 raise ValueError(
                     f"expected `{name}` to be a {type(module).__name__}, as the configuration says, got a "
                     f"{type(found).__name__}, which would not be there after loading. Choose it in the configuration, "
@@ -101,3 +103,11 @@ class BakaCheckpointMixin:
                 "Put it into a file beside baka_hf's files for checkpoints (*_baka.py) that imports from them as in "
                 "`from .modeling_baka import BakaForCausalLM`. Or do not register it: its own class loads it."
             )
+
+
+def _is_of(found: type, expected: type) -> bool:
+    """Whether modules of class `found` are what `expected` builds: PyTorch's own subclasses of it are, as shards have
+    them, but nobody else's, of which a checkpoint would know nothing."""
+    if (found.__module__, found.__name__) == (expected.__module__, expected.__name__):
+        return True
+    return issubclass(found, expected) and found.__module__.startswith("torch.")

@@ -7,6 +7,8 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .memory_baka import MEMORY_UPDATES
+from .part_files_baka import described, save_parts
+from .parts_baka import REGISTERED, check_parts
 
 AUTO_MAP = {
     "AutoConfig": "configuration_baka.BakaConfig",
@@ -279,8 +281,19 @@ class BakaConfig(PreTrainedConfig):
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What a file holds: all that differs from transformers' defaults, and every field of the architecture."""
-        return super().to_diff_dict() | {name: value for name, value in self.to_dict().items() if name in ORIGINALLY}
+        """What a file holds: all that differs from transformers' defaults, every field of the architecture, and where
+        others' parts are."""
+        fields = {name: value for name, value in self.to_dict().items() if name in ORIGINALLY}
+        return described(super().to_diff_dict() | fields, self, AUTO_MAP)
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As of every config, with the code of others' parts that it names.
+
+        Raises:
+            ValueError: a file of that code cannot stand in a checkpoint, see `part_files_baka`.
+        """
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        save_parts(self, save_directory, AUTO_MAP)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not hasattr(type(self), name):
@@ -316,7 +329,13 @@ class BakaConfig(PreTrainedConfig):
     @property
     def num_associative_heads(self) -> int:
         """Of an associative memory that tokens write; 0 of all others."""
-        return self.num_attention_heads if self.associative_dim and self.associative_write == "tokens" else 0
+        return self.num_attention_heads if self.associative_dim and self.associative_writers == "tokens" else 0
+
+    @property
+    def associative_writers(self) -> str:
+        """Who writes to an associative memory, "memory" or "tokens"; a registered one says so itself."""
+        part = REGISTERED["associative_write"].get(self.associative_write)
+        return getattr(part, "written_by", self.associative_write)
 
     @property
     def rope(self) -> tuple[str, float, dict[str, float]]:
@@ -332,6 +351,7 @@ class BakaConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise a `ValueError` for the first field whose value is not allowed."""
+        check_parts(self)
         for name, least in (
             ("vocab_size", 1),
             ("hidden_size", 1),
@@ -373,19 +393,20 @@ class BakaConfig(PreTrainedConfig):
         for name, allowed in (
             ("norm_type", NORM_TYPES),
             ("memory_write", MEMORY_WRITES),
-            ("memory_update", tuple(MEMORY_UPDATES)),
+            ("memory_update", MEMORY_UPDATES),
             ("memory_solidifier", MEMORY_SOLIDIFIERS),
             ("associative_write", ASSOCIATIVE_WRITES),
             ("pause_placement", PAUSE_PLACEMENTS),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}. {ADDED}")
-        if not isinstance(self.hidden_act, str) or (self.hidden_act != "elephant" and self.hidden_act not in ACT2FN):
+            names = tuple(dict.fromkeys([*allowed, *REGISTERED.get(name, ())]))
+            if getattr(self, name) not in names:
+                raise ValueError(f"`{name}` must be one of {', '.join(names)}, got {getattr(self, name)!r}. {ADDED}")
+        names = ("elephant", *REGISTERED["hidden_act"])
+        if not isinstance(self.hidden_act, str) or (self.hidden_act not in names and self.hidden_act not in ACT2FN):
             raise ValueError(
-                f"`hidden_act` must be 'elephant' or a name in transformers' ACT2FN ({', '.join(ACT2FN)}), "
-                f"got {self.hidden_act!r}. {ADDED}"
+                f"`hidden_act` must be {' or '.join(map(repr, names))} or a name in transformers' ACT2FN "
+                f"({', '.join(ACT2FN)}), got {self.hidden_act!r}. {ADDED}"
             )
-
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` must be even, because RoPE turns pairs of features, got {self.head_dim}.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -410,10 +431,10 @@ class BakaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not self.num_memory_tokens and value not in (nothing, getattr(type(self), name)):
                 raise ValueError(f"`{name}` must be {nothing!r} when `num_memory_tokens` is 0, got {value!r}.")
-        if self.associative_dim and self.associative_write == "memory" and not self.num_memory_tokens:
+        if self.associative_dim and self.associative_writers == "memory" and not self.num_memory_tokens:
             raise ValueError(
-                "`associative_write` must be 'tokens' when `num_memory_tokens` is 0, got 'memory': there are no memory "
-                "vectors to write with."
+                "`associative_write` must be 'tokens' when `num_memory_tokens` is 0, got "
+                f"{self.associative_write!r}: there are no memory vectors to write with."
             )
         if self.associative_layer_interval > self.num_hidden_layers:
             raise ValueError(

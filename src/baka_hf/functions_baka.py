@@ -4,6 +4,7 @@ What depends on a model's state, or on how a text is cut into chunks, is never i
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_baka import BakaConfig
+from .parts_baka import Part, register
 
 
 def _elephant(x: torch.Tensor) -> torch.Tensor:
@@ -61,8 +63,35 @@ class ElephantActivation(nn.Module):
         return _elephant(x) if torch.compiler.is_compiling() else _Elephant.apply(x)
 
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"elephant": ElephantActivation}
+NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+
 def get_activation(name: str) -> nn.Module:
-    return ElephantActivation() if name == "elephant" else ACT2FN[name]
+    return ACTIVATIONS[name]() if name in ACTIVATIONS else ACT2FN[name]
+
+
+def register_activation(name: str) -> Callable[[Part], Part]:
+    """A decorator for a class of modules that `hidden_act="name"` then stands for.
+
+    It is made of nothing, and its `forward` takes and gives one tensor, number by number.
+
+    Raises:
+        ValueError: the class is none of modules, or the name is another's, transformers' `ACT2FN` included.
+    """
+    return register("hidden_act", name, ACTIVATIONS, (nn.Module,), ACT2FN.keys())
+
+
+def register_norm(name: str) -> Callable[[Part], Part]:
+    """A decorator for a class of modules that `norm_type="name"` then stands for.
+
+    It is made as `nn.RMSNorm` is, of a width and `eps=`, and its `forward` takes and gives states [..., D]; what
+    `qk_norm` norms stays RMSNorm.
+
+    Raises:
+        ValueError: the class is none of modules, or the name is another's.
+    """
+    return register("norm_type", name, NORMS, (nn.Module,))
 
 
 def initialise(std: float, *modules: nn.Linear | nn.Embedding) -> None:
@@ -92,10 +121,15 @@ class WideRMSNorm(nn.RMSNorm):
         return nn.functional.rms_norm(states.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
 
 
+WIDE_NORMS: dict[str, type[nn.Module]] = {"layernorm": WideLayerNorm, "rmsnorm": WideRMSNorm}
+
+
 def get_norm(config: BakaConfig, wide: bool = False) -> nn.Module:
-    """A norm of states [..., D], of the kind that the configuration says; `wide`: in float32 at least."""
-    kinds: tuple[Any, Any] = (WideLayerNorm, WideRMSNorm) if wide else (nn.LayerNorm, nn.RMSNorm)
-    return kinds[config.norm_type == "rmsnorm"](config.hidden_size, eps=config.layer_norm_eps)
+    """A norm of states [..., D], of the kind that the configuration says; `wide`: one that computes and gives float32
+    at least, if the kind is one of the package's own."""
+    kind: Any = NORMS[config.norm_type]
+    kind = WIDE_NORMS.get(config.norm_type, kind) if wide else kind
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
 def inverse_frequencies(rope_type: str, theta: float, head_dim: int, *scaling: float) -> torch.Tensor:

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .parts_baka import is_registered, registered_from
+
 recording = threading.Lock()  # one thread at a time compiles and records
+
+PLAIN = (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.ModuleList)
+# In a block one of these would stand for something else; a part that was registered knows what it is made of.
+PLAIN_IN_PARTS = (nn.GRUCell, nn.LSTMCell, nn.Sequential)
 
 _version_of = attrgetter("_version")
 
@@ -30,10 +36,12 @@ class PlainWeights:
         self.hooks += [hooks for x in modules for hooks in (x._backward_hooks, x._backward_pre_hooks)]
         self.attributes = [module.__dict__ for module in modules]
         self.tensors = [it for it in self.held if isinstance(it, torch.Tensor)]
-        own = ("torch.nn.modules.activation", "transformers.activations", type(model).__module__)
+        own = {"torch.nn.modules.activation", "transformers.activations", type(model).__module__, *registered_from()}
+        in_parts = {inner for module in modules if is_registered(module) for inner in module.modules()}
         rooms = __name__.rpartition(".")[0]  # where all modules of this code are, installed or come with a checkpoint
         are_known = all(
-            type(module) in (nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.ModuleList)
+            type(module) in PLAIN
+            or (type(module) in PLAIN_IN_PARTS and module in in_parts)
             or type(module).__module__ in own
             or type(module).__module__.rpartition(".")[0] == rooms
             for module in modules

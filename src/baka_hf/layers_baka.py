@@ -51,7 +51,7 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         if config.residual_initializer_range is not None:
             initialise(config.residual_initializer_range, self.self_attn.o_proj, self.mlp.down_proj)
         self.association: Any = ASSOCIATIONS[config.associative_write](config) if has_association else None
-        self.is_read_beside = has_association and config.associative_write == "tokens"
+        self.is_read_beside = has_association and config.associative_writers == "tokens"
 
     def forward(
         self,

@@ -1,15 +1,18 @@
 """What a chunk leaves to the next: how a memory is updated.
 
-A memory of another kind is one class and its name in `MEMORY_UPDATES`, which is what `config.memory_update` may be.
+A memory of another kind is one class and its name, which `config.memory_update` may then be (`register_memory`).
 What it declares to hold is carried, saved, reset, cropped and recorded like everything else of a state. What a memory
 passes through on its way into a chunk is in `solidifiers_baka`; how a state changes otherwise is never in here.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import initialization as init
+
+from .parts_baka import register
 
 Memory = dict[str, torch.Tensor]  # [B, …] each: what a memory holds, by the names of `BakaMemoryUpdate.held`
 
@@ -106,3 +109,34 @@ class BakaGatedMemoryUpdate(BakaMemoryUpdate):
 
 
 MEMORY_UPDATES: dict[str, type[BakaMemoryUpdate]] = {"replace": BakaMemoryUpdate, "gate": BakaGatedMemoryUpdate}
+
+
+def register_memory(name: str) -> Callable[[type[BakaMemoryUpdate]], type[BakaMemoryUpdate]]:
+    """A decorator for a class that `memory_update="name"` then stands for, a subclass of `BakaMemoryUpdate`.
+
+    Raises:
+        ValueError: the class is none, or the name is another's.
+    """
+    return register("memory_update", name, MEMORY_UPDATES, (BakaMemoryUpdate,))
+
+
+def memory_held(config: Any) -> dict[str, Held]:
+    """What the `memory_update` of a configuration holds for each row, by name.
+
+    Raises:
+        ValueError: it declares no "memory" [R, D], or something that is no `Held` under a name of Python's.
+    """
+    update = MEMORY_UPDATES[config.memory_update]
+    held, vectors = update.held(config), (config.num_memory_tokens, config.hidden_size)
+    if not all(isinstance(each, Held) and name.isidentifier() for name, each in held.items()):
+        raise ValueError(f"expected {update.__name__}.held to give a `Held` of each name, got {held!r}.")
+    if "memory" not in held or held["memory"].shape != vectors:
+        raise ValueError(f'expected {update.__name__}.held to have a "memory" of shape {vectors}, got {held!r}.')
+    return held
+
+
+def check_updated(update: nn.Module, before: Memory, after: Memory) -> None:
+    """Raise a `ValueError` unless an update has given of all that it holds what the next chunk finds."""
+    found, expected = ({name: list(x.shape) for name, x in memory.items()} for memory in (after, before))
+    if found != expected:
+        raise ValueError(f"expected {type(update).__name__} to give tensors {expected}, got {found}.")

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import TransformersKwargs
@@ -23,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .associative_baka import associations_held, associative_layers
 from .cache_baka import BakaCache
-from .calls_baka import CACHE_NAME, Call, Results, close, plan
+from .calls_baka import CACHE_NAME, BakaCausalLMOutput, BakaModelOutput, Call, Results, close, plan
 from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
@@ -44,7 +43,8 @@ from .inputs_baka import (
 )
 from .layers_baka import BakaDecoderLayer, BakaPauseDropout
 from .loss_baka import IGNORED, BakaHead, loss_by_pieces
-from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory
+from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory, check_updated, memory_held
+from .parts_baka import is_registered
 from .reading_baka import Reading
 from .solidifiers_baka import SOLIDIFIERS
 from .stream_baka import fixed_pauses
@@ -64,8 +64,9 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, BakaMemoryUpdate):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset) and (isinstance(module, BakaMemoryUpdate) or is_registered(module)):
+            reset()
         std = getattr(module, "initial_std", None)
         if std is None:
             super()._init_weights(module)
@@ -75,6 +76,11 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
         if isinstance(bias, torch.Tensor):
             first, last = getattr(module, "initial_bias", (0.0, 0.0))
             init.copy_(bias, torch.linspace(first, last, len(bias)))
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # In custom code transformers passes over modules without parameters of their own. All in here go by what
+        # `transformers.initialization` knows of each parameter.
+        super()._initialize_weights(module)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -209,9 +215,10 @@ class BakaModel(BakaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
+        output_memories: bool = False,
         cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
-    ) -> BaseModelOutputWithPast:
+    ) -> BakaModelOutput:
         """Read text, from its beginning or on from a state.
 
         Args:
@@ -227,6 +234,7 @@ class BakaModel(BakaPreTrainedModel):
                 the last one normed; or only those that an index or a list of indices names, and None for the others.
             output_attentions: also return each block's weights (eager attention only), [B, heads, L, 2S]: over
                 the slots of the previous chunk's stream, then over those of the own one.
+            output_memories: also return the memories that full chunks have read and left, see `BakaModelOutput`.
 
         Returns:
             `last_hidden_state` [B, L, D], zero where `attention_mask` is 0 (with `num_last_states=k` among `kwargs` the
@@ -247,10 +255,11 @@ class BakaModel(BakaPreTrainedModel):
                     "prompt learning drops `position_ids`: give it samples that are not packed)."
                 )
         outputs = output_hidden_states, output_attentions
+        kwargs["output_memories"] = output_memories
         if inputs_embeds is None:
             states = self.read_token(input_ids, attention_mask, cache, *outputs, **kwargs)
             if states is not None:
-                return BaseModelOutputWithPast(last_hidden_state=states, **{CACHE_NAME: cache})
+                return BakaModelOutput(last_hidden_state=states, **{CACHE_NAME: cache})
         self.num_plans += 1
         recomputes = self.checkpoints_chunks and self.training and torch.is_grad_enabled()
         embeds = torch.is_grad_enabled() and not recomputes
@@ -264,7 +273,7 @@ class BakaModel(BakaPreTrainedModel):
     def _open(self, call: Call) -> tuple[Call, Any]:
         """The call with a draft of its state, and what reads whole chunks of it by graphs, if anything does."""
         reader = None
-        if not (call.text.is_floating_point() or call.with_states or call.with_weights):
+        if not (call.text.is_floating_point() or call.with_states or call.with_weights or call.with_memories):
             reader = self._static_reader(call.state)
         return call.on_draft(), reader
 
@@ -291,6 +300,7 @@ class BakaModel(BakaPreTrainedModel):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         output_attentions: bool | None = None,
         within_beam_search: bool = False,
+        output_memories: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor | None:
         """Read one token in each row from a static state: its states [B, 1, D]; None if it is not so simple.
@@ -301,6 +311,8 @@ class BakaModel(BakaPreTrainedModel):
         if cache is None or not getattr(cache, "is_static", False) or input_ids is None or input_ids.shape[-1] != 1:
             return None
         if output_hidden_states or output_attentions or config.output_hidden_states or config.output_attentions:
+            return None
+        if output_memories:
             return None
         batch_size, _ = check_text(config, input_ids, None)
         check_cache(self, cache, batch_size, within_beam_search)
@@ -341,18 +353,24 @@ class BakaModel(BakaPreTrainedModel):
         if self.config.memory_solidifier == "none":
             return memory
         solidifier = getattr(self, f"{to}_solidifier") if self.config.separate_solidifiers else self.solidifier
-        return solidifier(memory).to(memory.device)  # a device map may have put it elsewhere
+        solid = solidifier(memory)
+        if solid.shape != memory.shape:
+            name = type(solidifier).__name__
+            raise ValueError(f"expected {name} to give a memory {list(memory.shape)}, got {list(solid.shape)}.")
+        return solid.to(memory.device)  # a device map may have put it elsewhere
 
     def update_memory(self, memory: Memory, written: torch.Tensor) -> Memory:
         """What the next chunk finds, of the memory that a chunk has read and what it has written, [B, R, D]."""
         if self.config.memory_norm:
             written = self.memory_norm(written)
         memory = {name: x.to(written.device) for name, x in memory.items()}  # a device map may have put it elsewhere
-        return {name: x.to(memory[name]) for name, x in self.memory_update(memory, written).items()}
+        updated = self.memory_update(memory, written)
+        check_updated(self.memory_update, memory, updated)
+        return {name: x.to(memory[name]) for name, x in updated.items()}
 
     def empty_memory(self, like: torch.Tensor, batch_size: int) -> Memory:
         """The memory of rows that have read nothing, on the device of `like` and for a model of its dtype: zeros."""
-        held = MEMORY_UPDATES[self.config.memory_update].held(self.config) | associations_held(self.config)
+        held = memory_held(self.config) | associations_held(self.config)
         return {name: each.zeros(batch_size, like.device, like.dtype) for name, each in held.items()}
 
     def anchor(self, like: torch.Tensor) -> torch.Tensor:
@@ -367,7 +385,7 @@ class BakaModel(BakaPreTrainedModel):
             learned = self.learned_memory(like)[None]
             for to in ("read", "write"):
                 total = total + self.solidify(learned, to).sum().to(like)
-            empty = self.empty_memory(like, 1)
+            empty = {name: x.zeros(1, like.device, like.dtype) for name, x in memory_held(self.config).items()}
             updated = self.update_memory(empty | {"memory": learned.to(empty["memory"])}, learned)
             total = total + sum(held.sum().to(like) for held in updated.values())
         return 0 * total
@@ -401,7 +419,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
         skip_logits: bool = False,
         cache: BakaCache | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]  # its types are not followed
-    ) -> CausalLMOutputWithPast:
+    ) -> BakaCausalLMOutput:
         """Logits and loss; arguments as in `BakaModel.forward`, and
 
         Args:
@@ -476,12 +494,13 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
                 logits = self.lm_head(hidden_states)
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
                 logits = logits[:, kept]
-        return CausalLMOutputWithPast(
+        return BakaCausalLMOutput(
             loss=loss,
             logits=logits,
             **{CACHE_NAME: cache},
             hidden_states=None if outputs is None else outputs.hidden_states,
             attentions=None if outputs is None else outputs.attentions,
+            memories=None if outputs is None else outputs.memories,
         )
 
     # `generate` asks for it in every step, and to find it out takes longer than all else that is done here on the host.

@@ -27,7 +27,7 @@ from .functions_baka import (
     rotary_table_of,
     where_rows,
 )
-from .memory_baka import MEMORY_UPDATES, Memory
+from .memory_baka import Memory, memory_held
 from .stream_baka import (
     Angles,
     Associated,
@@ -85,7 +85,7 @@ class ChunkPass:
         self.in_place, self.with_states, self.with_weights = in_place, with_states, with_weights
         self.half = self.config.stream_length if self.config.use_xl_cache else 0  # slots of the previous stream
         self.associative_layers = associative_layers(self.config)
-        self.vectors = MEMORY_UPDATES[self.config.memory_update].held(self.config)
+        self.vectors = memory_held(self.config)
 
     def run(self, first: Any, layout: Layout, view: View, text: torch.Tensor, stream: Stream) -> Passed:
         """Read one span.
@@ -340,6 +340,7 @@ class Reading:
             self.pieces = call.text[:, :length].split([span.count for span in call.spans], dim=1)
         self.states: list[list[torch.Tensor]] = []
         self.weights: list[list[torch.Tensor]] = []
+        self.memories: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @on_host
     def context(self) -> Any:
@@ -385,6 +386,10 @@ class Reading:
                     passed = self._run(span.first, layout, view, text, stream)
             if depth == reach:
                 self._collect(span, passed)
+                if self.call.with_memories and any_rows(layout.completes):
+                    assert passed.memory is not None and passed.after.memory is not None
+                    # Copies: a static state's tensors change where they are.
+                    self.memories.append((passed.memory["memory"].clone(), passed.after.memory["memory"].clone()))
                 if k is None:
                     following[0] = passed.after
                 elif is_read(0):
@@ -588,7 +593,8 @@ class Reading:
             first = self.states[0]
             first[-1] = first[-1] + self.model.anchor(first[-1])
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64)
-        return Results(self.states, self.weights, self.last.memory, self._keys_and_values(), pauses)
+        left = self.last.memory, self._keys_and_values(), pauses
+        return Results(self.states, self.weights, *left, tuple(self.memories))
 
     def _keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each block's keys and values, [B, H_kv, slots, head_dim], that the cache is left with; none if in place."""

@@ -32,6 +32,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .plots import COLOURS, draw_gains, finish, slide
 from .results_db import (
     JSON_FIELDS,
     SIDES,
@@ -387,8 +388,6 @@ def _as_text(value: Any) -> Any:
 
 # Plots
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5B5B5B")
 POINTS_BY_DEPTH = 40  # about as many as a line with dots can show
 POINTS_OF_TRAINING = 150
 
@@ -400,37 +399,14 @@ def plot(results: Sequence[Result], kind: str, path: str | os.PathLike, baseline
         ValueError: there is nothing to draw.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plots need matplotlib: pip install matplotlib") from error
-
-    figure = Figure(figsize=(10, 5.625), dpi=192, layout="constrained")
-    axes = figure.add_subplot()
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-    axes.set_ylabel(f"{'gain' if kind == 'gain' else 'loss'} (nats per token)", fontsize=15)
+    figure, (axes,) = slide(f"{'gain' if kind == 'gain' else 'loss'} (nats per token)")
     if kind == "curves":
         _draw_curves(axes, results)
     elif kind == "depth":
         _draw_depth(axes, results)
     else:
         _draw_differences(axes, results, baseline)
-    axes.title.set_fontsize(18)
-    axes.xaxis.label.set_fontsize(15)
-    axes.tick_params(labelsize=13, length=0)
-    axes.grid(axis="y", color="#DDDDDD")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    widest = max(map(len, labels))
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(labels), max(1, 100 // (widest + 9))),  # 100 characters are as wide as the figure
-        frameon=False,
-        fontsize=13,
-    )
+    finish(figure)
     figure.savefig(path)
 
 
@@ -499,31 +475,8 @@ def _draw_depth(axes: Any, results: Sequence[Result]) -> None:
 
 
 def _draw_differences(axes: Any, results: Sequence[Result], baseline: str | None) -> None:
-    """Evenly spaced ranges of chunks; lines a little beside each other, so that their bars can be told apart."""
-    lines = differences(results, baseline)
-    depths = sorted({first for points in lines.values() for first, _, _ in points})
-    for index, (name, points) in enumerate(lines.items()):
-        shift = 0.3 * (index / max(len(lines) - 1, 1) - 0.5)
-        places, gains, errors = zip(*points, strict=True)
-        axes.errorbar(
-            [depths.index(first) + shift for first in places],
-            gains,
-            [error or 0.0 for error in errors],
-            color=COLOURS[index % len(COLOURS)],
-            label=name,
-            linewidth=2.4,
-            elinewidth=1.4,
-            marker="o",
-            markersize=5,
-        )
-    axes.axhline(0, color="#5B5B5B", linewidth=1.0)
-    ends = [following - 1 for following in depths[1:]]
-    names = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(depths, ends, strict=False)]
-    axes.set_xticks(range(len(depths)), [*names, f"{depths[-1]} and on"])
-    axes.set(
-        title=f"Gain over {baseline}" if baseline else "Gain by the own past over another",
-        xlabel="chunks read before",
-    )
+    draw_gains(axes, differences(results, baseline))
+    axes.set_title(f"Gain over {baseline}" if baseline else "Gain by the own past over another")
 
 
 def _merged(chunks: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:

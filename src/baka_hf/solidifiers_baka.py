@@ -1,11 +1,14 @@
 """Solidifiers: what a memory passes through on its way into the next chunk. At first each is close to the identity."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from .configuration_baka import BakaConfig
 from .functions_baka import ElephantActivation, get_norm, initialise, rotary_table_of
 from .layers_baka import BakaDecoderLayer, BakaMLP
+from .parts_baka import Part, register
 from .stream_baka import Placement, View
 
 
@@ -67,3 +70,14 @@ SOLIDIFIERS: dict[str, type[nn.Module]] = {
     "mlp": BakaMLPSolidifier,
     "layer": BakaLayerSolidifier,
 }
+
+
+def register_solidifier(name: str) -> Callable[[Part], Part]:
+    """A decorator for a class of modules that `memory_solidifier="name"` then stands for.
+
+    It is made of a `BakaConfig`, and its `forward` takes and gives memories [B, R, D], row by row.
+
+    Raises:
+        ValueError: the class is none of modules, or the name is another's.
+    """
+    return register("memory_solidifier", name, SOLIDIFIERS, (nn.Module,), ("none",))

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .associative_baka import associations_held, associative_layers
-from .memory_baka import MEMORY_UPDATES, Held
+from .memory_baka import MEMORY_UPDATES, Held, memory_held
 
 try:
     import fcntl
@@ -149,7 +149,7 @@ def tensors_held(signature: dict[str, Any]) -> dict[str, Held]:
     stream_length = 2 * memories + signature["chunk_size"] + signature["num_pause_tokens"]
     slots = stream_length * (2 if signature["use_xl_cache"] else 1)
     config = SimpleNamespace(**signature)
-    held = MEMORY_UPDATES[config.memory_update].held(config) | associations_held(config)
+    held = memory_held(config) | associations_held(config)
     for layer in range(signature["num_hidden_layers"]):
         for name in ("keys", "values"):
             shape = (signature["num_key_value_heads"], slots, signature["head_dim"])
@@ -308,7 +308,8 @@ def read_state(path: Path, check: Callable[[dict[str, Any], str | None], None]) 
             signature = _signature_in(metadata)
         if signature["memory_update"] not in MEMORY_UPDATES:
             raise ValueError(
-                f"{path} has the state of a memory_update that is not here: {signature['memory_update']!r}."
+                f"{path} has the state of a memory_update that is not here: {signature['memory_update']!r}. "
+                "Import the file that registers it before."
             )
         check(signature, metadata.get("weights"))
         with _naming(path, "is damaged, its header or a tensor is not what was saved"):

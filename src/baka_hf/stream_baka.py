@@ -113,6 +113,22 @@ def fixed_pauses(config: BakaConfig) -> list[int]:
     return [index * (config.chunk_size // count) for index in range(count)]
 
 
+def slot_names(config: BakaConfig) -> list[str]:
+    """Names of the 2S slots that attention sees, in order, pauses at their fixed places.
+
+    "previous read 0" … "previous write 15", then those of the own stream, "own read 0" … "own write 15": which stream,
+    the kind ("read", "pause", "text" or "write") and the number within its kind.
+    """
+    memory = range(config.num_memory_tokens)
+    text = []
+    for position in range(config.chunk_size):
+        if position in fixed_pauses(config):
+            text.append(f"pause {fixed_pauses(config).index(position)}")
+        text.append(f"text {position}")
+    stream = [*(f"read {index}" for index in memory), *text, *(f"write {index}" for index in memory)]
+    return [f"{which} {name}" for which in ("previous", "own") for name in stream]
+
+
 class Span(NamedTuple):
     """For every row, a piece of one chunk, read in one pass.
 
@@ -333,7 +349,7 @@ def writers_of(config: BakaConfig, span: Span, layout: Layout, keeps: bool, devi
     n, completes = config.chunk_size, any_rows(layout.completes)
     if not config.associative_dim or not layout.followed:
         return None
-    if config.associative_write == "memory":
+    if config.associative_writers == "memory":
         if not completes:
             return None
         if layout.in_step:

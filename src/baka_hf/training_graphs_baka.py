@@ -44,7 +44,7 @@ def recorder_of(model: Any, call: Call) -> "Recorder | None":
     text, cache, config = call.text, call.cache, model.config
     if not (model.training and torch.is_grad_enabled()) or text.device.type not in DEVICES:
         return None
-    if call.with_states or call.with_weights or not text.is_floating_point():
+    if call.with_states or call.with_weights or call.with_memories or not text.is_floating_point():
         return None
     if call.real is not None or not all(span.is_aligned and span.in_step for span in call.spans):
         return None
