@@ -130,6 +130,9 @@ def refuses_all_but_a_new_text(model: BakaForCausalLM, state: BakaCache, call: C
         lambda: state.reset_rows(rows < 1),
         lambda: state.save_pretrained("never"),
         lambda: BakaCache.cat([state, state]),
+        lambda: state.put_row(0, model.new_cache()),
+        lambda: model.new_cache().put_row(0, state),
+        state.split,
         *(state.clone, state.detach_, state.to, state.__getstate__),
     ]
     for use in uses:

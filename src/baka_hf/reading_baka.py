@@ -14,7 +14,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .associative_baka import associations_held, associative_layers
 from .attention_baka import any_length, can_attend_in_parts, place
-from .cache_baka import BakaCache, BakaCacheLayer
+from .cache_baka import BakaCache
+from .cache_layer_baka import BakaCacheLayer
 from .calls_baka import Call, Results
 from .compile_baka import allow_programs, on_host, runs_compiled_parts, static_shapes
 from .functions_baka import (
