@@ -30,9 +30,9 @@ def static_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How many tokens and chunks were read by programs."""
-    counts = {"tokens": 0, "chunks": 0}
-    for name, method in (("tokens", "read_token"), ("chunks", "read_chunk")):
+    """How many tokens, pieces and chunks were read by programs."""
+    counts = {"tokens": 0, "pieces": 0, "chunks": 0}
+    for name, method in (("tokens", "read_token"), ("pieces", "read_piece"), ("chunks", "read_chunk")):
         plain = getattr(decoding_graphs_baka.StaticReader, method)
 
         def counted(self: Any, *args: Any, plain: Any = plain, name: str = name) -> Tensor:
@@ -82,15 +82,21 @@ def test_static_reading(variant: str, head: int, counts: dict[str, int]) -> None
     assert_close(torch.cat(found, 1), torch.cat(expected, 1), **EXACT)
     assert_close(torch.cat(found, 1), model(tokens).logits, **EXACT)
     if variant != "random_pauses":
-        assert counts == {"tokens": length - head + (head == 1), "chunks": head // n if head > 1 else 0}
+        assert counts == {
+            "tokens": length - head + (head == 1),
+            "pieces": int(head > 1 and head % n > 0),
+            "chunks": head // n if head > 1 else 0,
+        }
     assert counts["tokens"] > 2 * n
 
 
 @pytest.mark.parametrize("batch_size", [3, 17])
 @torch.no_grad()
 def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
-    """Rows in other phases of their chunks, of which some take a token and others do not."""
+    """Rows in other phases of their chunks, of which some take a token and others do not, or become other texts."""
     model = tiny_model(tiny_config())
+    other = model.new_cache()
+    model(random_tokens(model.config, 1, 8), cache=other)
     tokens, generator = random_tokens(model.config, batch_size, 60), torch.Generator().manual_seed(0)
     prompt = (torch.rand(batch_size, 20, generator=generator) < 0.6).long()
     state, static = model.new_cache(batch_size), model.new_cache(batch_size, static=True)
@@ -101,8 +107,17 @@ def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
         token = tokens[:, column : column + 1]
         expected = model(token, attention_mask=mask, cache=state).logits
         assert_close(model(token, attention_mask=mask, cache=static).logits, expected, **EXACT)
+        for cache in (state, static) if column % 9 == 8 else ():
+            cache.put_row(column % batch_size, other)
     assert_same_state(static, state)
-    assert counts["tokens"] == 40
+    assert counts["tokens"] == 40 and (counts["pieces"] > 0) == (batch_size == 3)
+    reader = static._reader
+    tokens = random_tokens(model.config, batch_size, 13, seed=1)
+    mask = (torch.rand(batch_size, 13, generator=generator) < 0.8).long()
+    expected = model(tokens, attention_mask=mask, cache=state).logits
+    assert_close(model(tokens, attention_mask=mask, cache=static).logits, expected, **EXACT)
+    assert_same_state(static, state)
+    assert static._reader is reader and (batch_size > 3 or static.layers[0].keys is reader.slots[0]["keys"])
 
 
 @torch.no_grad()
@@ -225,7 +240,7 @@ def test_what_is_not_plain_is_read_plainly(case: str, counts: dict[str, int]) ->
                 text = dict(inputs_embeds=model.get_input_embeddings()(text["input_ids"]))
             logits = model(**text, cache=state, **options).logits
             assert_close(logits[:, 0], expected[:, column], **EXACT)
-    assert counts == {"tokens": 0, "chunks": 0}
+    assert counts == {"tokens": 0, "pieces": 0, "chunks": 0}
 
 
 @pytest.mark.parametrize("change", ["fused optimizer", "data"])

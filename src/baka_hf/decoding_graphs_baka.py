@@ -5,7 +5,7 @@ for one by one from Python they keep a GPU waiting. Here the tensors of a state 
 step are recorded once and then launched all together. There are few kinds of steps, since what a token needs depends on
 its position in the chunk alone: it may have a pause before it, begin or end a chunk, or none of these. Which one comes
 next is known on the host without waiting for the device. Rows out of step share a step too, of the kind that one of
-them needs most.
+them needs most. What is less than a chunk and more than a token is read as a chunk of which the rest does not count.
 
 The blocks are those of the model in another order of work: what multiplies the same input is one product, and what lies
 between products is compiled. All else (memory, layout, masks) is `reading_baka`'s own code, recorded.
@@ -115,7 +115,7 @@ class StaticReader:
             self.memory = {name: torch.zeros_like(x) for name, x in cache.carried.items()}
             self.num_tokens = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self.seeded = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
-            self.reads = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+            self.counts = torch.ones_like(self.num_tokens)  # tokens that each row reads next
             self.history = hash_of_nothing(self.batch_size, self.device)
             self.ids: dict[int, torch.Tensor] = {}
             self.states: dict[int, torch.Tensor] = {}
@@ -136,10 +136,12 @@ class StaticReader:
             self.pauses = torch.tensor(fixed_pauses(config), dtype=torch.int64, device=self.device)[None]
             self.angles = rotary_table_of(config, self.device, slots.dtype)
         # What the host knows of the tensors above: what a token brings, and where the slots seen by it end.
-        self.known: list[Any] = [self.num_tokens.cpu(), self.seeded.cpu(), self.reads.cpu()]
+        self.known: list[Any] = [self.num_tokens.cpu(), self.seeded.cpu(), self.counts.cpu()]
         self.kinds, self.widths, self.ends = _steps(config)
         self.num_windows = NUM_WINDOWS if self.batch_size >= LARGE_BATCH else 1
         self.window = -(-S // (8 * self.num_windows)) * 8
+        # For many rows a pass over a whole chunk takes longer than to ask for the kernels of a shorter one.
+        self.reads_pieces = self.batch_size < LARGE_BATCH and not config.uses_random_pauses
         on_gpu = self.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -197,18 +199,33 @@ class StaticReader:
         if kind != EDGE:
             half, end = stop - self.stream_length, max(map(self.ends.__getitem__, positions))
             stop = min(stop, half + -(-end // self.window) * self.window)
-        for index, (own, now) in enumerate(
-            ((self.num_tokens, cache._num_tokens), (self.seeded, cache._seeded), (self.reads, reads))
-        ):
-            if not torch.equal(self.known[index], now):
-                self.known[index] = now.new_empty(0)  # unknown, should this be interrupted
-                own.copy_(now)
-                self.known[index] = now
+        self._tell(cache._num_tokens, cache._seeded, reads.long())
         self.ids[1].copy_(input_ids)
         self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
         self._run(("token", kind, stop), lambda: self._token(model, cache, kind, stop))
         self.known[0] = cache._num_tokens + reads
         return self.states[1].clone()
+
+    def _tell(self, *rows: torch.Tensor) -> None:
+        """Have the device know of each row how many tokens it has read, whether it was seeded, how many it reads."""
+        for index, (own, now) in enumerate(zip((self.num_tokens, self.seeded, self.counts), rows, strict=True)):
+            if not torch.equal(self.known[index], now):
+                self.known[index] = now.new_empty(0)  # unknown, should this be interrupted
+                own.copy_(now)
+                self.known[index] = now
+
+    def read_piece(
+        self, model: Any, cache: BakaCache, span: Span, seeded: torch.Tensor, text: torch.Tensor
+    ) -> torch.Tensor:
+        """Read `text` [B, T], of each row a piece of a chunk, `seeded` [B] or not: its normed states [B, T, D], to be
+        used before the next piece or chunk."""
+        counts = torch.as_tensor(span.count).expand(self.batch_size)
+        self._tell(span.num_tokens - counts, seeded, counts)
+        self.ids[self.chunk_size][:, : span.length].copy_(text)
+        self.known[0] = self.known[0].new_empty(0)  # unknown, should this be interrupted
+        self._run(("piece",), lambda: self._piece(model, cache))
+        self.known[0] = span.num_tokens
+        return self.states[self.chunk_size][:, : span.length]
 
     def read_chunk(self, model: Any, cache: BakaCache, span: Span, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, n], a whole chunk in step: its normed states [B, n, D], to be used before the next chunk."""
@@ -237,20 +254,31 @@ class StaticReader:
     # What is recorded. Everything that differs from one replay to the next is in this object's tensors.
 
     def _token(self, model: Any, cache: BakaCache, kind: int, stop: int) -> None:
-        rows = self.num_tokens, self.seeded, self.reads
-        span, layout, view = self.locate(
-            self.config, self.angles, self.pauses, *rows, self.widths[kind], self.keys.dtype
-        )
+        states = self._read_rows(model, cache, 1, self.widths[kind], stop, kind == EDGE)
+        reads = self.counts[:, None] > 0
+        self.states[1].copy_(states.masked_fill(~reads[:, :, None], 0))
+        hashed = hash_tokens(self.ids[1], start=self.history)
+        self.history.copy_(torch.where(reads, hashed, self.history))
+
+    def _piece(self, model: Any, cache: BakaCache) -> None:
+        n = self.chunk_size
+        self.states[n].copy_(self._read_rows(model, cache, n, self.stream_length, self.num_slots, True))
+
+    def _read_rows(
+        self, model: Any, cache: BakaCache, length: int, width: int, stop: int, has_edge: bool
+    ) -> torch.Tensor:
+        """Read the next `counts` tokens of each row, `length` at most, in `width` positions that see the slots up to
+        `stop`; `has_edge` says whether a chunk may begin or end there."""
+        rows = self.num_tokens, self.seeded, self.counts
+        span, layout, view = self.locate(self.config, self.angles, self.pauses, *rows, length, width, self.keys.dtype)
         view = view._replace(mask=view.mask[..., :stop].contiguous(), placement=view.placement._replace(stop=stop))
-        if kind != EDGE:
+        if not has_edge:
             layout.begins = layout.completes = False
             if view.writers is not None:
                 view = view._replace(writers=view.writers._replace(completes=False))
         states = self._read(model, cache, span, layout, view)
-        self.states[1].copy_(states.masked_fill(~self.reads[:, None, None], 0))
         self.num_tokens.copy_(span.num_tokens)
-        hashed = hash_tokens(self.ids[1], start=self.history)
-        self.history.copy_(torch.where(self.reads[:, None], hashed, self.history))
+        return states
 
     def _chunk(self, model: Any, cache: BakaCache, span: Span) -> None:
         key = span.first, span.has_previous
@@ -440,11 +468,12 @@ def locate(
     pauses: torch.Tensor,
     num_tokens: torch.Tensor,
     seeded: torch.Tensor,
-    reads: torch.Tensor,
+    counts: torch.Tensor,
+    length: int,
     width: int,
     dtype: torch.dtype,
 ) -> tuple[Span, Layout, View]:
-    """Span, layout and view of a step of one token in the rows that `reads` [B] says, all on the device.
+    """Span, layout and view of the next tokens of each row, which are of one chunk, all on the device.
 
     Args:
         config: the model's configuration.
@@ -452,13 +481,14 @@ def locate(
         pauses: [1, P], the text positions of pauses.
         num_tokens: [B] int64, tokens each row has read.
         seeded: [B] bool, rows whose text began with another stream's memory.
-        reads: [B] bool, rows that have a token.
+        counts: [B] int64, tokens that each row reads, which may be none.
+        length: the most that any does.
         width: Q, positions that a row takes at most.
         dtype: the model's.
     """
     n, S, half = config.chunk_size, config.stream_length, config.stream_length if config.use_xl_cache else 0
-    has_previous, count = num_tokens >= n, reads.to(torch.int64)
-    span = Span(0, num_tokens % n, count, 1, ~(has_previous | seeded), has_previous, num_tokens + count)
+    has_previous = num_tokens >= n
+    span = Span(0, num_tokens % n, counts, length, ~(has_previous | seeded), has_previous, num_tokens + counts)
     layout = lay_out(span, config, pauses, True, width)
     placement = Placement(slots=(half + layout.slots)[:, None, :, None], valid=layout.valid[:, None, :, None])
     numbers, horizons = compare_slots(config, span, layout, placement, num_tokens.device)
