@@ -114,5 +114,5 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
 def test_limits_are_above_zero(tmp_path: Path) -> None:
     model = tiny_model(tiny_config())
     for limit in (dict(max_age=0), dict(max_bytes=-1), dict(max_age=float("nan"))):
-        with pytest.raises(ValueError, match="expected `max_.*` above 0, got"):
+        with pytest.raises(ValueError, match=r"expected `max_.*` above 0, got"):
             StateStore(tmp_path, model, **limit)

@@ -225,8 +225,8 @@ class Batcher:
     def _admit(self) -> None:
         """Who waits begins to be read, if there will be a row to go on in."""
         num_free = self.saying.count(None) - sum(request is not None for request in self.reading)
-        for slot, request in enumerate(self.reading):
-            if request is None and self.waiting and num_free > 0:
+        for slot in range(self.num_prompts):
+            if self.reading[slot] is None and self.waiting and num_free > 0:
                 self.reading[slot] = admitted = self.waiting.popleft()
                 self.reading_state.put_row(slot, self.fresh if admitted.given is None else admitted.given)
                 admitted.given = None
@@ -241,10 +241,10 @@ class Batcher:
         if not all(self.reading) and any(self.saying) and self._delay < self.num_prompts:
             return []
         self._delay = 0
-        pieces = [
-            request.input_ids[request.num_read :][: self.chunk_size - num_tokens % self.chunk_size] if request else []
-            for request, num_tokens in zip(self.reading, self.reading_state.num_tokens.tolist(), strict=True)
-        ]
+        pieces: list[list[int]] = []
+        for request, num_tokens in zip(self.reading, self.reading_state.num_tokens.tolist(), strict=True):
+            room = self.chunk_size - num_tokens % self.chunk_size
+            pieces.append([] if request is None else request.input_ids[request.num_read : request.num_read + room])
         ids = torch.zeros(self.num_prompts, max(map(len, pieces)), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, piece in enumerate(pieces):
