@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
+from helpers import CONFIGS, random_tokens, recorded_calls, tiny_config, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -118,6 +118,30 @@ def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
     assert_close(model(tokens, attention_mask=mask, cache=static).logits, expected, **EXACT)
     assert_same_state(static, state)
     assert static._reader is reader and (batch_size > 3 or static.layers[0].keys is reader.slots[0]["keys"])
+
+
+@pytest.mark.parametrize("name", ["default", "gate", "associations_of_tokens_and_memory", "one_layer"])
+@torch.no_grad()
+def test_rows_at_the_edge_of_a_chunk_are_read_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a large batch, when they are few; then it is as if all were read together. Weights may change meanwhile."""
+    model = tiny_model(tiny_config(**CONFIGS[name] | dict(chunk_size=23)))
+    tokens, generator = random_tokens(model.config, 33, 60), torch.Generator().manual_seed(0)
+    mask = (torch.arange(40) >= torch.randint(38, (33, 1), generator=generator)).long()
+    state, static = model.new_cache(33), model.new_cache(33, static=True)
+    for cache in (state, static):
+        model(tokens[:, :40], attention_mask=mask, cache=cache)
+    kinds = recorded_calls(monkeypatch, decoding_graphs_baka.StaticReader, "_token")
+    for column in range(36):
+        mask = (torch.rand(33, 1, generator=generator) < (0.9 if column else 0.1)).long()
+        token = tokens[:, column : column + 1]
+        expected = model(token, attention_mask=mask, cache=state).logits
+        assert_close(model(token, attention_mask=mask, cache=static).logits, expected, **EXACT)
+        if column == 20:
+            model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+    assert_same_state(static, state)
+    sizes = [(reader.batch_size, kind) for reader, _, kind, _ in kinds]
+    assert sizes.count((8, decoding_graphs_baka.EDGE)) > 10
+    assert 0 < sizes.count((33, decoding_graphs_baka.EDGE)) < 15  # when they are many
 
 
 @torch.no_grad()

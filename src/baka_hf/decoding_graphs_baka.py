@@ -5,7 +5,8 @@ for one by one from Python they keep a GPU waiting. Here the tensors of a state 
 step are recorded once and then launched all together. There are few kinds of steps, since what a token needs depends on
 its position in the chunk alone: it may have a pause before it, begin or end a chunk, or none of these. Which one comes
 next is known on the host without waiting for the device. Rows out of step share a step too, of the kind that one of
-them needs most. What is less than a chunk and more than a token is read as a chunk of which the rest does not count.
+them needs most; in a large batch the few that begin or end a chunk are read apart, since that takes many positions and
+moves all of a row. What is less than a chunk and more than a token is read as a chunk of which the rest does not count.
 
 The blocks are those of the model in another order of work: what multiplies the same input is one product, and what lies
 between products is compiled. All else (memory, layout, masks) is `reading_baka`'s own code, recorded.
@@ -48,6 +49,10 @@ PLAIN, PAUSE, EDGE = range(3)  # kinds of steps, by what the token at a position
 # From this batch size on keys and values are most of what a step reads, and only those written so far are worth it.
 LARGE_BATCH = 16
 NUM_WINDOWS = 4
+
+# In such a batch rows that begin or end a chunk are read apart, so many at a time, if they are no more than a part.
+NUM_APART = 8
+LARGEST_PART_APART = 1 / 8
 
 _idle: "weakref.WeakKeyDictionary[nn.Module, StaticReader]" = weakref.WeakKeyDictionary()
 
@@ -104,6 +109,7 @@ class StaticReader:
         self.is_shared = False
         self.owner: Any = None  # a weak reference to the state whose tensors these are
         self.end_of_owner: Any = None  # what happens when that is gone
+        self.apart: StaticReader | None = None  # of a few rows, for those at the edge of a chunk
         self.graphs: dict[Any, Any] = {}
         self.views: dict[Any, View] = {}
         S = config.stream_length
@@ -138,6 +144,7 @@ class StaticReader:
         # What the host knows of the tensors above: what a token brings, and where the slots seen by it end.
         self.known: list[Any] = [self.num_tokens.cpu(), self.seeded.cpu(), self.counts.cpu()]
         self.kinds, self.widths, self.ends = _steps(config)
+        self.is_edge = torch.tensor(self.kinds) == EDGE
         self.num_windows = NUM_WINDOWS if self.batch_size >= LARGE_BATCH else 1
         self.window = -(-S // (8 * self.num_windows)) * 8
         # For many rows a pass over a whole chunk takes longer than to ask for the kernels of a shorter one.
@@ -162,6 +169,8 @@ class StaticReader:
         """Copy the model's weights again, since not every optimizer leaves a trace of having changed them."""
         for block in self.blocks:
             block.refresh()
+        if self.apart is not None:
+            self.apart.refresh()
 
     def fits(self, cache: BakaCache, model: Any) -> bool:
         """Whether this is, or may become, the reader of `cache` by `model`."""
@@ -193,18 +202,65 @@ class StaticReader:
 
     def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
-        positions = {count % self.chunk_size for count in cache._num_tokens[reads].tolist()}
+        edges = reads & self.is_edge[cache._num_tokens % self.chunk_size]
+        few = edges.nonzero()[:, 0]
+        if self.batch_size < LARGE_BATCH or not 0 < len(few) <= LARGEST_PART_APART * self.batch_size:
+            few = few[:0]
+        rest = reads.index_fill(0, few, False)
+        if bool(rest.any()):
+            self._read_together(model, cache._num_tokens, cache._seeded, input_ids, rest)
+        else:
+            self.states[1].zero_()
+        for rows in few.split(NUM_APART) if len(few) else ():
+            self._read_apart(model, cache._num_tokens, cache._seeded, input_ids, rows)
+        return self.states[1].clone()
+
+    def _read_together(
+        self,
+        model: Any,
+        num_tokens: torch.Tensor,
+        seeded: torch.Tensor,
+        input_ids: torch.Tensor,
+        reads: torch.Tensor,
+    ) -> None:
+        positions = {count % self.chunk_size for count in num_tokens[reads].tolist()}
         kind = max(map(self.kinds.__getitem__, positions))
         stop = self.num_slots
         if kind != EDGE:
             half, end = stop - self.stream_length, max(map(self.ends.__getitem__, positions))
             stop = min(stop, half + -(-end // self.window) * self.window)
-        self._tell(cache._num_tokens, cache._seeded, reads.long())
+        self._tell(num_tokens, seeded, reads.long())
         self.ids[1].copy_(input_ids)
         self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
-        self._run(("token", kind, stop), lambda: self._token(model, cache, kind, stop))
-        self.known[0] = cache._num_tokens + reads
-        return self.states[1].clone()
+        self._run(("token", kind, stop), lambda: self._token(model, kind, stop))
+        self.known[0] = num_tokens + reads
+
+    def _read_apart(
+        self, model: Any, num_tokens: torch.Tensor, seeded: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Read a token in these few rows, at the edge of a chunk, in tensors of their own."""
+        if self.apart is None:
+            self.apart = StaticReader(model, model.new_cache(NUM_APART), self.weights)
+        apart, count = self.apart, len(rows)
+        others = torch.ones(self.batch_size, dtype=torch.bool).index_fill(0, rows, False).nonzero()[:, 0]
+        rows = torch.cat([rows, others[: NUM_APART - count]])  # which read nothing, and so stay as they are
+        index = rows.to(self.device)
+        for own, other in zip(self._held(), apart._held(), strict=True):
+            other.copy_(own[index])
+        for own, other in ((self.keys, apart.keys), (self.values, apart.values)):
+            other.copy_(own[:, index])
+        reads = torch.arange(NUM_APART) < count
+        apart._read_together(model, num_tokens[rows], seeded[rows], input_ids[index], reads)
+        for own, other in zip(self._held(), apart._held(), strict=True):
+            own.index_copy_(0, index, other)
+        for own, other in ((self.keys, apart.keys), (self.values, apart.values)):
+            own.index_copy_(1, index, other)
+        self.states[1].index_copy_(0, index[:count], apart.states[1][:count])
+
+    def _held(self) -> list[torch.Tensor]:
+        """All of a state that is recurrent, [B, …] each, but for keys and values, which are stacked."""
+        inputs = [slots["inputs"] for slots in self.slots if "inputs" in slots]
+        return [*self.memory.values(), *inputs, self.history]
 
     def _tell(self, *rows: torch.Tensor) -> None:
         """Have the device know of each row how many tokens it has read, whether it was seeded, how many it reads."""
@@ -214,23 +270,21 @@ class StaticReader:
                 own.copy_(now)
                 self.known[index] = now
 
-    def read_piece(
-        self, model: Any, cache: BakaCache, span: Span, seeded: torch.Tensor, text: torch.Tensor
-    ) -> torch.Tensor:
+    def read_piece(self, model: Any, span: Span, seeded: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, T], of each row a piece of a chunk, `seeded` [B] or not: its normed states [B, T, D], to be
         used before the next piece or chunk."""
         counts = torch.as_tensor(span.count).expand(self.batch_size)
         self._tell(span.num_tokens - counts, seeded, counts)
         self.ids[self.chunk_size][:, : span.length].copy_(text)
         self.known[0] = self.known[0].new_empty(0)  # unknown, should this be interrupted
-        self._run(("piece",), lambda: self._piece(model, cache))
+        self._run(("piece",), lambda: self._piece(model))
         self.known[0] = span.num_tokens
         return self.states[self.chunk_size][:, : span.length]
 
-    def read_chunk(self, model: Any, cache: BakaCache, span: Span, text: torch.Tensor) -> torch.Tensor:
+    def read_chunk(self, model: Any, span: Span, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, n], a whole chunk in step: its normed states [B, n, D], to be used before the next chunk."""
         self.ids[span.length].copy_(text)
-        self._run(("chunk", span.first, span.has_previous), lambda: self._chunk(model, cache, span))
+        self._run(("chunk", span.first, span.has_previous), lambda: self._chunk(model, span))
         return self.states[span.length]
 
     def _run(self, key: Any, program: Callable[[], None]) -> None:
@@ -253,20 +307,18 @@ class StaticReader:
 
     # What is recorded. Everything that differs from one replay to the next is in this object's tensors.
 
-    def _token(self, model: Any, cache: BakaCache, kind: int, stop: int) -> None:
-        states = self._read_rows(model, cache, 1, self.widths[kind], stop, kind == EDGE)
+    def _token(self, model: Any, kind: int, stop: int) -> None:
+        states = self._read_rows(model, 1, self.widths[kind], stop, kind == EDGE)
         reads = self.counts[:, None] > 0
         self.states[1].copy_(states.masked_fill(~reads[:, :, None], 0))
         hashed = hash_tokens(self.ids[1], start=self.history)
         self.history.copy_(torch.where(reads, hashed, self.history))
 
-    def _piece(self, model: Any, cache: BakaCache) -> None:
+    def _piece(self, model: Any) -> None:
         n = self.chunk_size
-        self.states[n].copy_(self._read_rows(model, cache, n, self.stream_length, self.num_slots, True))
+        self.states[n].copy_(self._read_rows(model, n, self.stream_length, self.num_slots, True))
 
-    def _read_rows(
-        self, model: Any, cache: BakaCache, length: int, width: int, stop: int, has_edge: bool
-    ) -> torch.Tensor:
+    def _read_rows(self, model: Any, length: int, width: int, stop: int, has_edge: bool) -> torch.Tensor:
         """Read the next `counts` tokens of each row, `length` at most, in `width` positions that see the slots up to
         `stop`; `has_edge` says whether a chunk may begin or end there."""
         rows = self.num_tokens, self.seeded, self.counts
@@ -276,11 +328,11 @@ class StaticReader:
             layout.begins = layout.completes = False
             if view.writers is not None:
                 view = view._replace(writers=view.writers._replace(completes=False))
-        states = self._read(model, cache, span, layout, view)
+        states = self._read(model, span, layout, view)
         self.num_tokens.copy_(span.num_tokens)
         return states
 
-    def _chunk(self, model: Any, cache: BakaCache, span: Span) -> None:
+    def _chunk(self, model: Any, span: Span) -> None:
         key = span.first, span.has_previous
         layout = lay_out(span, self.config, fixed_pauses(self.config), True)
         if key not in self.views:
@@ -292,9 +344,9 @@ class StaticReader:
             writers = writers_of(self.config, span, layout, False, self.device)
             mask = _bias(numbers, horizons, self.keys.dtype)
             self.views[key] = View((cos[own], sin[own]), mask, placement, writers=writers)
-        self.states[span.length].copy_(self._read(model, cache, span, layout, self.views[key]))
+        self.states[span.length].copy_(self._read(model, span, layout, self.views[key]))
 
-    def _read(self, model: Any, cache: BakaCache, span: Span, layout: Layout, view: View) -> torch.Tensor:
+    def _read(self, model: Any, span: Span, layout: Layout, view: View) -> torch.Tensor:
         chunk_pass = ChunkPass(model, self.batch_size, self.blocks, in_place=True)
         nothing = [None] * len(self.blocks)
         passed = chunk_pass.run(span.first, layout, view, self.ids[span.length], Stream(self.memory, nothing, nothing))

@@ -104,7 +104,7 @@ class Batcher:
         model (`BakaForCausalLM`): the model, which is put into eval mode.
         num_rows: texts that are said on at the same time. Each takes a state's memory (docs/serving.md).
         num_prompts: texts whose prompts are read at the same time, by default one for every 32 rows. They are read
-            when so many have come, or after as many steps.
+            when so many have come, or after as many steps. So are the last tokens of chunks while texts are said.
 
     Raises:
         ValueError: a number is less than 1.
@@ -121,7 +121,8 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.reading: list[Request | None] = [None] * num_prompts  # prompts, by their rows of `reading_state`
         self.saying: list[Request | None] = [None] * num_rows  # by their rows of `state`
-        self._delay = 0  # steps that prompts have waited for others to be read with them
+        # Steps that prompts have waited for others to be read with them, and texts for others to end a chunk with.
+        self._delay = self._end_delay = 0
         self._is_torn = False  # in the middle of a step, or of one that has failed
 
     def add(
@@ -213,8 +214,8 @@ class Batcher:
     def _let_go(self) -> list[tuple[Request, int | None]]:
         """Who was cancelled leaves."""
         left = [request for request in list(self.waiting) if request.finish_reason]
-        for request in left:
-            self.waiting.remove(request)
+        for cancelled in left:
+            self.waiting.remove(cancelled)
         for places in (self.reading, self.saying):
             for place, request in enumerate(places):
                 if request is not None and request.finish_reason:
@@ -271,21 +272,36 @@ class Batcher:
         return self._tell(ended, self.head(torch.stack(last)))
 
     def _say(self) -> list[tuple[Request, int | None]]:
-        """One token more in every row that is taken."""
-        if not any(self.saying):
+        """One token more in every row that is taken, but for those that wait for others."""
+        requests = self._who_reads()
+        if not any(requests):
             return []
         # One that was cancelled by another thread meanwhile may have said nothing. It leaves at the next step.
-        last = [request.tokens[-1] if request is not None and request.tokens else 0 for request in self.saying]
+        last = [request.tokens[-1] if request is not None and request.tokens else 0 for request in requests]
         mask = None
-        if not all(self.saying):
-            mask = torch.tensor([[int(request is not None)] for request in self.saying], device=self.model.device)
+        if not all(requests):
+            mask = torch.tensor([[int(request is not None)] for request in requests], device=self.model.device)
         ids = torch.tensor(last, device=self.model.device)[:, None]
         logits = self.model(input_ids=ids, attention_mask=mask, cache=self.state, use_cache=True).logits[:, 0]
         over: list[tuple[Request, int | None]] = []
-        for row, request in enumerate(self.saying):
+        for row, request in enumerate(requests):
             if request is not None and request.is_said:  # its last token was read for the state that it keeps
                 over.append(self._end(request, row))
-        return over + self._tell(self.saying, logits)
+                requests[row] = None
+        return over + self._tell(requests, logits)
+
+    def _who_reads(self) -> list[Request | None]:
+        """The texts, by their rows, that read a token in this step.
+
+        To end a chunk takes longer than all else, so those that will wait a few steps for others to do it with them.
+        """
+        before_end = self.state.num_tokens % self.chunk_size == self.chunk_size - 1
+        waits = [request is not None and end for request, end in zip(self.saying, before_end.tolist(), strict=True)]
+        self._end_delay = self._end_delay + 1 if any(waits) else 0
+        if self._end_delay >= self.num_prompts or sum(waits) >= min(self.num_prompts, sum(map(bool, self.saying))):
+            self._end_delay = 0
+            return list(self.saying)
+        return [None if wait else request for request, wait in zip(self.saying, waits, strict=True)]
 
     def _tell(self, requests: Sequence[Request | None], logits: torch.Tensor) -> list[tuple[Request, int | None]]:
         """Choose the next tokens by logits [K, vocab_size], and see who has said all."""
