@@ -7,12 +7,12 @@
 A `Batcher` has a row for each user. Whoever has said all leaves, and another joins with a prompt and an answer of other
 lengths, drawn evenly from an eighth to fifteen eighths of `--prompt` and `--answer`. Tokens are counted over `--steps`
 steps once all is compiled and every user has come; reading the prompts is in their time. Together, the same batcher
-reads prompts that are all of the mean length and says answers that are; one by one, stock `generate` does, with a static
-cache.
+reads prompts that are all of the mean length and says answers that are; one by one, stock `generate` does, from a
+static cache.
 
 Afterwards each text that has ended, one of every row at least, is read alone, and what it said compared with what its
-own logits say: how many tokens are the likeliest there too, and by how much the logits of the others fall short. In half
-precision neighbours in a batch change roundings, so nearly equal logits may change places; more would be a mistake.
+own logits say: how many tokens are the likeliest there too, and by how much the logits of the others fall short. In
+half precision neighbours in a batch change roundings, so nearly equal logits may change places; more is a mistake.
 """
 
 import argparse

@@ -307,10 +307,12 @@ class BakaCache(Cache):
                 layer.make_writable(layer.keys)
             changed.carried = {name: tensor.detach().clone() for name, tensor in self.carried.items()}
         for name in ("_num_tokens", "_seeded", "_pauses", "_history", "_opening"):
-            known = None not in (getattr(self, name), getattr(state, name))
-            setattr(changed, name, getattr(self, name).clone() if known else None)
-            if known:
-                getattr(changed, name)[row] = getattr(state, name)[0]
+            own, other = getattr(self, name), getattr(state, name)
+            if own is not None:
+                own = None if other is None else own.clone()  # unknown in one row, unknown in all
+                setattr(changed, name, own)
+            if own is not None:
+                own[row] = other[0]
         changed._asked = changed._said = changed._finished = changed._prompt = changed._recent_ids = None
         changed._seq_length, changed._aligned = max(self._seq_length, state._seq_length), 0
         changed._is_beam_search, changed._boundaries = self._is_beam_search or state._is_beam_search, []
@@ -495,8 +497,8 @@ class BakaCache(Cache):
 
     def _remember_opening(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
         """Keep of [B, L] token ids just read, those where `real` is False left out, what a text begins with."""
-        # No row has read less than what is aligned, and most tokens come long after the beginning.
-        if self._opening is not None and self._aligned - input_ids.shape[1] < OPENING:
+        # Most tokens come long after the beginning.
+        if self._opening is not None and int(self._num_tokens.min()) - input_ids.shape[1] < OPENING:
             self._opening = opening_with(self._opening, self._num_tokens, input_ids, real)
 
     def activate_past_recording(self) -> None:

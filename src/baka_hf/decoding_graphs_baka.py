@@ -242,20 +242,22 @@ class StaticReader:
         if self.apart is None:
             self.apart = StaticReader(model, model.new_cache(NUM_APART), self.weights)
         apart, count = self.apart, len(rows)
-        others = torch.ones(self.batch_size, dtype=torch.bool).index_fill(0, rows, False).nonzero()[:, 0]
-        rows = torch.cat([rows, others[: NUM_APART - count]])  # which read nothing, and so stay as they are
-        index = rows.to(self.device)
-        for own, other in zip(self._held(), apart._held(), strict=True):
-            other.copy_(own[index])
-        for own, other in ((self.keys, apart.keys), (self.values, apart.values)):
-            other.copy_(own[:, index])
+        rows = nn.functional.pad(rows, (0, NUM_APART - count))  # it has more, which read nothing
+        padded = rows.to(self.device)
+        index = padded[:count]
+        pairs = list(zip(self._held(), apart._held(), strict=True))
+        stacked = (self.keys, apart.keys), (self.values, apart.values)
+        for own, other in pairs:
+            other[:count] = own[index]
+        for own, other in stacked:
+            other[:, :count] = own[:, index]
         reads = torch.arange(NUM_APART) < count
-        apart._read_together(model, num_tokens[rows], seeded[rows], input_ids[index], reads)
-        for own, other in zip(self._held(), apart._held(), strict=True):
-            own.index_copy_(0, index, other)
-        for own, other in ((self.keys, apart.keys), (self.values, apart.values)):
-            own.index_copy_(1, index, other)
-        self.states[1].index_copy_(0, index[:count], apart.states[1][:count])
+        apart._read_together(model, num_tokens[rows], seeded[rows], input_ids[padded], reads)
+        for own, other in pairs:
+            own.index_copy_(0, index, other[:count])
+        for own, other in stacked:
+            own.index_copy_(1, index, other[:, :count])
+        self.states[1].index_copy_(0, index, apart.states[1][:count])
 
     def _held(self) -> list[torch.Tensor]:
         """All of a state that is recurrent, [B, …] each, but for keys and values, which are stacked."""
