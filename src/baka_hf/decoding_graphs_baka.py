@@ -147,11 +147,15 @@ class StaticReader:
         self.is_edge = torch.tensor(self.kinds) == EDGE
         self.num_windows = NUM_WINDOWS if self.batch_size >= LARGE_BATCH else 1
         self.window = -(-S // (8 * self.num_windows)) * 8
-        # For many rows a pass over a whole chunk takes longer than to ask for the kernels of a shorter one.
-        self.reads_pieces = self.batch_size < LARGE_BATCH and not config.uses_random_pauses
         on_gpu = self.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None
+
+    @property
+    def reads_pieces(self) -> bool:
+        """Whether it reads pieces of a chunk, each by a pass over a whole one: for many rows that takes longer than to
+        ask for the kernels of a shorter one."""
+        return self.batch_size < LARGE_BATCH and not self.config.uses_random_pauses
 
     def serve(self, cache: BakaCache) -> None:
         """Be the reader of `cache` from now on."""
