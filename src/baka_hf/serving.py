@@ -71,6 +71,7 @@ class Request:
     finish_reason: str | None = None
     state: Any = field(default=None, repr=False)  # a `BakaCache` of one row
     num_read: int = 0  # tokens of the prompt that were read
+    is_said: bool = False  # there is nothing more to say
 
     @cached_property
     def _draws(self) -> Iterator[float]:
@@ -82,11 +83,6 @@ class Request:
     def draw(self) -> float:
         """The next of its random numbers, from 0 to 1 exclusive."""
         return next(self._draws)
-
-    @property
-    def is_said(self) -> bool:
-        """Whether there is nothing more to say."""
-        return len(self.tokens) >= self.max_new_tokens or (bool(self.tokens) and self.tokens[-1] in self.eos_token_ids)
 
 
 class Batcher:
@@ -285,7 +281,7 @@ class Batcher:
         logits = self.model(input_ids=ids, attention_mask=mask, cache=self.state, use_cache=True).logits[:, 0]
         over: list[tuple[Request, int | None]] = []
         for row, request in enumerate(requests):
-            if request is not None and request.is_said:  # its last token was read for the state that it keeps
+            if request is not None and request.is_said:  # its last token was read, for the state that it keeps
                 over.append(self._end(request, row))
                 requests[row] = None
         return over + self._tell(requests, logits)
@@ -311,8 +307,10 @@ class Batcher:
                 continue
             request.tokens.append(token)
             said.append((request, token))
-            if request.is_said and not request.keep_state:
-                said.append(self._end(request, self.saying.index(request)))
+            if token in request.eos_token_ids or len(request.tokens) == request.max_new_tokens:
+                request.is_said = True
+                if not request.keep_state:  # else its last token is still to be read
+                    said.append(self._end(request, self.saying.index(request)))
         return said
 
     def _end(self, request: Request, row: int) -> tuple[Request, None]:
