@@ -134,8 +134,11 @@ def new_app(
     app = FastAPI(title="BakaLLM", lifespan=lifespan)
 
     @app.exception_handler(RequestValidationError)
+    async def refuse_fields(_: Any, error: RequestValidationError) -> JSONResponse:
+        return await refuse(_, ValueError("; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())))
+
     @app.exception_handler(ValueError)
-    async def refuse(_: Any, error: Exception) -> JSONResponse:
+    async def refuse(_: Any, error: ValueError) -> JSONResponse:
         return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, 400)
 
     @app.get("/v1/models")
@@ -167,8 +170,8 @@ def new_app(
         request = engines[0].add(input_ids=ids, **options)
         head = {"id": f"cmpl-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
 
-        def message(text: str, **more: Any) -> dict[str, Any]:
-            return head | {"choices": [{"index": 0, "finish_reason": request.finish_reason} | content(text)]} | more
+        def message(text: str, reason: str | None) -> dict[str, Any]:
+            return head | {"choices": [{"index": 0, "finish_reason": reason} | content(text)]}
 
         async def end() -> None:
             if keeps and store is not None and request.state is not None:
@@ -179,16 +182,17 @@ def new_app(
             async for token in engines[0].tokens(request):
                 text = decoder.step(tokenizer.backend_tokenizer, token)
                 if text:
-                    yield f"data: {json.dumps(message(text))}\n\n"
+                    yield f"data: {json.dumps(message(text, None))}\n\n"
             await end()
-            yield f"data: {json.dumps(message(''))}\n\ndata: [DONE]\n\n"
+            yield f"data: {json.dumps(message('', request.finish_reason))}\n\ndata: [DONE]\n\n"
 
         if asked.stream:
             return StreamingResponse(events(), media_type="text/event-stream")
         tokens = [token async for token in engines[0].tokens(request)]
         await end()
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(tokens), "total_tokens": len(ids) + len(tokens)}
-        return message(tokenizer.decode(tokens, skip_special_tokens=True), usage=usage)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        return message(text, request.finish_reason) | {"usage": usage}
 
     return app
 
