@@ -48,11 +48,10 @@ def collected(batcher: Batcher, requests: list[Request]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("overrides", STATES.values(), ids=STATES)
-@pytest.mark.parametrize(("num_rows", "num_prompts"), [(1, 1), (3, 2)])
-def test_texts_join_and_leave_at_random(way: str, overrides: dict[str, Any], num_rows: int, num_prompts: int) -> None:
+def test_texts_join_and_leave_at_random(way: str, overrides: dict[str, Any]) -> None:
     """Prompts of 1 token to many chunks, more texts than rows, some cancelled: `generate` says the same of each."""
     model = tiny_model(tiny_config(**overrides))
-    batcher, dice = Batcher(model, num_rows, num_prompts), random.Random(num_rows)
+    batcher, dice = Batcher(model, 3, 1 + (way == "by programs")), random.Random(3)
     todo = [(random_tokens(model.config, dice.choice([1, 2, 5, 9, 10, 33]), seed=i), i) for i in range(7)]
     requests: dict[Request, Tensor] = {}
     over: list[Request] = []
@@ -77,6 +76,20 @@ def test_texts_join_and_leave_at_random(way: str, overrides: dict[str, Any], num
             with torch.no_grad():
                 found = model(more, cache=request.state).logits
                 torch.testing.assert_close(found, model(torch.cat([text[None], more], 1)).logits[:, len(text) :])
+
+
+def test_a_large_batch(way: str) -> None:
+    """Whose rows are read apart at the edges of chunks, and wait for one another there."""
+    model = tiny_model(tiny_config(chunk_size=11))
+    batcher, dice = Batcher(model, 20, 3), random.Random(0)
+    prompts = [random_tokens(model.config, dice.randint(1, 40), seed=index) for index in range(30)]
+    requests = []
+    for prompt in prompts:
+        requests.append(batcher.add(prompt, dice.randint(1, 30), eos_token_id=()))
+        batcher.step()
+    list(batcher.run())
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert request.tokens == alone(model, prompt, max_new_tokens=request.max_new_tokens)
 
 
 def test_a_conversation(way: str) -> None:

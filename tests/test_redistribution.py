@@ -108,6 +108,12 @@ def test_a_row_of_its_own() -> None:
     graph.backward()  # what it holds on to is as it was
     with pytest.raises(ValueError, match="only the last 0 were tokens"):
         rows.crop(-1)
+    share, torn = joined[0], rows.clone()
+    share.layers[1].values = share.layers[1].values[..., :2]
+    with pytest.raises(RuntimeError):
+        torn.put_row(0, share)
+    with pytest.raises(ValueError, match="in the middle of a call"):
+        torn.split()
     with pytest.raises(ValueError, match="a state of one row to put in the place of another, got 2"):
         rows.put_row(0, rows)
     with pytest.raises(ValueError, match="expected chunk_size=5, got 7"):
