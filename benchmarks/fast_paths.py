@@ -56,6 +56,23 @@ def stepping(args: argparse.Namespace, without: Context, rows: int, length: int,
     return run
 
 
+def stepping_out_of_step(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
+    """The same, with rows spread evenly over a chunk."""
+    torch._dynamo.reset()
+    model = new_baka(args)
+    tokens, state = random_tokens(model, rows, 1), model.new_cache(rows, static=args.device != "cpu")
+    n = model.config.chunk_size
+    state._num_tokens = n + torch.arange(rows) * n // rows  # as if they had read so many
+
+    @torch.inference_mode()
+    def run() -> None:
+        with without():
+            for _ in range(length):
+                model(tokens, cache=state)
+
+    return run
+
+
 def reading(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
     """A run that reads a prompt and keeps what `generate` does."""
     model = new_baka(args)
@@ -79,6 +96,21 @@ def pieces(args: argparse.Namespace, without: Context, rows: int, length: int) -
         with without():
             for _ in range(length):
                 model(random_tokens(model, rows, next(lengths)), logits_to_keep=1, use_cache=True)
+
+    return run
+
+
+def static_pieces(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
+    """The same, into static states."""
+    model = new_baka(args)
+    tokens = random_tokens(model, rows, model.config.chunk_size - 1)
+
+    @torch.inference_mode()
+    def run() -> None:
+        with without():
+            for index in range(length):
+                state = model.new_cache(rows, static=args.device != "cpu")
+                model(tokens[:, : tokens.shape[1] - index], cache=state, logits_to_keep=1)
 
     return run
 
@@ -130,8 +162,16 @@ WORKS: Works = [
         },
     ),
     (stepping, (256, 512), (16, 8), {"windows": partial(patch.object, decoding_graphs_baka, "NUM_WINDOWS", 1)}),
+    (
+        *(stepping_out_of_step, (256, 512), (16, 8)),
+        {"apart": partial(patch.object, decoding_graphs_baka, "LARGEST_PART_APART", 0)},
+    ),
     (reading, (1, 131072), (1, 64), {"last_states": partial(planned, num_last_states=None)}),
     (pieces, (1, 30), (1, 1), {"any_length": partial(patch.object, reading_baka, "any_length", nullcontext())}),
+    (
+        *(static_pieces, (1, 30), (1, 1)),
+        {"pieces": partial(patch.object, decoding_graphs_baka.StaticReader, "reads_pieces", False)},
+    ),
 ]
 PATHS = [path for *_, paths in WORKS for path in paths]
 

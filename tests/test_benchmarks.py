@@ -44,6 +44,16 @@ def test_both_sides_are_measured(name: str, tmp_path: Path) -> None:
     assert len(sizes) == (4 if name == "long_context" else 0)
 
 
+def test_serving_is_measured(tmp_path: Path) -> None:
+    """And in float32 every text says what it says alone."""
+    output = run_program(BENCHMARKS / "serving.py", tmp_path, "--device", "cpu", "--quick", "--steps", "12")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows if row[1] == "tokens/s"] == ["1 user"] * 2 + ["3 users"] * 2
+    assert all(float(row[-1]) > 0 for row in rows if row[1] == "tokens/s")
+    assert [row[0] for row in rows[-2:]] == ["1 user", "3 users"]
+    assert all(row[3] == "1" and float(row[4]) < 1e-6 < float(row[5]) for row in rows[-2:])
+
+
 def test_training_on_lanes_is_measured(tmp_path: Path) -> None:
     *_, line = run_program(BENCHMARKS / "lanes.py", tmp_path, "--device", "cpu", "--quick").splitlines()
     row = json.loads(line)

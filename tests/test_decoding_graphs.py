@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, random_tokens, tiny_config, tiny_model
+from helpers import CONFIGS, random_tokens, recorded_calls, tiny_config, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -30,9 +30,9 @@ def static_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def counts(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How many tokens and chunks were read by programs."""
-    counts = {"tokens": 0, "chunks": 0}
-    for name, method in (("tokens", "read_token"), ("chunks", "read_chunk")):
+    """How many tokens, pieces and chunks were read by programs."""
+    counts = {"tokens": 0, "pieces": 0, "chunks": 0}
+    for name, method in (("tokens", "read_token"), ("pieces", "read_piece"), ("chunks", "read_chunk")):
         plain = getattr(decoding_graphs_baka.StaticReader, method)
 
         def counted(self: Any, *args: Any, plain: Any = plain, name: str = name) -> Tensor:
@@ -82,15 +82,21 @@ def test_static_reading(variant: str, head: int, counts: dict[str, int]) -> None
     assert_close(torch.cat(found, 1), torch.cat(expected, 1), **EXACT)
     assert_close(torch.cat(found, 1), model(tokens).logits, **EXACT)
     if variant != "random_pauses":
-        assert counts == {"tokens": length - head + (head == 1), "chunks": head // n if head > 1 else 0}
+        assert counts == {
+            "tokens": length - head + (head == 1),
+            "pieces": int(head > 1 and head % n > 0),
+            "chunks": head // n if head > 1 else 0,
+        }
     assert counts["tokens"] > 2 * n
 
 
 @pytest.mark.parametrize("batch_size", [3, 17])
 @torch.no_grad()
 def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
-    """Rows in other phases of their chunks, of which some take a token and others do not."""
+    """Rows in other phases of their chunks, of which some take a token and others do not, or become other texts."""
     model = tiny_model(tiny_config())
+    other = model.new_cache()
+    model(random_tokens(model.config, 1, 8), cache=other)
     tokens, generator = random_tokens(model.config, batch_size, 60), torch.Generator().manual_seed(0)
     prompt = (torch.rand(batch_size, 20, generator=generator) < 0.6).long()
     state, static = model.new_cache(batch_size), model.new_cache(batch_size, static=True)
@@ -101,8 +107,41 @@ def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
         token = tokens[:, column : column + 1]
         expected = model(token, attention_mask=mask, cache=state).logits
         assert_close(model(token, attention_mask=mask, cache=static).logits, expected, **EXACT)
+        for cache in (state, static) if column % 9 == 8 else ():
+            cache.put_row(column % batch_size, other)
     assert_same_state(static, state)
-    assert counts["tokens"] == 40
+    assert counts["tokens"] == 40 and (counts["pieces"] > 0) == (batch_size == 3)
+    reader = static._reader
+    tokens = random_tokens(model.config, batch_size, 13, seed=1)
+    mask = (torch.rand(batch_size, 13, generator=generator) < 0.8).long()
+    expected = model(tokens, attention_mask=mask, cache=state).logits
+    assert_close(model(tokens, attention_mask=mask, cache=static).logits, expected, **EXACT)
+    assert_same_state(static, state)
+    assert static._reader is reader and (batch_size > 3 or static.layers[0].keys is reader.slots[0]["keys"])
+
+
+@pytest.mark.parametrize("name", ["default", "gate", "associations_of_tokens_and_memory", "one_layer"])
+@torch.no_grad()
+def test_rows_at_the_edge_of_a_chunk_are_read_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a large batch, when they are few; then it is as if all were read together. Weights may change meanwhile."""
+    model = tiny_model(tiny_config(**CONFIGS[name] | dict(chunk_size=23)))
+    tokens, generator = random_tokens(model.config, 33, 60), torch.Generator().manual_seed(0)
+    mask = (torch.arange(40) >= torch.randint(38, (33, 1), generator=generator)).long()
+    state, static = model.new_cache(33), model.new_cache(33, static=True)
+    for cache in (state, static):
+        model(tokens[:, :40], attention_mask=mask, cache=cache)
+    kinds = recorded_calls(monkeypatch, decoding_graphs_baka.StaticReader, "_token")
+    for column in range(36):
+        mask = (torch.rand(33, 1, generator=generator) < (0.9 if column else 0.1)).long()
+        token = tokens[:, column : column + 1]
+        expected = model(token, attention_mask=mask, cache=state).logits
+        assert_close(model(token, attention_mask=mask, cache=static).logits, expected, **EXACT)
+        if column == 20:
+            model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+    assert_same_state(static, state)
+    sizes = [(reader.batch_size, kind) for reader, _, kind, _ in kinds]
+    assert sizes.count((8, decoding_graphs_baka.EDGE)) > 10
+    assert 0 < sizes.count((33, decoding_graphs_baka.EDGE)) < 15  # when they are many
 
 
 @torch.no_grad()
@@ -225,7 +264,7 @@ def test_what_is_not_plain_is_read_plainly(case: str, counts: dict[str, int]) ->
                 text = dict(inputs_embeds=model.get_input_embeddings()(text["input_ids"]))
             logits = model(**text, cache=state, **options).logits
             assert_close(logits[:, 0], expected[:, column], **EXACT)
-    assert counts == {"tokens": 0, "chunks": 0}
+    assert counts == {"tokens": 0, "pieces": 0, "chunks": 0}
 
 
 @pytest.mark.parametrize("change", ["fused optimizer", "data"])

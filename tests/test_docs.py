@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from baka_hf import BakaConfig, BakaForCausalLM
+from baka_hf import BakaCache, BakaConfig, BakaForCausalLM
 from baka_hf.training import BakaTrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -352,6 +352,25 @@ def test_configuration_table_is_the_configuration() -> None:
     assert table["num_key_value_heads"] == "query heads" and config.num_key_value_heads == config.num_attention_heads
     assert table["head_dim"] == "D / heads" and config.head_dim == config.hidden_size // config.num_attention_heads
     assert table["rope_parameters"] == "θ = 10000" and config.rope_parameters["rope_theta"] == 10000
+
+
+def test_table_of_rows_is_what_states_take() -> None:
+    """By the page's formula, and by states of these configurations."""
+    rows = table_rows(TEXTS["docs/serving.md"], "| differs | dtype | bytes a row | rows in 64 GiB |")
+    assert len(rows) > 10
+    for differs, dtype, size, count in rows:
+        config = BakaConfig(**eval(f"dict({differs.strip('`')})"))
+        b, D, d = getattr(torch, dtype).itemsize, config.hidden_size, config.associative_dim
+        R, n, blocks = config.num_memory_tokens, config.chunk_size, config.num_hidden_layers
+        S = (2 * R + n + config.num_pause_tokens) * (2 if config.use_xl_cache else 1)
+        expected = b * blocks * 2 * config.num_key_value_heads * config.head_dim * S
+        expected += (max(b, 4) if config.memory_update == "gate" else b) * R * D
+        if d and config.associative_write == "tokens":
+            expected += blocks * (max(b, 4) * config.num_attention_heads * d * config.head_dim + b * n * D)
+        elif d:
+            expected += blocks * max(b, 4) * 6 * d * (D + 1)
+        assert BakaCache(config, 1, "meta", getattr(torch, dtype)).nbytes == expected, differs
+        assert (size, count) == (f"{expected:,}", f"{2**36 // expected:,}"), differs
 
 
 def test_table_of_weights_is_that_of_the_models() -> None:

@@ -10,7 +10,7 @@ from torch import library, nn
 from torch.nn.attention import SDPBackend
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache_baka import BakaCacheLayer
+from .cache_layer_baka import BakaCacheLayer
 from .compile_baka import on_host
 from .configuration_baka import BakaConfig
 from .functions_baka import apply_rotary, at_least_float32

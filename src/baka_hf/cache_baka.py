@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
+from .cache_layer_baka import BakaCacheLayer
 from .functions_baka import choose_rows
 from .history_baka import hash_before, hash_of_nothing, hash_tokens, opening_of_nothing, opening_with
 from .state_files_baka import (
@@ -29,77 +30,9 @@ from .state_files_baka import (
     tensors_held,
     write_state,
 )
-from .stream_baka import Placement
 
 # While recording, `crop` may go back this many positions across chunk boundaries.
 RECORDED_POSITIONS = 128
-
-
-class BakaCacheLayer(CacheLayerMixin):
-    """Keys and values of one block, [B, num_key_value_heads, 2S, head_dim] (S slots with `use_xl_cache=False`).
-
-    Where tokens write associations also its normed inputs [B, n, D], of the text of the chunk in progress: from these
-    follows what they will write.
-    """
-
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    inputs: torch.Tensor | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_initialized = True
-        # An autograd graph may hold on to these very tensors: copy before writing in place.
-        self.is_shared = False
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the slots exist from the start."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, placement: Placement, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a span's keys and values [B, H, Q, head_dim] in place; return all that its queries may look at.
-
-        From then on `inputs` may be written in place as well.
-        """
-        if self.keys.shape[1] != key_states.shape[1] and not (self.keys.any() or self.values.any()):
-            # Under tensor parallelism each process has its share of the heads.
-            heads = key_states.shape[1]
-            self.keys, self.values = self.keys[:, :heads].clone(), self.values[:, :heads].clone()
-        self.keys, self.values = self._writable(self.keys, key_states), self._writable(self.values, value_states)
-        if self.inputs is not None:
-            self.inputs = self._writable(self.inputs, key_states)
-        self.is_shared = False
-        if placement.slots is None or placement.valid is None:
-            self.keys[:, :, placement.start : placement.stop] = key_states
-            self.values[:, :, placement.start : placement.stop] = value_states
-            visible = slice(placement.first, placement.stop)
-            return self.keys[:, :, visible], self.values[:, :, visible]
-        index = placement.slots.expand_as(key_states)
-        self.keys.scatter_(2, index, torch.where(placement.valid, key_states, self.keys.gather(2, index)))
-        self.values.scatter_(2, index, torch.where(placement.valid, value_states, self.values.gather(2, index)))
-        return self.keys, self.values
-
-    def _writable(self, buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        if buffer.device != like.device or buffer.dtype != like.dtype:
-            return buffer.detach().to(device=like.device, dtype=like.dtype)
-        if self.is_shared or buffer.requires_grad or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
-            return buffer.detach().clone()
-        return buffer
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self) -> int:
-        """How many slots there are: how much was read is not a layer's to know, see `BakaCache.get_seq_length`."""
-        return self.keys.shape[2]
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class BakaCache(Cache):
@@ -293,32 +226,27 @@ class BakaCache(Cache):
 
     @classmethod
     def cat(cls, states: Sequence["BakaCache"]) -> "BakaCache":
-        """The rows of several states of the same model, one state after another.
+        """The rows of several states of the same model, one state after another, whatever each has read.
 
-        The states are left as they are. What they recorded of chunk boundaries, and that they were static, does not
-        come over.
+        Of rows that were fed fewer positions than others the rest counts as padding on the left. The states are left
+        as they are. What they recorded of chunk boundaries, and that they were static, does not come over.
 
         Raises:
-            ValueError: no state, or states that differ in configuration, device, dtype or the positions fed so far.
+            ValueError: no state, or states that differ in configuration, device or dtype.
         """
         if not states:
             raise ValueError("expected at least one state, got none.")
         for state in states:
             state.check_whole()
-        kinds = [
-            (state.signature, state.device, state.layers[0].keys.dtype, state.get_seq_length()) for state in states
-        ]
+        kinds = [(state.signature, state.device, state.layers[0].keys.dtype) for state in states]
         for kind in kinds:
             check_signature(kind[0], kinds[0][0])
             if kind != kinds[0]:
-                raise ValueError(
-                    f"expected states on one device, in one dtype, fed as many positions, got {kinds[0][1:]} and "
-                    f"{kind[1:]}."
-                )
+                raise ValueError(f"expected states on one device and in one dtype, got {kinds[0][1:]} and {kind[1:]}.")
         joined = cls.__new__(cls)
         parts = [state.tensors() for state in states]
         joined._begin(states[0].signature, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        joined._seq_length = states[0]._seq_length
+        joined._seq_length = max(state._seq_length for state in states)
         joined._num_tokens = torch.cat([state._num_tokens for state in states])
         joined._seeded = torch.cat([state._seeded for state in states])
         joined._pauses = torch.cat([state._pauses for state in states])
@@ -332,6 +260,67 @@ class BakaCache(Cache):
         joined._aligned = min(state._aligned for state in states)
         joined._is_beam_search = any(state._is_beam_search for state in states)
         return joined
+
+    def __getitem__(self, row: int) -> "BakaCache":
+        """A copy of one row, a state of batch size 1 to which the padding before its text does not count as fed.
+
+        `len` is not the number of rows, which is `batch_size`: it is that of blocks, as in every `Cache`.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        row = range(self.batch_size)[row]
+        alone = self.draft()
+        alone._reader = None
+        alone._select(torch.tensor([row]))
+        alone._seq_length = int(alone._num_tokens)
+        return alone
+
+    def split(self) -> list["BakaCache"]:
+        """The rows one by one, as `state[row]` gives them: what `cat` puts together again."""
+        return [self[row] for row in range(self.batch_size)]
+
+    @torch.no_grad()
+    def put_row(self, row: int, state: "BakaCache") -> None:
+        """Row `row` becomes the text of `state`, which has one row and is left as it is; the others go on.
+
+        Nothing but that row is written, where it is: graphs of a static state stay as they were recorded. `crop` does
+        not go back over it, and an autograd graph does not either.
+
+        Args:
+            row: which one.
+            state: a state of batch size 1, on any device and in any dtype.
+
+        Raises:
+            ValueError: `state` has several rows, or is of another configuration.
+            IndexError: there is no such row.
+        """
+        row = range(self.batch_size)[row]
+        self.check_whole()
+        state.check_whole()
+        check_signature(state.signature, self.signature)
+        if state.batch_size != 1:
+            raise ValueError(f"expected a state of one row to put in the place of another, got {state.batch_size}.")
+        changed = self.draft()
+        if self._reader is None:  # else nobody but it holds on to these tensors
+            for layer in changed.layers:
+                layer.make_writable(layer.keys)
+            changed.carried = {name: tensor.detach().clone() for name, tensor in self.carried.items()}
+        for name in ("_num_tokens", "_seeded", "_pauses", "_history", "_opening"):
+            own, other = getattr(self, name), getattr(state, name)
+            if own is not None:
+                own = None if other is None else own.clone()  # unknown in one row, unknown in all
+                setattr(changed, name, own)
+            if own is not None:
+                own[row] = other[0]
+        changed._asked = changed._said = changed._finished = changed._prompt = changed._recent_ids = None
+        changed._seq_length, changed._aligned = max(self._seq_length, state._seq_length), 0
+        changed._is_beam_search, changed._boundaries = self._is_beam_search or state._is_beam_search, []
+        self._is_torn = True  # its tensors change where they are
+        put = state.tensors()
+        for name, tensor in changed.tensors().items():
+            tensor[row].copy_(put[name][0])
+        self.go_on(changed)
 
     def reset(self) -> None:
         """Forget everything: the state of rows that have read nothing. What was asked of it (to be static, to record
@@ -508,8 +497,8 @@ class BakaCache(Cache):
 
     def _remember_opening(self, input_ids: torch.Tensor, real: torch.Tensor | None) -> None:
         """Keep of [B, L] token ids just read, those where `real` is False left out, what a text begins with."""
-        # No row has read less than what is aligned, and most tokens come long after the beginning.
-        if self._opening is not None and self._aligned - input_ids.shape[1] < OPENING:
+        # Most tokens come long after the beginning.
+        if self._opening is not None and int(self._num_tokens.min()) - input_ids.shape[1] < OPENING:
             self._opening = opening_with(self._opening, self._num_tokens, input_ids, real)
 
     def activate_past_recording(self) -> None:
@@ -607,7 +596,9 @@ class BakaCache(Cache):
 
     # Files
 
-    def save_pretrained(self, save_directory: str | os.PathLike, model: Any = None) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, model: Any = None, fingerprint: str | None = None
+    ) -> None:
         """Write the state to `save_directory`/baka_cache.safetensors; resuming from it is bit-identical.
 
         The file appears under its name only when it is complete.
@@ -616,6 +607,7 @@ class BakaCache(Cache):
             save_directory: the folder.
             model (*optional*): the model that has read the texts. The file then has a fingerprint of its weights, see
                 `fingerprint_of`, by which `from_pretrained` can tell other weights.
+            fingerprint (*optional*): that fingerprint, where it is known: to take it all weights are read.
 
         Raises:
             ValueError: the state is one process's share of another, or the weights are not whole and plain.
@@ -627,7 +619,9 @@ class BakaCache(Cache):
                 rows[name] = getattr(self, f"_{name}")
         numbers = self.get_seq_length(), self._aligned, int(self._is_beam_search)
         state = SavedState(self.signature, self.tensors(), rows, *numbers)
-        write_state(Path(save_directory), state, None if model is None else fingerprint_of(model))
+        if fingerprint is None and model is not None:
+            fingerprint = fingerprint_of(model)
+        write_state(Path(save_directory), state, fingerprint)
 
     @classmethod
     def from_pretrained(
@@ -637,6 +631,7 @@ class BakaCache(Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         model: Any = None,
+        fingerprint: str | None = None,
     ) -> "BakaCache":
         """Read a state that `save_pretrained` wrote, by default to the CPU and in the dtype it was saved in.
 
@@ -646,6 +641,7 @@ class BakaCache(Cache):
             device, dtype (*optional*): where to, in what precision.
             model (*optional*): the model whose configuration and weights the state must be of. It takes a file that was
                 saved with `model`.
+            fingerprint (*optional*): that of the weights which must have read it, where it is known.
 
         Raises:
             ValueError: no such file, a damaged or foreign one, a newer format, another configuration's, or another
@@ -654,15 +650,17 @@ class BakaCache(Cache):
         dtype = None if dtype is None else _floating(dtype)
         path = Path(save_directory) / CACHE_FILE
 
-        def check(signature: dict[str, Any], fingerprint: str | None) -> None:
+        def check(signature: dict[str, Any], found: str | None) -> None:
             for each in (config, None if model is None else model.config):
                 if each is not None:
                     check_signature(signature, signature_of(each))
-            if model is not None and fingerprint is None:
+            if model is None and fingerprint is None:
+                return
+            if found is None:
                 raise ValueError(
                     f"{path} does not say which weights read it: save it with `model`, or load it without."
                 )
-            if model is not None and fingerprint != fingerprint_of(model):
+            if found != (fingerprint or fingerprint_of(model)):
                 raise ValueError(f"the state in {path} was read by other weights than those of `model`.")
 
         saved = read_state(path, check)

@@ -5,7 +5,8 @@ for one by one from Python they keep a GPU waiting. Here the tensors of a state 
 step are recorded once and then launched all together. There are few kinds of steps, since what a token needs depends on
 its position in the chunk alone: it may have a pause before it, begin or end a chunk, or none of these. Which one comes
 next is known on the host without waiting for the device. Rows out of step share a step too, of the kind that one of
-them needs most.
+them needs most; in a large batch the few that begin or end a chunk are read apart, since that takes many positions and
+moves all of a row. What is less than a chunk and more than a token is read as a chunk of which the rest does not count.
 
 The blocks are those of the model in another order of work: what multiplies the same input is one product, and what lies
 between products is compiled. All else (memory, layout, masks) is `reading_baka`'s own code, recorded.
@@ -48,6 +49,10 @@ PLAIN, PAUSE, EDGE = range(3)  # kinds of steps, by what the token at a position
 # From this batch size on keys and values are most of what a step reads, and only those written so far are worth it.
 LARGE_BATCH = 16
 NUM_WINDOWS = 4
+
+# In such a batch rows that begin or end a chunk are read apart, so many at a time, if they are no more than a part.
+NUM_APART = 8
+LARGEST_PART_APART = 1 / 8
 
 _idle: "weakref.WeakKeyDictionary[nn.Module, StaticReader]" = weakref.WeakKeyDictionary()
 
@@ -104,6 +109,7 @@ class StaticReader:
         self.is_shared = False
         self.owner: Any = None  # a weak reference to the state whose tensors these are
         self.end_of_owner: Any = None  # what happens when that is gone
+        self.apart: StaticReader | None = None  # of a few rows, for those at the edge of a chunk
         self.graphs: dict[Any, Any] = {}
         self.views: dict[Any, View] = {}
         S = config.stream_length
@@ -115,7 +121,7 @@ class StaticReader:
             self.memory = {name: torch.zeros_like(x) for name, x in cache.carried.items()}
             self.num_tokens = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self.seeded = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
-            self.reads = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+            self.counts = torch.ones_like(self.num_tokens)  # tokens that each row reads next
             self.history = hash_of_nothing(self.batch_size, self.device)
             self.ids: dict[int, torch.Tensor] = {}
             self.states: dict[int, torch.Tensor] = {}
@@ -136,13 +142,20 @@ class StaticReader:
             self.pauses = torch.tensor(fixed_pauses(config), dtype=torch.int64, device=self.device)[None]
             self.angles = rotary_table_of(config, self.device, slots.dtype)
         # What the host knows of the tensors above: what a token brings, and where the slots seen by it end.
-        self.known: list[Any] = [self.num_tokens.cpu(), self.seeded.cpu(), self.reads.cpu()]
+        self.known: list[Any] = [self.num_tokens.cpu(), self.seeded.cpu(), self.counts.cpu()]
         self.kinds, self.widths, self.ends = kinds_of_steps(config)
+        self.is_edge = torch.tensor(self.kinds) == EDGE
         self.num_windows = NUM_WINDOWS if self.batch_size >= LARGE_BATCH else 1
         self.window = -(-S // (8 * self.num_windows)) * 8
         on_gpu = self.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None
+
+    @property
+    def reads_pieces(self) -> bool:
+        """Whether it reads pieces of a chunk, each by a pass over a whole one: for many rows that takes longer than to
+        ask for the kernels of a shorter one."""
+        return self.batch_size < LARGE_BATCH and not self.config.uses_random_pauses
 
     def serve(self, cache: BakaCache) -> None:
         """Be the reader of `cache` from now on."""
@@ -160,6 +173,8 @@ class StaticReader:
         """Copy the model's weights again, since not every optimizer leaves a trace of having changed them."""
         for block in self.blocks:
             block.refresh()
+        if self.apart is not None:
+            self.apart.refresh()
 
     def fits(self, cache: BakaCache, model: Any) -> bool:
         """Whether this is, or may become, the reader of `cache` by `model`."""
@@ -191,29 +206,91 @@ class StaticReader:
 
     def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
-        positions = {count % self.chunk_size for count in cache._num_tokens[reads].tolist()}
+        edges = reads & self.is_edge[cache._num_tokens % self.chunk_size]
+        few = edges.nonzero()[:, 0]
+        if self.batch_size < LARGE_BATCH or not 0 < len(few) <= LARGEST_PART_APART * self.batch_size:
+            few = few[:0]
+        rest = reads.index_fill(0, few, False)
+        if bool(rest.any()):
+            self._read_together(model, cache._num_tokens, cache._seeded, input_ids, rest)
+        else:
+            self.states[1].zero_()
+        for rows in few.split(NUM_APART) if len(few) else ():
+            self._read_apart(model, cache._num_tokens, cache._seeded, input_ids, rows)
+        return self.states[1].clone()
+
+    def _read_together(
+        self,
+        model: Any,
+        num_tokens: torch.Tensor,
+        seeded: torch.Tensor,
+        input_ids: torch.Tensor,
+        reads: torch.Tensor,
+    ) -> None:
+        positions = {count % self.chunk_size for count in num_tokens[reads].tolist()}
         kind = max(map(self.kinds.__getitem__, positions))
         stop = self.num_slots
         if kind != EDGE:
             half, end = stop - self.stream_length, max(map(self.ends.__getitem__, positions))
             stop = min(stop, half + -(-end // self.window) * self.window)
-        for index, (own, now) in enumerate(
-            ((self.num_tokens, cache._num_tokens), (self.seeded, cache._seeded), (self.reads, reads))
-        ):
+        self._tell(num_tokens, seeded, reads.long())
+        self.ids[1].copy_(input_ids)
+        self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
+        self._run(("token", kind, stop), lambda: self._token(model, kind, stop))
+        self.known[0] = num_tokens + reads
+
+    def _read_apart(
+        self, model: Any, num_tokens: torch.Tensor, seeded: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor
+    ) -> None:
+        """Read a token in these few rows, at the edge of a chunk, in tensors of their own."""
+        if self.apart is None:
+            self.apart = StaticReader(model, model.new_cache(NUM_APART), self.weights)
+        apart, count = self.apart, len(rows)
+        rows = nn.functional.pad(rows, (0, NUM_APART - count))  # it has more, which read nothing
+        padded = rows.to(self.device)
+        index = padded[:count]
+        pairs = list(zip(self._held(), apart._held(), strict=True))
+        stacked = (self.keys, apart.keys), (self.values, apart.values)
+        for own, other in pairs:
+            other[:count] = own[index]
+        for own, other in stacked:
+            other[:, :count] = own[:, index]
+        reads = torch.arange(NUM_APART) < count
+        apart._read_together(model, num_tokens[rows], seeded[rows], input_ids[padded], reads)
+        for own, other in pairs:
+            own.index_copy_(0, index, other[:count])
+        for own, other in stacked:
+            own.index_copy_(1, index, other[:, :count])
+        self.states[1].index_copy_(0, index, apart.states[1][:count])
+
+    def _held(self) -> list[torch.Tensor]:
+        """All of a state that is recurrent, [B, …] each, but for keys and values, which are stacked."""
+        inputs = [slots["inputs"] for slots in self.slots if "inputs" in slots]
+        return [*self.memory.values(), *inputs, self.history]
+
+    def _tell(self, *rows: torch.Tensor) -> None:
+        """Have the device know of each row how many tokens it has read, whether it was seeded, how many it reads."""
+        for index, (own, now) in enumerate(zip((self.num_tokens, self.seeded, self.counts), rows, strict=True)):
             if not torch.equal(self.known[index], now):
                 self.known[index] = now.new_empty(0)  # unknown, should this be interrupted
                 own.copy_(now)
                 self.known[index] = now
-        self.ids[1].copy_(input_ids)
-        self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
-        self._run(("token", kind, stop), lambda: self._token(model, cache, kind, stop))
-        self.known[0] = cache._num_tokens + reads
-        return self.states[1].clone()
 
-    def read_chunk(self, model: Any, cache: BakaCache, span: Span, text: torch.Tensor) -> torch.Tensor:
+    def read_piece(self, model: Any, span: Span, seeded: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Read `text` [B, T], of each row a piece of a chunk, `seeded` [B] or not: its normed states [B, T, D], to be
+        used before the next piece or chunk."""
+        counts = torch.as_tensor(span.count).expand(self.batch_size)
+        self._tell(span.num_tokens - counts, seeded, counts)
+        self.ids[self.chunk_size][:, : span.length].copy_(text)
+        self.known[0] = self.known[0].new_empty(0)  # unknown, should this be interrupted
+        self._run(("piece",), lambda: self._piece(model))
+        self.known[0] = span.num_tokens
+        return self.states[self.chunk_size][:, : span.length]
+
+    def read_chunk(self, model: Any, span: Span, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, n], a whole chunk in step: its normed states [B, n, D], to be used before the next chunk."""
         self.ids[span.length].copy_(text)
-        self._run(("chunk", span.first, span.has_previous), lambda: self._chunk(model, cache, span))
+        self._run(("chunk", span.first, span.has_previous), lambda: self._chunk(model, span))
         return self.states[span.length]
 
     def _run(self, key: Any, program: Callable[[], None]) -> None:
@@ -236,23 +313,32 @@ class StaticReader:
 
     # What is recorded. Everything that differs from one replay to the next is in this object's tensors.
 
-    def _token(self, model: Any, cache: BakaCache, kind: int, stop: int) -> None:
-        rows = self.num_tokens, self.seeded, self.reads
-        span, layout, view = self.locate(
-            self.config, self.angles, self.pauses, *rows, self.widths[kind], self.keys.dtype
-        )
+    def _token(self, model: Any, kind: int, stop: int) -> None:
+        states = self._read_rows(model, 1, self.widths[kind], stop, kind == EDGE)
+        reads = self.counts[:, None] > 0
+        self.states[1].copy_(states.masked_fill(~reads[:, :, None], 0))
+        hashed = hash_tokens(self.ids[1], start=self.history)
+        self.history.copy_(torch.where(reads, hashed, self.history))
+
+    def _piece(self, model: Any) -> None:
+        n = self.chunk_size
+        self.states[n].copy_(self._read_rows(model, n, self.stream_length, self.num_slots, True))
+
+    def _read_rows(self, model: Any, length: int, width: int, stop: int, has_edge: bool) -> torch.Tensor:
+        """Read the next `counts` tokens of each row, `length` at most, in `width` positions that see the slots up to
+        `stop`; `has_edge` says whether a chunk may begin or end there."""
+        rows = self.num_tokens, self.seeded, self.counts
+        span, layout, view = self.locate(self.config, self.angles, self.pauses, *rows, length, width, self.keys.dtype)
         view = view._replace(mask=view.mask[..., :stop].contiguous(), placement=view.placement._replace(stop=stop))
-        if kind != EDGE:
+        if not has_edge:
             layout.begins = layout.completes = False
             if view.writers is not None:
                 view = view._replace(writers=view.writers._replace(completes=False))
-        states = self._read(model, cache, span, layout, view)
-        self.states[1].copy_(states.masked_fill(~self.reads[:, None, None], 0))
+        states = self._read(model, span, layout, view)
         self.num_tokens.copy_(span.num_tokens)
-        hashed = hash_tokens(self.ids[1], start=self.history)
-        self.history.copy_(torch.where(self.reads[:, None], hashed, self.history))
+        return states
 
-    def _chunk(self, model: Any, cache: BakaCache, span: Span) -> None:
+    def _chunk(self, model: Any, span: Span) -> None:
         key = span.first, span.has_previous
         layout = lay_out(span, self.config, fixed_pauses(self.config), True)
         if key not in self.views:
@@ -264,9 +350,9 @@ class StaticReader:
             writers = writers_of(self.config, span, layout, False, self.device)
             mask = _bias(numbers, horizons, self.keys.dtype)
             self.views[key] = View((cos[own], sin[own]), mask, placement, writers=writers)
-        self.states[span.length].copy_(self._read(model, cache, span, layout, self.views[key]))
+        self.states[span.length].copy_(self._read(model, span, layout, self.views[key]))
 
-    def _read(self, model: Any, cache: BakaCache, span: Span, layout: Layout, view: View) -> torch.Tensor:
+    def _read(self, model: Any, span: Span, layout: Layout, view: View) -> torch.Tensor:
         chunk_pass = ChunkPass(model, self.batch_size, self.blocks, in_place=True)
         nothing = [None] * len(self.blocks)
         passed = chunk_pass.run(span.first, layout, view, self.ids[span.length], Stream(self.memory, nothing, nothing))
@@ -457,11 +543,12 @@ def locate(
     pauses: torch.Tensor,
     num_tokens: torch.Tensor,
     seeded: torch.Tensor,
-    reads: torch.Tensor,
+    counts: torch.Tensor,
+    length: int,
     width: int,
     dtype: torch.dtype,
 ) -> tuple[Span, Layout, View]:
-    """Span, layout and view of a step of one token in the rows that `reads` [B] says, all on the device.
+    """Span, layout and view of the next tokens of each row, which are of one chunk, all on the device.
 
     Args:
         config: the model's configuration.
@@ -469,13 +556,14 @@ def locate(
         pauses: [1, P], the text positions of pauses.
         num_tokens: [B] int64, tokens each row has read.
         seeded: [B] bool, rows whose text began with another stream's memory.
-        reads: [B] bool, rows that have a token.
+        counts: [B] int64, tokens that each row reads, which may be none.
+        length: the most that any does.
         width: Q, positions that a row takes at most.
         dtype: the model's.
     """
     n, S, half = config.chunk_size, config.stream_length, config.stream_length if config.use_xl_cache else 0
-    has_previous, count = num_tokens >= n, reads.to(torch.int64)
-    span = Span(0, num_tokens % n, count, 1, ~(has_previous | seeded), has_previous, num_tokens + count)
+    has_previous = num_tokens >= n
+    span = Span(0, num_tokens % n, counts, length, ~(has_previous | seeded), has_previous, num_tokens + counts)
     layout = lay_out(span, config, pauses, True, width)
     placement = Placement(slots=(half + layout.slots)[:, None, :, None], valid=layout.valid[:, None, :, None])
     numbers, horizons = compare_slots(config, span, layout, placement, num_tokens.device)

@@ -9,7 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .associative_baka import ASSOCIATIONS
 from .attention_baka import BakaAttention
-from .cache_baka import BakaCacheLayer
+from .cache_layer_baka import BakaCacheLayer
 from .compile_baka import recompute
 from .configuration_baka import BakaConfig
 from .functions_baka import get_activation, get_norm, initialise

@@ -14,7 +14,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .associative_baka import associations_held, associative_layers
 from .attention_baka import any_length, can_attend_in_parts, place
-from .cache_baka import BakaCache, BakaCacheLayer
+from .cache_baka import BakaCache
+from .cache_layer_baka import BakaCacheLayer
 from .calls_baka import Call, Results
 from .compile_baka import allow_programs, on_host, runs_compiled_parts, static_shapes
 from .functions_baka import (
@@ -362,8 +363,10 @@ class Reading:
     @runs_compiled_parts
     def read_span(self, index: int) -> None:
         """Read span number `index`."""
-        if self.reader is not None and self._is_chunk_in_step(self.call.spans[index]):
-            return self._read_by_graph(self.call.spans[index])
+        if self.reader is not None:
+            is_chunk = self._is_chunk_in_step(self.call.spans[index])
+            if is_chunk or (self.reader.reads_pieces and not self.call.restarts):
+                return self._read_by_graph(self.call.spans[index], is_chunk)
         span, layout, view, text = self._prepare(index)
         num_spans = len(self.call.spans)
 
@@ -438,15 +441,18 @@ class Reading:
         return self.model.norm.weight.is_cuda and not is_whole(layout, self.config)
 
     @on_host
-    def _read_by_graph(self, span: Span) -> None:
-        """Read a whole chunk from a static state."""
+    def _read_by_graph(self, span: Span, is_chunk: bool) -> None:
+        """Read a whole chunk, or of each row a piece of one, from a static state."""
         cache, state, memory = self.call.cache, self.call.state, self.streams[0].memory
         assert cache is not None and state is not None and memory is not None
         state._is_torn = True  # its tensors change where they are
         cache.carried = memory
         self.reader.take_in(cache)
-        text = self.call.text[:, span.column :][:, : span.count]
-        states = self.reader.read_chunk(self.model, cache, span, text)
+        text = self._text_of(span)
+        if is_chunk:
+            states = self.reader.read_chunk(self.model, span, text)
+        else:
+            states = self.reader.read_piece(self.model, span, self.call.seeded, text)
         nothing: list[Any] = [None] * self.config.num_hidden_layers
         after = Stream(cache.carried, nothing, nothing)
         states = states if self._is_skipped(span) else states.clone()
@@ -460,16 +466,17 @@ class Reading:
         span, pauses = self._place_pauses(call.spans[index])
         followed = call.cache is not None or index + 1 < len(call.spans)
         layout = lay_out(span, self.config, pauses, followed)
-        if self.pieces is not None:
-            text = self.pieces[index]
-        elif isinstance(span.column, int):
-            text = call.text[:, span.column : span.column + span.length]
-        else:
-            columns = span.column[:, None] + torch.arange(span.length)
-            columns = columns.clamp(max=call.text.shape[1] - 1).to(call.text.device)
-            text = call.text.gather(1, columns) if call.text.ndim == 2 else gather_positions(call.text, columns)
+        text = self._text_of(span) if self.pieces is None else self.pieces[index]
         dtype = text.dtype if text.ndim == 3 else self.model.embed_tokens.weight.dtype
         return span, layout, self._view(span, layout, text.device, dtype), text
+
+    def _text_of(self, span: Span) -> torch.Tensor:
+        """Its tokens: ids [B, T] or embeddings [B, T, D]."""
+        text = self.call.text
+        if isinstance(span.column, int):
+            return text[:, span.column : span.column + span.length]
+        columns = (span.column[:, None] + torch.arange(span.length)).clamp(max=text.shape[1] - 1).to(text.device)
+        return text.gather(1, columns) if text.ndim == 2 else gather_positions(text, columns)
 
     def _place_pauses(self, span: Span) -> tuple[Span, Any]:
         """The text positions of each row's pauses, as `lay_out` takes them; and the span, spread out if they differ."""

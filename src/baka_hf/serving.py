@@ -1,0 +1,350 @@
+"""Many texts, one model: a batch that texts join and leave while it is running.
+
+What a text has read is a state of constant size, so a batch is a table of rows, and whoever joins takes a row that is
+free. Each step reads one token in every row that is taken, whatever its text is at; between two steps waiting prompts
+are read, a chunk of each at most, so that nobody is held up for longer than that. A row says what it would say alone.
+"""
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from .inputs_baka import check_cache
+
+# Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
+ROWS_PER_PROMPT = 32
+DRAWS = 64  # that a text makes at once
+
+
+def check_count(name: str, number: Any) -> None:
+    """Raise a `ValueError` unless `number` is an integer of at least 1."""
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"expected `{name}` to be an integer of at least 1, got {number!r}.")
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen: the likeliest if `temperature` is 0, else drawn from the probabilities."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def processors(self) -> list[LogitsProcessor]:
+        """transformers' own, in its order.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        found: list[LogitsProcessor] = []
+        if self.temperature:
+            found.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k is not None:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None:
+            found.append(TopPLogitsWarper(self.top_p))
+        return found
+
+
+@dataclass(eq=False)
+class Request:
+    """A text that is read and said on, as `Batcher.add` makes it.
+
+    `tokens` grows with every step. When all is over `finish_reason` is "stop" (an EOS token, which is the last of
+    `tokens`), "length" or "cancelled"; and `state`, if it was asked for, has read all of the prompt and of `tokens`.
+    """
+
+    input_ids: list[int]
+    max_new_tokens: int
+    sampling: Sampling
+    eos_token_ids: frozenset[int]
+    seed: int
+    logits_processor: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...]
+    keep_state: bool
+    given: Any = field(repr=False)  # the state it goes on from
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    state: Any = field(default=None, repr=False)  # a `BakaCache` of one row
+    num_read: int = 0  # tokens of the prompt that were read
+    is_said: bool = False  # there is nothing more to say
+
+    @cached_property
+    def _draws(self) -> Iterator[float]:
+        """Numbers from 0 to 1, its own: they depend on its seed alone."""
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield from torch.rand(DRAWS, generator=generator).tolist()
+
+    def draw(self) -> float:
+        """The next of its random numbers, from 0 to 1 exclusive."""
+        return next(self._draws)
+
+
+class Batcher:
+    """A batch that texts join and leave step by step.
+
+        batcher = Batcher(model, num_rows=256)
+        request = batcher.add(tokenizer("Once upon a time").input_ids, max_new_tokens=50)
+        for request, token in batcher.run():
+            ...
+
+    On a CUDA device steps and prompts are read by the graphs of static states (`decoding_graphs_baka`). A step takes as
+    long for one text as for `num_rows`. Steps are for one thread; `add` and `cancel` may come from any.
+
+    Args:
+        model (`BakaForCausalLM`): the model, which is put into eval mode.
+        num_rows: texts that are said on at the same time. Each takes a state's memory (docs/serving.md).
+        num_prompts: texts whose prompts are read at the same time, by default one for every 32 rows. They are read
+            when so many have come, or after as many steps. So are the last tokens of chunks while texts are said.
+
+    Raises:
+        ValueError: a number is less than 1.
+    """
+
+    def __init__(self, model: Any, num_rows: int = 16, num_prompts: int | None = None):
+        for name, number in (("num_rows", num_rows), ("num_prompts", 1 if num_prompts is None else num_prompts)):
+            check_count(name, number)
+        num_prompts = num_prompts or max(1, num_rows // ROWS_PER_PROMPT)
+        self.model, self.decoder, self.head = model.eval(), model.get_decoder(), model.get_output_embeddings()
+        self.num_rows, self.num_prompts, self.chunk_size = num_rows, num_prompts, model.config.chunk_size
+        self.state, self.fresh = model.new_cache(num_rows, static=True), model.new_cache(1)
+        self.reading_state = model.new_cache(num_prompts, static=True)
+        self.waiting: deque[Request] = deque()
+        self.reading: list[Request | None] = [None] * num_prompts  # prompts, by their rows of `reading_state`
+        self.saying: list[Request | None] = [None] * num_rows  # by their rows of `state`
+        # Steps that prompts have waited for others to be read with them, and texts for others to end a chunk with.
+        self._delay = self._end_delay = 0
+        self._is_torn = False  # in the middle of a step, or of one that has failed
+
+    def add(
+        self,
+        input_ids: Sequence[int] | torch.Tensor,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        logits_processor: Sequence[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = (),
+        state: Any = None,
+        keep_state: bool = False,
+    ) -> Request:
+        """A text to be read and said on; it joins when a row is free, first come, first served.
+
+        Args:
+            input_ids: its prompt, token ids [L], at least one. After a `state` those that it has not read.
+            max_new_tokens: tokens to say at most, at least 1.
+            temperature, top_k, top_p: how they are chosen, as in `generate`; greedily at temperature 0.
+            seed: of its draws, which depend on nothing else; by default another one for every text.
+            eos_token_id: tokens that end it, by default those of the model's `generation_config`; `()` for none.
+            logits_processor: called with the ids so far [1, T] (of this call: what a `state` has read is not among
+                them) and float32 scores [1, vocab_size], before temperature; they give other scores.
+            state (`BakaCache`): of one row, to go on from. It is copied.
+            keep_state: have the request keep the state after all that was read and said. It takes one step more.
+
+        Raises:
+            ValueError: any of this is not what it should be.
+        """
+        config = self.model.config
+        ids = torch.as_tensor(input_ids)
+        if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"expected `input_ids` to be at least one token id, integers of shape [length], got {ids.dtype} of "
+                f"shape {list(ids.shape)}."
+            )
+        least, most = (int(value) for value in torch.aminmax(ids))
+        if least < 0 or most >= config.vocab_size:
+            wrong = least if least < 0 else most
+            raise ValueError(f"expected token ids from 0 to {config.vocab_size - 1}, got {wrong}.")
+        check_count("max_new_tokens", max_new_tokens)
+        seed = secrets.randbits(63) if seed is None else seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"expected `seed` to be an integer from 0 to 2**63 - 1, got {seed!r}.")
+        sampling = Sampling(temperature, top_k, top_p)
+        sampling.processors()
+        if eos_token_id is None:
+            eos_token_id = self.model.generation_config.eos_token_id
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
+        if state is not None:
+            check_cache(self.decoder, state, 1)
+            state = state[0]
+        processors = tuple(logits_processor)
+        request = Request(ids.tolist(), max_new_tokens, sampling, frozenset(ends), seed, processors, keep_state, state)
+        self.waiting.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Have a text leave at the next step; one that is over stays as it is."""
+        request.finish_reason = request.finish_reason or "cancelled"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a step would do nothing."""
+        return not (self.waiting or any(self.reading) or any(self.saying))
+
+    def run(self) -> Iterator[tuple[Request, int | None]]:
+        """Step after step until all texts are over, also those added on the way."""
+        while not self.is_idle:
+            yield from self.step()
+
+    @torch.no_grad()
+    def step(self) -> list[tuple[Request, int | None]]:
+        """Read on by a step: what each text has said, in order, and None after the last token of one that is over.
+
+        Raises:
+            ValueError: a step before was interrupted or has failed. What its rows have read is not known then: add
+                their texts to another batcher.
+        """
+        if self._is_torn:
+            raise ValueError("expected a batcher between two steps, got one whose last step was interrupted or failed.")
+        self._is_torn = True
+        said = self._let_go() + self._read_prompts() + self._say()
+        self._is_torn = False
+        return said
+
+    def _let_go(self) -> list[tuple[Request, int | None]]:
+        """Who was cancelled leaves."""
+        left = [request for request in list(self.waiting) if request.finish_reason]
+        for cancelled in left:
+            self.waiting.remove(cancelled)
+        for places in (self.reading, self.saying):
+            for place, request in enumerate(places):
+                if request is not None and request.finish_reason:
+                    places[place] = None
+                    left.append(request)
+        return [(request, None) for request in left]
+
+    def _admit(self) -> None:
+        """Who waits begins to be read, if there will be a row to go on in."""
+        num_free = self.saying.count(None) - sum(request is not None for request in self.reading)
+        for slot in range(self.num_prompts):
+            if self.reading[slot] is None and self.waiting and num_free > 0:
+                self.reading[slot] = admitted = self.waiting.popleft()
+                self.reading_state.put_row(slot, self.fresh if admitted.given is None else admitted.given)
+                admitted.given = None
+                num_free -= 1
+
+    def _read_prompts(self) -> list[tuple[Request, int | None]]:
+        """Read on in the prompts, up to the end of a chunk, and say the first tokens after those that end."""
+        self._admit()
+        if not any(self.reading):
+            return []
+        self._delay += 1
+        if not all(self.reading) and any(self.saying) and self._delay < self.num_prompts:
+            return []
+        self._delay = 0
+        pieces: list[list[int]] = []
+        for request, num_tokens in zip(self.reading, self.reading_state.num_tokens.tolist(), strict=True):
+            room = self.chunk_size - num_tokens % self.chunk_size
+            pieces.append([] if request is None else request.input_ids[request.num_read : request.num_read + room])
+        ids = torch.zeros(self.num_prompts, max(map(len, pieces)), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, piece in enumerate(pieces):
+            ids[row, : len(piece)], mask[row, : len(piece)] = torch.tensor(piece, dtype=torch.int64), 1
+        states = self.decoder(
+            input_ids=ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            cache=self.reading_state,
+            use_cache=True,
+        ).last_hidden_state
+        ended, last = [], []
+        for slot, (request, piece) in enumerate(zip(self.reading, pieces, strict=True)):
+            if request is None:
+                continue
+            request.num_read += len(piece)
+            if request.num_read == len(request.input_ids):
+                row = self.saying.index(None)
+                self.state.put_row(row, self.reading_state[slot])
+                self.saying[row], self.reading[slot] = request, None
+                ended.append(request)
+                last.append(states[slot, len(piece) - 1])
+        if not ended:
+            return []
+        return self._tell(ended, self.head(torch.stack(last)))
+
+    def _say(self) -> list[tuple[Request, int | None]]:
+        """One token more in every row that is taken, but for those that wait for others."""
+        requests = self._who_reads()
+        if not any(requests):
+            return []
+        # One that was cancelled by another thread meanwhile may have said nothing. It leaves at the next step.
+        last = [request.tokens[-1] if request is not None and request.tokens else 0 for request in requests]
+        mask = None
+        if not all(requests):
+            mask = torch.tensor([[int(request is not None)] for request in requests], device=self.model.device)
+        ids = torch.tensor(last, device=self.model.device)[:, None]
+        logits = self.model(input_ids=ids, attention_mask=mask, cache=self.state, use_cache=True).logits[:, 0]
+        over: list[tuple[Request, int | None]] = []
+        for row, request in enumerate(requests):
+            if request is not None and request.is_said:  # its last token was read, for the state that it keeps
+                over.append(self._end(request, row))
+                requests[row] = None
+        return over + self._tell(requests, logits)
+
+    def _who_reads(self) -> list[Request | None]:
+        """The texts, by their rows, that read a token in this step.
+
+        To end a chunk takes longer than all else, so those that will wait a few steps for others to do it with them.
+        """
+        before_end = self.state.num_tokens % self.chunk_size == self.chunk_size - 1
+        waits = [request is not None and end for request, end in zip(self.saying, before_end.tolist(), strict=True)]
+        self._end_delay = self._end_delay + 1 if any(waits) else 0
+        if self._end_delay >= self.num_prompts or sum(waits) >= min(self.num_prompts, sum(map(bool, self.saying))):
+            self._end_delay = 0
+            return list(self.saying)
+        return [None if wait else request for request, wait in zip(self.saying, waits, strict=True)]
+
+    def _tell(self, requests: Sequence[Request | None], logits: torch.Tensor) -> list[tuple[Request, int | None]]:
+        """Choose the next tokens by logits [K, vocab_size], and see who has said all."""
+        said: list[tuple[Request, int | None]] = []
+        for request, token in zip(list(requests), self._choose(requests, logits), strict=True):
+            if request is None or request.finish_reason:  # free, or cancelled meanwhile
+                continue
+            request.tokens.append(token)
+            said.append((request, token))
+            if token in request.eos_token_ids or len(request.tokens) == request.max_new_tokens:
+                request.is_said = True
+                if not request.keep_state:  # else its last token is still to be read
+                    said.append(self._end(request, self.saying.index(request)))
+        return said
+
+    def _end(self, request: Request, row: int) -> tuple[Request, None]:
+        if request.keep_state:
+            request.state = self.state[row]
+        reason = "stop" if request.tokens[-1] in request.eos_token_ids else "length"
+        request.finish_reason = request.finish_reason or reason
+        self.saying[row] = None
+        return request, None
+
+    def _choose(self, requests: Sequence[Request | None], logits: torch.Tensor) -> list[int]:
+        """The next token of each text. Texts that are sampled alike share the work, and each has its own draw."""
+        scores = logits.float()
+        groups: dict[Sampling, list[int]] = {}
+        for index, request in enumerate(requests):
+            if request is None:
+                continue
+            if request.logits_processor:
+                ids = torch.tensor([request.input_ids + request.tokens], device=scores.device)
+                for processor in request.logits_processor:
+                    scores[index : index + 1] = processor(ids, scores[index : index + 1])
+            if request.sampling.temperature:
+                groups.setdefault(request.sampling, []).append(index)
+        chosen = scores.argmax(dim=-1)
+        for sampling, indices in groups.items():
+            rows = torch.tensor(indices, device=scores.device)
+            part = scores[rows]
+            for processor in sampling.processors():
+                part = processor(None, part)
+            sums = part.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+            draws = sums.new_tensor([requests[index].draw() for index in indices])  # type: ignore[union-attr]
+            # The first token up to which the probabilities make more than the draw, so none of probability zero.
+            chosen[rows] = torch.searchsorted(sums, (draws * sums[:, -1])[:, None], right=True)[:, 0]
+        return chosen.tolist()
+
+
+__all__ = ["Batcher", "Request", "Sampling"]

@@ -1,0 +1,101 @@
+"""States of many users on disk: a file of constant size for each, found by name, the oldest forgotten first."""
+
+import os
+import time
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from .state_files_baka import CACHE_FILE, fingerprint_of
+
+
+class StateStore:
+    """What each user's text has left, kept between runs and shared by processes.
+
+        store = StateStore("states", model, max_age=7 * 24 * 3600)
+        state = store.load("ada")                          # None at first
+        request = batcher.add(new_ids, state=state, keep_state=True)
+        ...
+        store.save("ada", request.state)
+
+    A user's state is a folder with one safetensors file, replaced as a whole or not at all. It knows which weights
+    have read it. These are looked at once, when the store is made.
+
+    Args:
+        folder: where states are. Nothing else should be there.
+        model (`BakaForCausalLM`): the model that reads them.
+        max_age (*optional*): seconds after which a state that was neither saved nor loaded is deleted.
+        max_bytes (*optional*): how much all files may take: beyond that those go that were not used for the longest
+            time.
+
+    Raises:
+        ValueError: a limit is not above 0, or the model's weights are not whole and plain (`fingerprint_of`).
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, model: Any, max_age: float | None = None, max_bytes: int | None = None
+    ):
+        for name, limit in (("max_age", max_age), ("max_bytes", max_bytes)):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"expected `{name}` above 0, got {limit!r}.")
+        self.folder, self.model, self.max_age, self.max_bytes = Path(folder), model, max_age, max_bytes
+        self.fingerprint = fingerprint_of(model)
+        self.kind = type(model.new_cache())  # a checkpoint with remote code has its own
+
+    def _place(self, user: str) -> Path:
+        # A hash, because a name may hold what a file system does not take, or a way out of the folder.
+        return self.folder / sha256(user.encode()).hexdigest()
+
+    def save(self, user: str, state: Any) -> None:
+        """Keep a state (`BakaCache`) in the place of the user's last one, and delete what is beyond the limits.
+
+        Raises:
+            ValueError: the state cannot be saved (`BakaCache.save_pretrained`).
+        """
+        state.save_pretrained(self._place(user), fingerprint=self.fingerprint)
+        self.evict()
+
+    def load(self, user: str) -> Any:
+        """The user's state, on the model's device and in its dtype; None if there is none.
+
+        Raises:
+            ValueError: it was read by other weights, or is damaged.
+        """
+        self.evict()
+        place = self._place(user)
+        try:
+            os.utime(place / CACHE_FILE)
+        except FileNotFoundError:
+            return None
+        options = dict(config=self.model.config, fingerprint=self.fingerprint)
+        return self.kind.from_pretrained(place, device=self.model.device, dtype=self.model.dtype, **options)
+
+    def delete(self, user: str) -> None:
+        """Forget a user's state, if there is one."""
+        self._remove(self._place(user))
+
+    def _remove(self, place: Path) -> None:
+        with suppress(OSError):  # another process was faster, or has just begun to write a new one
+            (place / CACHE_FILE).unlink()
+            place.rmdir()
+
+    def evict(self) -> None:
+        """Delete what is beyond the limits."""
+        if self.max_age is None and self.max_bytes is None:
+            return
+        found = []
+        for path in self.folder.glob(f"*/{CACHE_FILE}"):
+            with suppress(FileNotFoundError):  # another process was faster
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path.parent))
+        total, now = 0, time.time()
+        for used, size, place in sorted(found, reverse=True):
+            total += size
+            is_old = self.max_age is not None and now - used > self.max_age
+            if is_old or (self.max_bytes is not None and total > self.max_bytes):
+                total -= size
+                self._remove(place)
+
+
+__all__ = ["StateStore"]

@@ -1,0 +1,118 @@
+"""A store of states: what was kept is there as it was, until it is too old or too much, for the same weights alone."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import contents, logits_of, random_tokens, tiny_config, tiny_model
+
+from baka_hf import BakaCache, BakaForCausalLM
+from baka_hf.state_store import StateStore
+
+
+def read(model: BakaForCausalLM, seed: int) -> BakaCache:
+    state = model.new_cache()
+    logits_of(model, random_tokens(model.config, 1, 8 + seed, seed=seed), state)
+    return state
+
+
+def last_used(store: StateStore, seconds_ago: float) -> None:
+    """As if all that is there was used at that time."""
+    for path in store.folder.glob("*/*.safetensors"):
+        os.utime(path, times=(time.time() - seconds_ago,) * 2)
+
+
+def test_states_by_user(tmp_path: Path) -> None:
+    """Bit for bit, whatever the user's name is; the weights are looked at once."""
+    model = tiny_model(tiny_config())
+    store = StateStore(tmp_path / "new" / "folder", model)
+    assert store.load("ada") is None
+    states = {name: read(model, seed) for seed, name in enumerate(["ada", "../ada", "", "a/b\0", "Ада", "x" * 999])}
+    for name, state in states.items():
+        store.save(name, state)
+    store.save("ada", states["Ада"])
+    found = {name: StateStore(store.folder, model).load(name) for name in states}
+    assert [contents(state) for state in found.values()] == [
+        contents(states["Ада" if name == "ada" else name]) for name in states
+    ]
+    assert len(list(tmp_path.glob("new/folder/*/*"))) == len(list(tmp_path.glob("*/*/*"))) == len(states)
+    store.delete("ada")
+    store.delete("nobody")
+    assert store.load("ada") is None and store.load("../ada") is not None
+
+
+def test_states_of_other_weights_are_refused(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config(), torch.float32)
+    StateStore(tmp_path, model).save("ada", read(model, 0))
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1
+    store = StateStore(tmp_path, model)
+    with pytest.raises(ValueError, match="was read by other weights"):
+        store.load("ada")
+    with pytest.raises(ValueError, match="expected chunk_size=7, got 5"):
+        StateStore(tmp_path, tiny_model(tiny_config(chunk_size=7))).load("ada")
+    store.save("ada", read(model, 1))
+    assert store.load("ada").num_tokens.tolist() == [9]
+    read(model, 1).save_pretrained(store._place("ada"))
+    with pytest.raises(ValueError, match="does not say which weights"):
+        store.load("ada")
+
+
+def test_old_states_go(tmp_path: Path) -> None:
+    """By the time of their last use, which loading is as well."""
+    model = tiny_model(tiny_config())
+    store = StateStore(tmp_path, model, max_age=100)
+    for name in ("ada", "bob"):
+        store.save(name, read(model, 0))
+    last_used(store, 90)
+    assert store.load("ada") is not None
+    store.evict()
+    assert len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.glob("*/*"):
+        os.utime(path, times=(time.time(), path.stat().st_mtime - 20))
+    assert store.load("bob") is None and store.load("ada") is not None
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_more_than_fits(tmp_path: Path) -> None:
+    """Those stay that were used last, as many as the limit has room for."""
+    model = tiny_model(tiny_config())
+    StateStore(tmp_path, model).save("one", read(model, 0))
+    (path,) = tmp_path.glob("*/*")
+    store = StateStore(tmp_path, model, max_bytes=int(2.5 * path.stat().st_size))
+    for place, name in enumerate(["two", "one", "three", "one", "four"]):
+        last_used(store, 10)
+        for other in tmp_path.glob("*/*"):
+            if other.parent == store._place("one") and place > 1:
+                os.utime(other, times=(time.time() - 5,) * 2)
+        store.save(name, read(model, place))
+    assert [name for name in ("one", "two", "three", "four") if store.load(name) is not None] == ["one", "four"]
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    """Whoever reads in between finds one of the states, whole."""
+    model = tiny_model(tiny_config())
+    stores, states = [StateStore(tmp_path, model, max_bytes=10**9) for _ in range(3)], [read(model, s) for s in (0, 1)]
+    stores[0].save("ada", states[0])
+    threads = [
+        threading.Thread(target=lambda store=store, state=state: [store.save("ada", state) for _ in range(20)])
+        for store, state in zip(stores, states, strict=False)
+    ]
+    for thread in threads:
+        thread.start()
+    known = [contents(state) for state in states]
+    while any(thread.is_alive() for thread in threads):
+        assert contents(stores[2].load("ada")) in known
+    for thread in threads:
+        thread.join()
+    assert len(list(tmp_path.glob("*/*"))) == 1
+
+
+def test_limits_are_above_zero(tmp_path: Path) -> None:
+    model = tiny_model(tiny_config())
+    for limit in (dict(max_age=0), dict(max_bytes=-1), dict(max_age=float("nan"))):
+        with pytest.raises(ValueError, match=r"expected `max_.*` above 0, got"):
+            StateStore(tmp_path, model, **limit)
