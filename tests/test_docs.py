@@ -364,7 +364,7 @@ def test_table_of_rows_is_what_states_take() -> None:
         R, n, blocks = config.num_memory_tokens, config.chunk_size, config.num_hidden_layers
         S = (2 * R + n + config.num_pause_tokens) * (2 if config.use_xl_cache else 1)
         expected = b * blocks * 2 * config.num_key_value_heads * config.head_dim * S
-        expected += (max(b, 4) if config.memory_update == "gate" else b) * R * D
+        expected += (max(b, 4) if config.memory_norm else b) * R * D
         if d and config.associative_write == "tokens":
             expected += blocks * (max(b, 4) * config.num_attention_heads * d * config.head_dim + b * n * D)
         elif d:

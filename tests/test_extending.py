@@ -392,7 +392,7 @@ def test_by_way_of_a_hub(files: Path, tmp_path: Path) -> None:
         assert trained.splitlines()[-1] == loaded.splitlines()[-1]
         reader.run(IMPORT_FROM_HUB)
         code = {name: hub.files(name)["gru_memory.py"] for name in ("ada/gru", "ada/again")}
-        assert code["ada/gru"] == code["ada/again"] and b"from .memory_baka import Held" in code["ada/gru"]
+        assert code["ada/gru"] == code["ada/again"] and b"from .memory_baka import Baka" in code["ada/gru"]
 
 
 def test_where_a_part_is_unknown(files: Path, tmp_path: Path) -> None:

@@ -510,11 +510,14 @@ def leave(
     `of_attended` are the weights of attention and of what is read beside it, if anything is, side by side.
     """
     attended, o_proj = attended.transpose(1, 2).flatten(2), layer.self_attn.o_proj
-    if of_attended is None:
-        attended = o_proj(attended)
-    else:
-        found = layer.association.look_up(entered.association_query, held)
+    query = entered.association_query
+    if of_attended is not None:
+        found = layer.association.look_up(query, held)
         attended = nn.functional.linear(torch.cat([attended, found], dim=-1), of_attended, o_proj.bias)
+    else:
+        attended = o_proj(attended)
+        if query is not None:
+            attended = attended + layer.association.read(query, held)
     mlp = layer.mlp.down_proj if of_mlp is None else partial(_mlp, layer, of_mlp)
     return layer.combine(entered.hidden_states, attended, mlp, entered.gated)
 

@@ -67,8 +67,9 @@ class DecodingStep(nn.Module):
         config, layers = self.config, range(self.config.num_hidden_layers)
         keys, values = ([state[f"layers.{index}.{half}"] for index in layers] for half in ("keys", "values"))
         num_tokens, seeded = state["num_tokens"], state["seeded"]
-        table, reads = (self.cos, self.sin), torch.ones_like(seeded)
-        span, layout, view = locate(config, table, self.pauses, num_tokens, seeded, reads, self.width, keys[0].dtype)
+        table, counts = (self.cos, self.sin), torch.ones_like(num_tokens)
+        rows = num_tokens, seeded, counts
+        span, layout, view = locate(config, table, self.pauses, *rows, 1, self.width, keys[0].dtype)
         if self.kind != EDGE:
             layout.begins = layout.completes = False
             if view.writers is not None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .associative_baka import ASSOCIATIONS
+from .associative_baka import ASSOCIATIONS, BakaTokenAssociation
 from .attention_baka import BakaAttention
 from .cache_layer_baka import BakaCacheLayer
 from .compile_baka import recompute
@@ -124,9 +124,9 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
 
     @property
     def projections_beside(self) -> list[nn.Linear]:
-        """What gives the sum beside the MLP: attention's output, if associations are read there too theirs."""
-        o_proj = self.self_attn.o_proj
-        return [o_proj, self.association.o_proj] if self.is_read_beside else [o_proj]
+        """What gives the sum beside the MLP: attention's output, and that of associations if it is no more than that."""
+        is_plain = self.is_read_beside and type(self.association).read is BakaTokenAssociation.read
+        return [self.self_attn.o_proj, self.association.o_proj] if is_plain else [self.self_attn.o_proj]
 
     @property
     def mlp_projections(self) -> list[nn.Linear]:

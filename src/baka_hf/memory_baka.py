@@ -64,8 +64,8 @@ class BakaMemoryUpdate(nn.Module):
         """What `memory`, whose vectors the chunk has read, becomes after it has `written` [B, R, D].
 
         Rows do not see each other, nothing is changed in place, and no number goes to the host. `memory` is in the
-        dtypes it is kept in, which what is returned is brought to; `written` is in the model's. With `memory_norm` what
-        was written is normed already, in float32 at least.
+        dtypes it is kept in, which what is returned is brought to, and `written` in that of the vectors. With
+        `memory_norm` what was written is normed already, and both are in float32 at least.
         """
         return memory | {"memory": written}
 
@@ -105,7 +105,7 @@ class BakaGatedMemoryUpdate(BakaMemoryUpdate):
     def forward(self, memory: Memory, written: torch.Tensor) -> Memory:
         vectors = memory["memory"]
         gate = self.gate_proj(written.to(self.gate_bias.dtype)).to(vectors) + self.gate_bias.to(vectors)
-        return {"memory": torch.lerp(written.to(vectors), vectors, gate.sigmoid())}
+        return {"memory": torch.lerp(written, vectors, gate.sigmoid())}
 
 
 MEMORY_UPDATES: dict[str, type[BakaMemoryUpdate]] = {"replace": BakaMemoryUpdate, "gate": BakaGatedMemoryUpdate}

@@ -364,7 +364,7 @@ class BakaModel(BakaPreTrainedModel):
         if self.config.memory_norm:
             written = self.memory_norm(written)
         memory = {name: x.to(written.device) for name, x in memory.items()}  # a device map may have put it elsewhere
-        updated = self.memory_update(memory, written)
+        updated = self.memory_update(memory, written.to(memory["memory"]))
         check_updated(self.memory_update, memory, updated)
         return {name: x.to(memory[name]) for name, x in updated.items()}
 
