@@ -124,7 +124,7 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
 
     @property
     def projections_beside(self) -> list[nn.Linear]:
-        """What gives the sum beside the MLP: attention's output, and that of associations if it is no more than that."""
+        """What gives the sum beside the MLP: attention's output, and that of associations if they are read as usual."""
         is_plain = self.is_read_beside and type(self.association).read is BakaTokenAssociation.read
         return [self.self_attn.o_proj, self.association.o_proj] if is_plain else [self.self_attn.o_proj]
 
