@@ -5,8 +5,8 @@
         --stages 1 2 4 8 --steps 200 --lora_rank 16 --output smollm2-that-remembers
 
 Documents are read in lanes that carry memory from step to step, and a step has more chunks from stage to stage, so that
-gradients reach further back. What remembers (memory vectors, their norm, update and solidifiers, pauses) has a learning
-rate of its own; with --lora_rank all else is trained by adapters. Held-out documents are then scored with their own
+gradients reach further back. What remembers (memory vectors, their norm, update and solidifiers, associations, pauses)
+has a learning rate of its own; with --lora_rank all else is trained by adapters. Held-out documents are then scored with their own
 memory and, where there are two or more, with another document's: gain_by_depth.png shows by how much it helps, and how
 deep. The output folder holds the model, or the adapters and what remembers, and the tokenizer.
 """
@@ -28,7 +28,7 @@ from baka_hf.texts import load_tokens
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 # Parts of a model that remember, by how their names begin.
-REMEMBERS = ("memory_", "pause_token", "solidifier", "read_solidifier", "write_solidifier")
+REMEMBERS = ("memory_", "pause_token", "solidifier", "read_solidifier", "write_solidifier", "association")
 BLOCKS = r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # what adapters are put on
 
 
@@ -64,7 +64,7 @@ def put_adapters_on(model: BakaForCausalLM, rank: int) -> Any:
     """The model with LoRA in its blocks; what remembers is trained as it is, and saved with the adapters."""
     import peft
 
-    whole = [name for name, _ in model.model.named_children() if remembers(name)]
+    whole = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if remembers(name.rpartition(".")[2])})
     lora = peft.LoraConfig("CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=BLOCKS, modules_to_save=whole)
     return peft.get_peft_model(model, lora)
 
@@ -98,6 +98,9 @@ def train(model: Any, documents: list[Any], args: Arguments) -> None:
             warmup_steps=args.warmup_steps,
             lr_scheduler_type="cosine",
             bf16=on_gpu,
+            tf32=on_gpu or None,  # what is kept in float32: associations
+            torch_compile=on_gpu,
+            cuda_graphs=on_gpu,  # where all weights are trained; adapters are read without
             seed=args.seed,
             logging_steps=max(1, args.steps // 20),
             save_strategy="no",
@@ -156,9 +159,10 @@ def main() -> None:
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
+    has_memory = model.config.num_memory_tokens or model.config.associative_dim
     scores: dict[str, Any] = {"loss": own["loss"], "bits_per_byte": own["bits_per_byte"]}
     comparisons = {"over itself before training": before}
-    if len(held_out) > 1 and args.eval_batch_size > 1 and model.config.num_memory_tokens:
+    if len(held_out) > 1 and args.eval_batch_size > 1 and has_memory:
         comparisons["own memory over another document's"] = evaluate_documents(
             model, held_out, memory="exchanged", **options
         )

@@ -85,6 +85,22 @@ def test_the_same_function(name: str, tmp_path: Path) -> None:
     assert_close(loaded(tokens).logits, converted(tokens).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("pauses", [0, 1])
+@torch.no_grad()
+def test_associations_begin_without_a_trace(pauses: int) -> None:
+    """Nothing is read of them before they are trained, whatever was stored."""
+    model, tokens = source("qwen3"), text(3 * N + 2)
+    fields = BARE | dict(num_pause_tokens=pauses)
+    converted = add_memory(model, **fields, associative_dim=4, associative_write="tokens")
+    state = converted.new_cache(len(tokens))
+    found = converted(tokens, cache=state).logits
+    assert_close(found, add_memory(model, **fields)(tokens).logits, rtol=0, atol=0)
+    assert state.associations.abs().max() > 0
+    weight = converted.model.layers[0].association.o_proj.weight
+    weight.normal_()
+    assert not torch.allclose(converted(tokens).logits, found)
+
+
 @torch.no_grad()
 def test_in_half_precision() -> None:
     model = source().bfloat16()

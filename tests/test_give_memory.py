@@ -38,7 +38,8 @@ def folder(tmp_path: Path) -> Path:
     tokenizer = byte_tokenizer(bos_token="<|endoftext|>")
     sizes = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1)
     source = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, bos_token_id=tokenizer.bos_token_id))
-    model = add_memory(source, chunk_size=N, num_memory_tokens=2, memory_update="gate")
+    fields = dict(memory_update="gate", associative_dim=4, associative_write="tokens")
+    model = add_memory(source, chunk_size=N, num_memory_tokens=2, **fields)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
     for name, count in (("train", 4), ("valid", 2)):
@@ -65,10 +66,11 @@ def test_what_is_trained_is_what_is_saved(rank: int, folder: Path, monkeypatch: 
     peft = pytest.importorskip("peft") if rank else None
     run(monkeypatch, folder, "--lora_rank", str(rank), "--memory_learning_rate", "0.05", "--skip_first_chunk")
     assert len(rates) == 2  # stages
-    fast = {name.split("model.")[-1].split(".")[0] for name, rate in rates[0].items() if rate == 0.05}
-    assert fast == {"memory_tokens", "memory_norm", "memory_update", "pause_token"}
-    assert {rate for name, rate in rates[0].items() if "layers" in name} == {0.01}
-    assert {"lora" in name for name in rates[0] if "layers" in name} == {bool(rank)}
+    named = {name.split("model.")[-1].replace("layers.0.", ""): rate for name, rate in rates[0].items()}
+    fast = {name.split(".")[0] for name, rate in named.items() if rate == 0.05}
+    assert fast == {"memory_tokens", "memory_norm", "memory_update", "pause_token", "association"}
+    blocks = {name: rate for name, rate in named.items() if name.startswith(("self_attn", "mlp"))}
+    assert set(blocks.values()) == {0.01} and {"lora" in name for name in blocks} == {bool(rank)}
 
     before = BakaForCausalLM.from_pretrained(folder / "model")
     base = BakaForCausalLM.from_pretrained(folder / "model" if peft else folder / "out")
