@@ -6,9 +6,9 @@
 
 Documents are read in lanes that carry memory from step to step, and a step has more chunks from stage to stage, so that
 gradients reach further back. What remembers (memory vectors, their norm, update and solidifiers, associations, pauses)
-has a learning rate of its own; with --lora_rank all else is trained by adapters. Held-out documents are then scored with their own
-memory and, where there are two or more, with another document's: gain_by_depth.png shows by how much it helps, and how
-deep. The output folder holds the model, or the adapters and what remembers, and the tokenizer.
+has a learning rate of its own; with --lora_rank all else is trained by adapters. Held-out documents are then scored
+with their own memory and, where there are two or more, with another document's: gain_by_depth.png shows by how much it
+helps, and how deep. The output folder holds the model, or the adapters and what remembers, and the tokenizer.
 """
 
 import json
