@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from baka_hf import BakaForCausalLM, associative_baka
-from baka_hf.associative_baka import delta_rule, dpfp, recall, solve_unit_lower, store
+from baka_hf.associative_baka import UnitLowerSolve, delta_rule, dpfp, recall, store
 
 EXACT = dict(rtol=0, atol=1e-9)
 FLOATS = (torch.float64, torch.float32)
@@ -80,11 +80,12 @@ def test_gradients(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.autograd.gradcheck(lambda A, *others: store(A, z.double(), *others)[0], leaves)
 
 
-def test_triangular_systems() -> None:
+@pytest.mark.parametrize("size", [8, 16, 32, 64])
+def test_triangular_systems(size: int) -> None:
     torch.manual_seed(0)
-    lower, right = torch.randn(2, 64, 64).double().tril(-1) / 8, torch.randn(2, 64, 3).double()
-    expected = torch.linalg.solve_triangular(lower + torch.eye(64), right, upper=False, unitriangular=True)
-    assert_close(solve_unit_lower(lower, right), expected, **EXACT)
+    lower, right = torch.randn(2, size, size).double().tril(-1) / 8, torch.randn(2, size, 3).double()
+    expected = torch.linalg.solve_triangular(lower + torch.eye(size), right, upper=False, unitriangular=True)
+    assert_close(UnitLowerSolve.apply(lower, right), expected, **EXACT)
 
 
 # As parts of a model

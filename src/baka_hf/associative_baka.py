@@ -209,7 +209,8 @@ def delta_rule(
     keys, values, strengths = F.pad(keys, (0, 0, 0, rest)), F.pad(values, (0, 0, 0, rest)), F.pad(strengths, (0, rest))
     keys, values, strengths = (x.unflatten(-2, (-1, piece)) for x in (keys, values, strengths[..., None]))
     scaled = strengths * keys
-    maps = keys.mT @ solve_unit_lower((scaled @ keys.mT).tril(-1), torch.cat([strengths * values, scaled], dim=-1))
+    right = torch.cat([strengths * values, scaled], dim=-1)
+    maps = keys.mT @ UnitLowerSolve.apply((scaled @ keys.mT).tril(-1), right)
     while maps.shape[-3] > 1:
         if maps.shape[-3] % 2:
             maps = F.pad(maps, (0, 0, 0, 0, 0, 1))
@@ -220,38 +221,49 @@ def delta_rule(
     return state - removed @ state + added
 
 
-def solve_unit_lower(lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """x with (I + `lower`) x = `right` [..., m, ·], for a strictly lower triangular matrix [..., m, m], m = 8, 16, …
+class UnitLowerSolve(torch.autograd.Function):
+    """x with (I + L) x = b, for strictly lower triangular L [..., m, m] and b [..., m, ·], m = 8, 16, 32, …
 
-    By products of matrices alone, which any device is fast at, as it is not at substitution row by row. The inverse
-    goes without gradients: after one step of refinement, x + T (b - x - L x) with T and x constant, there is that of
-    the solution itself.
+    By products of matrices alone, which any device is fast at, as it is not at substitution row by row.
     """
-    with torch.no_grad():
+
+    @staticmethod
+    def forward(ctx: Any, lower: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         inverse = invert_unit_lower(lower)
         solution = inverse @ right
-    return solution + inverse @ (right - solution - lower @ solution)
+        ctx.save_for_backward(inverse, solution)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, grad_solution: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inverse, solution = ctx.saved_tensors
+        grad_right = inverse.mT @ grad_solution
+        return -grad_right @ solution.mT, grad_right
 
 
 def invert_unit_lower(lower: torch.Tensor) -> torch.Tensor:
-    """(I + `lower`)⁻¹, arguments as in `solve_unit_lower`.
+    """(I + L)⁻¹, for L as in `UnitLowerSolve`.
 
-    A block of 8 x 8 on the diagonal is nilpotent, D⁸ = 0, so its inverse is (I - D)(I + D²)(I + D⁴). Then two
+    A block D of 8 x 8 on the diagonal is nilpotent, D⁸ = 0, so its inverse is (I - D)(I + D²)(I + D⁴). Then two
     neighbours T₁, T₂ and what lies below them, L₂₁, become one of twice the size: T₂₁ = -T₂ L₂₁ T₁.
     """
-    index = torch.arange(lower.shape[-1], device=lower.device)
-    blocks = lambda size: index[:, None] // size == index // size  # noqa: E731
-    diagonal = lower * blocks(BLOCK)
+
+    def blocks(size: int, offset: int) -> torch.Tensor:
+        """Those of size x size on a diagonal of blocks, [..., N, size, size]."""
+        tiled = lower.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+        return tiled.diagonal(offset, -4, -2).movedim(-1, -3)
+
+    diagonal = blocks(BLOCK, 0)
     squared = diagonal @ diagonal
-    identity = torch.eye(len(index), dtype=lower.dtype, device=lower.device)
+    identity = torch.eye(BLOCK, dtype=lower.dtype, device=lower.device)
     inverse = (identity - diagonal) @ (identity + squared)
     inverse = inverse + inverse @ (squared @ squared)
-    size = BLOCK
-    while size < len(index):
-        below = lower * (blocks(2 * size) & ~blocks(size))
-        inverse = inverse - inverse @ below @ inverse
-        size *= 2
-    return inverse
+    while inverse.shape[-3] > 1:
+        first, second = inverse[..., ::2, :, :], inverse[..., 1::2, :, :]
+        below = -second @ blocks(inverse.shape[-1], -1)[..., ::2, :, :] @ first
+        halves = torch.cat([first, torch.zeros_like(first)], dim=-1), torch.cat([below, second], dim=-1)
+        inverse = torch.cat(halves, dim=-2)
+    return inverse[..., 0, :, :]
 
 
 ASSOCIATIONS: dict[str, type[nn.Module]] = {"memory": BakaMemoryAssociation, "tokens": BakaTokenAssociation}
