@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from side_by_side import Comparison, arguments, new_baka, new_llama, random_tokens, settle
 from transformers import PreTrainedModel
 
-DIARY = dict(hidden_act="elephant", qk_norm=False, memory_norm=False)
+DIARY = dict(hidden_act="elephant", qk_norm=False, memory_norm=False, num_pause_tokens=8)
 SHAPES = {"cuda": ["32x2048", "4x16384", "5x2048"], "cpu": ["1x2048", "1x16384"], "quick": ["2x32", "1x64"]}
 
 
