@@ -26,6 +26,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from generate import load_model
+from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -137,9 +138,14 @@ def new_app(
     async def refuse_fields(_: Any, error: RequestValidationError) -> JSONResponse:
         return await refuse(_, ValueError("; ".join(f"{each['loc'][-1]}: {each['msg']}" for each in error.errors())))
 
+    @app.exception_handler(TemplateError)  # a chat as its template does not want it
     @app.exception_handler(ValueError)
-    async def refuse(_: Any, error: ValueError) -> JSONResponse:
+    async def refuse(_: Any, error: Exception) -> JSONResponse:
         return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, 400)
+
+    def ids_of(text: str, add_special_tokens: bool) -> list[int]:
+        text.encode()  # a ValueError where half a character stands alone, which JSON may say
+        return tokenizer(text, add_special_tokens=add_special_tokens).input_ids
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -152,13 +158,13 @@ def new_app(
             if store is None:
                 raise ValueError("expected no `user`: this server keeps no states (--states).")
             state = await asyncio.to_thread(store.load, asked.user)
-        ids = tokenizer(asked.prompt, add_special_tokens=state is None).input_ids
+        ids = ids_of(asked.prompt, add_special_tokens=state is None)
         return await answer(asked, ids, "text_completion", lambda text: {"text": text}, state)
 
     @app.post("/v1/chat/completions")
     async def chat(asked: Chat) -> Any:
         text = tokenizer.apply_chat_template(asked.messages, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = ids_of(text, add_special_tokens=False)
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         place = "delta" if asked.stream else "message"
         return await answer(asked, ids, kind, lambda text: {place: {"role": "assistant", "content": text}})

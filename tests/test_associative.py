@@ -142,6 +142,15 @@ def test_precisions(name: str) -> None:
     assert {state.associations.dtype, state.layers[0].keys.dtype} == {torch.float32, torch.float16}
 
 
+@torch.no_grad()
+def test_float16() -> None:
+    """Where nothing is stored a share of it may be more than float16 can say, and nothing is read."""
+    model = tiny_model(tiny_config(**CONFIGS["associations_of_memory"]))
+    tokens = random_tokens(model.config, 2, 14)
+    expected = model(tokens).logits
+    torch.testing.assert_close(model.half()(tokens).logits.double(), expected, rtol=0, atol=0.05)
+
+
 def test_float32_does_not_drift() -> None:
     """Chunk after chunk errors are forgotten with what they are of."""
     torch.manual_seed(0)

@@ -157,6 +157,18 @@ def test_sampling() -> None:
     assert first != second and unlike[0].seed != unlike[1].seed
 
 
+def test_scores_that_leave_no_choice() -> None:
+    """Next to no temperature says the likeliest token; no score at all says one that there is, and ends no batch."""
+    model = tiny_model(tiny_config())
+    prompt, batcher = random_tokens(model.config, 7), Batcher(model, 4)
+    cold = [batcher.add(prompt, 20, temperature=t, top_k=3, eos_token_id=()) for t in (1e-320, 1e-30)]
+    nothing = batcher.add(prompt, 9, temperature=1.0, logits_processor=[lambda ids, x: x - torch.inf], eos_token_id=())
+    other = batcher.add(prompt, 20, eos_token_id=())
+    *said, expected = collected(batcher, [*cold, nothing, other])
+    assert said[:2] == [expected, expected] and expected == alone(model, prompt)
+    assert len(nothing.tokens) == 9 and max(nothing.tokens) < model.config.vocab_size
+
+
 def test_processors_of_scores() -> None:
     """transformers' own, given the text of their row; others have none."""
     model = tiny_model(tiny_config())
@@ -272,6 +284,9 @@ def test_what_a_batcher_refuses() -> None:
         (dict(top_k=0), "top_k"),
         (dict(top_p=1.5), "top_p"),
         (dict(seed=-1), r"`seed` to be an integer from 0 to 2\*\*63 - 1, got -1"),
+        (dict(eos_token_id="2"), "`eos_token_id` to be a token id or a sequence of some, got '2'"),
+        (dict(eos_token_id=torch.tensor([1, 2])), "`eos_token_id` to be a token id or a sequence of some, got tensor"),
+        (dict(logits_processor=[3]), r"`logits_processor` to be a sequence of functions, got \[3\]"),
         (dict(state=model.new_cache(2)), "expected a state of batch size 1, got one of 2"),
         (dict(state=other), "expected chunk_size=5, got 7"),
         (dict(state=torn), "between two calls"),

@@ -120,6 +120,20 @@ def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
     assert static._reader is reader and (batch_size > 3 or static.layers[0].keys is reader.slots[0]["keys"])
 
 
+@torch.no_grad()
+def test_a_row_is_put_beside_others_that_begin() -> None:
+    """Together, and in a batch whose pieces no graph reads: all have the learned memory, and one gets another."""
+    model = tiny_model(tiny_config(**CONFIGS["gate"]))
+    other, texts = model.new_cache(), random_tokens(model.config, 17, 14)
+    model(random_tokens(model.config, 1, 8), cache=other)
+    static = model.new_cache(17, static=True)
+    model(texts[:, :3], cache=static)
+    static.put_row(0, other)
+    found = model(texts[:, 3:], cache=static).logits
+    assert_close(found[1:], model(texts).logits[1:, 3:], **EXACT)
+    assert_close(found[:1], model(texts[:1, 3:], cache=other).logits, **EXACT)
+
+
 @pytest.mark.parametrize("name", ["default", "gate", "associations_of_tokens_and_memory", "one_layer"])
 @torch.no_grad()
 def test_rows_at_the_edge_of_a_chunk_are_read_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

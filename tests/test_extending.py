@@ -229,6 +229,30 @@ def test_graphs(fields: dict[str, Any]) -> None:
         assert_close(twin.grad, parameter.grad)
 
 
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+@pytest.mark.usefixtures("on_cpus")
+@torch.no_grad()
+def test_an_association_of_other_layers(name: str) -> None:
+    """With a bias that those of the package lack, and of two: a static state is read as any other."""
+
+    @register_association("of_others")
+    class OfOthers(BakaTokenAssociation):
+        def __init__(self, config: BakaConfig):
+            super().__init__(config)
+            before = getattr(self, name)
+            first = nn.Linear(before.in_features, before.out_features)
+            setattr(self, name, nn.Sequential(first) if config.num_hidden_layers == 1 else first)
+
+    for count in (1, 2):
+        model = made(dict(associative_dim=3, associative_write="of_others", num_hidden_layers=count))
+        tokens, state = random_tokens(model.config, 2, 14), model.new_cache(2, static=True)
+        found = [
+            model(tokens[:, :12], cache=state).logits,
+            *(model(x, cache=state).logits for x in tokens[:, 12:].split(1, 1)),
+        ]
+        assert_close(torch.cat(found, dim=1), model(tokens).logits, **EXACT)
+
+
 @pytest.mark.usefixtures("parts", "fresh_compiler")
 def test_compiled() -> None:
     """All at once, beside what is not compiled."""

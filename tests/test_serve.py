@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from checkpoints import byte_tokenizer, save_checkpoint
 
@@ -120,6 +121,13 @@ def test_bad_requests_are_told(server: SimpleNamespace) -> None:
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             server.client.completions.create(**asked("a") | more)
+    kind = {"Content-Type": "application/json"}
+    for path, body, message in (  # what no client of Python's would send
+        ("completions", rb'{"prompt": "\ud800"}', "surrogates not allowed"),
+        ("chat/completions", rb'{"messages": [{"role": "user", "content": "\ud800"}]}', "surrogates not allowed"),
+    ):
+        answer = httpx.post(f"{server.client.base_url}{path}", content=body, headers=kind, trust_env=False)
+        assert answer.status_code == 400 and message in answer.json()["error"]["message"]
     assert server.client.completions.create(**asked("?")).choices[0].text == expected(server, "?")
 
 

@@ -53,6 +53,16 @@ def test_resume_from_a_file_is_bit_identical(dtype: torch.dtype, stage: str, tmp
     assert contents(resumed) == contents(cache)
 
 
+def test_a_memory_that_was_kept_in_less(tmp_path: Path) -> None:
+    """A normed memory was in the model's dtype once: such a file goes on as its numbers in float32 do."""
+    model = tiny_model(tiny_config(memory_norm=True), torch.bfloat16)
+    cache = state_at(model, "mid-chunk")
+    cache.memory = cache.memory.bfloat16().float()
+    cache.save_pretrained(tmp_path)
+    rewritten(tmp_path / FILE, lambda tensors, metadata: tensors.update(memory=tensors["memory"].bfloat16()))
+    assert contents(BakaCache.from_pretrained(tmp_path)) == contents(cache)
+
+
 @every_state
 def test_resume_of_every_kind_of_state(overrides: dict[str, Any], tmp_path: Path) -> None:
     """States with little in them (no memory, no keys of a previous chunk) or random pauses are files as well."""

@@ -4,12 +4,13 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import contents, logits_of, random_tokens, tiny_config, tiny_model
 
-from baka_hf import BakaCache, BakaForCausalLM
+from baka_hf import BakaCache, BakaForCausalLM, state_files_baka
 from baka_hf.state_store import StateStore
 
 
@@ -109,6 +110,25 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(list(tmp_path.glob("*/*"))) == 1
+
+
+def test_deleted_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process: as if it had been before a load, and before a save."""
+    model = tiny_model(tiny_config())
+    store, state, utime, replace = StateStore(tmp_path, model), read(model, 0), os.utime, state_files_baka._replace_file
+    store.save("ada", state)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", lambda path: (utime(path), store.delete("ada")))
+        assert store.load("ada") is None
+
+    def too_late(path: Path, *parts: Any) -> None:
+        monkeypatch.setattr(state_files_baka, "_replace_file", replace)
+        path.parent.rmdir()
+        replace(path, *parts)
+
+    monkeypatch.setattr(state_files_baka, "_replace_file", too_late)
+    store.save("ada", state)
+    assert contents(store.load("ada")) == contents(state)
 
 
 def test_limits_are_above_zero(tmp_path: Path) -> None:

@@ -154,8 +154,9 @@ def recall(association: torch.Tensor, normalizer: torch.Tensor, features: torch.
         features: φ; in their dtype the products are, and the quotient in float32 at least.
     """
     wide = features.to(at_least_float32(features.dtype))
-    shares = wide / (torch.einsum("bqf,bf->bq", wide, normalizer.to(wide))[..., None] + EPSILON)
-    return shares.to(features.dtype) @ association.to(features.dtype)
+    total = torch.einsum("bqf,bf->bq", wide, normalizer.to(wide))[..., None] + EPSILON
+    # Divided last: by ε alone, where nothing is stored, features would be more than float16 can say.
+    return ((features @ association.to(features.dtype)).to(wide) / total).to(features.dtype)
 
 
 def store(

@@ -302,10 +302,12 @@ class BakaCache(Cache):
         if state.batch_size != 1:
             raise ValueError(f"expected a state of one row to put in the place of another, got {state.batch_size}.")
         changed = self.draft()
-        if self._reader is None:  # else nobody but it holds on to these tensors
-            for layer in changed.layers:
-                layer.make_writable(layer.keys)
-            changed.carried = {name: tensor.detach().clone() for name, tensor in self.carried.items()}
+        for layer in changed.layers:
+            layer.make_writable(layer.keys)
+        # Nobody but its reader holds on to the reader's tensors. In others rows may be views of one.
+        held = {} if self._reader is None else self._reader.memory
+        carried = self.carried.items()
+        changed.carried = {name: x if x is held.get(name) else x.detach().clone() for name, x in carried}
         for name in ("_num_tokens", "_seeded", "_pauses", "_history", "_opening"):
             own, other = getattr(self, name), getattr(state, name)
             if own is not None:

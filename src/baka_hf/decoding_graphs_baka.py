@@ -74,7 +74,8 @@ def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
         reader = _idle.pop(model, None)
         if reader is None or not reader.fits(cache, model):
             weights = PlainWeights(model)
-            if not weights.are_plain:
+            joined = (linear for layer in model.layers for linear in layer.input_projections)
+            if not weights.are_plain or any(type(linear) is not nn.Linear for linear in joined):
                 cache.is_static = False
                 return None
             reader = StaticReader(model, cache, weights)

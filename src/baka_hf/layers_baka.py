@@ -125,8 +125,11 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
     @property
     def projections_beside(self) -> list[nn.Linear]:
         """What gives the sum beside the MLP: attention's output, and that of associations if they are read as usual."""
-        is_plain = self.is_read_beside and type(self.association).read is BakaTokenAssociation.read
-        return [self.self_attn.o_proj, self.association.o_proj] if is_plain else [self.self_attn.o_proj]
+        projections = [self.self_attn.o_proj]
+        if self.is_read_beside and type(self.association).read is BakaTokenAssociation.read:
+            o_proj = self.association.o_proj
+            projections += [o_proj] if type(o_proj) is nn.Linear and o_proj.bias is None else []
+        return projections
 
     @property
     def mlp_projections(self) -> list[nn.Linear]:

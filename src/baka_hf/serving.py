@@ -169,7 +169,11 @@ class Batcher:
         sampling.processors()
         if eos_token_id is None:
             eos_token_id = self.model.generation_config.eos_token_id
-        ends = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or ()
+        ends = [eos_token_id] if isinstance(eos_token_id, int) else () if eos_token_id is None else eos_token_id
+        if not isinstance(ends, Sequence) or not all(isinstance(end, int) for end in ends):
+            raise ValueError(f"expected `eos_token_id` to be a token id or a sequence of some, got {eos_token_id!r}.")
+        if not isinstance(logits_processor, Sequence) or not all(map(callable, logits_processor)):
+            raise ValueError(f"expected `logits_processor` to be a sequence of functions, got {logits_processor!r}.")
         if state is not None:
             check_cache(self.decoder, state, 1)
             state = state[0]
@@ -337,13 +341,16 @@ class Batcher:
         chosen = scores.argmax(dim=-1)
         for sampling, indices in groups.items():
             rows = torch.tensor(indices, device=scores.device)
-            part = scores[rows]
+            part = scores[rows].double()
+            part -= part.amax(dim=-1, keepdim=True)  # any temperature divides 0 by a number that is none
             for processor in sampling.processors():
                 part = processor(None, part)
-            sums = part.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+            sums = part.softmax(dim=-1).cumsum(dim=-1)
             draws = sums.new_tensor([requests[index].draw() for index in indices])  # type: ignore[union-attr]
             # The first token up to which the probabilities make more than the draw, so none of probability zero.
-            chosen[rows] = torch.searchsorted(sums, (draws * sums[:, -1])[:, None], right=True)[:, 0]
+            tokens = torch.searchsorted(sums, (draws * sums[:, -1])[:, None], right=True)[:, 0]
+            # Where processors left no number there is one all the same: nobody else's batch ends by that.
+            chosen[rows] = tokens.clamp(max=scores.shape[1] - 1)
         return chosen.tolist()
 
 

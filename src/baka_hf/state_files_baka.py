@@ -326,6 +326,8 @@ def read_state(path: Path, check: Callable[[dict[str, Any], str | None], None]) 
             if version == "1":
                 tensors.pop("history", None)
             rows = {name: tensors.pop(name) for name in ROW_DTYPES if name in tensors}
+            held = tensors_held(signature)  # what it keeps in float32 may have been kept in less before
+            tensors = {name: tensor.to(held[name].dtype_in(tensor.dtype)) for name, tensor in tensors.items()}
             state = SavedState(signature, tensors, rows, *numbers)
             _check_ranges(state)
     return state
@@ -394,7 +396,7 @@ def _expected_of(signature: dict[str, Any], batch_size: int, version: str) -> di
     """What a file of `version` may hold: of each tensor the dtypes it may have, and its shape."""
     expected: dict[str, Any] = {}
     for name, held in tensors_held(signature).items():
-        expected[name] = {held.dtype_in(dtype) for dtype in FLOATS}, [batch_size, *held.shape]
+        expected[name] = set(FLOATS), [batch_size, *held.shape]
     for name, shape in row_shapes(signature, batch_size).items():
         expected[name] = {ROW_DTYPES[name]}, list(shape)
     if version == "1":

@@ -53,7 +53,12 @@ class StateStore:
         Raises:
             ValueError: the state cannot be saved (`BakaCache.save_pretrained`).
         """
-        state.save_pretrained(self._place(user), fingerprint=self.fingerprint)
+        while True:
+            try:
+                state.save_pretrained(self._place(user), fingerprint=self.fingerprint)
+                break
+            except FileNotFoundError:  # another process, deleting the last one, took the folder away
+                continue
         self.evict()
 
     def load(self, user: str) -> Any:
@@ -66,10 +71,12 @@ class StateStore:
         place = self._place(user)
         try:
             os.utime(place / CACHE_FILE)
-        except FileNotFoundError:
-            return None
-        options = dict(config=self.model.config, fingerprint=self.fingerprint)
-        return self.kind.from_pretrained(place, device=self.model.device, dtype=self.model.dtype, **options)
+            options = dict(config=self.model.config, fingerprint=self.fingerprint)
+            return self.kind.from_pretrained(place, device=self.model.device, dtype=self.model.dtype, **options)
+        except (FileNotFoundError, ValueError):
+            if (place / CACHE_FILE).exists():
+                raise
+            return None  # nobody has saved one, or another process has just deleted it
 
     def delete(self, user: str) -> None:
         """Forget a user's state, if there is one."""
