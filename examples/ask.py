@@ -25,7 +25,10 @@ def parse_args() -> argparse.Namespace:
     add("--save_state", type=Path, metavar="DIR", help="save the state of the document here")
     add("--form", default="\n\nQuestion: {}\nAnswer:", help="how a question is put (default: %(default)r)")
     add_model_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.document and not args.document.is_file():
+        parser.error(f"--document: there is no file {str(args.document)!r}")
+    return args
 
 
 def main() -> None:

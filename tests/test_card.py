@@ -72,7 +72,7 @@ def test_a_card_of_a_model_alone(tmp_path: Path) -> None:
     assert not re.search(r"\btrained\b|None|\{\{|\{%|\n\n\n", str(card))
 
 
-@pytest.mark.parametrize("name", ["rmt_carry", "rmt_without_xl", "xl", "pristine"])
+@pytest.mark.parametrize("name", ["rmt_carry", "rmt_without_xl", "xl", "associations_of_tokens", "pristine"])
 def test_a_card_tells_what_is_carried(name: str) -> None:
     config = tiny_config(**CONFIGS[name])
     model = BakaForCausalLM(config)
@@ -81,6 +81,8 @@ def test_a_card_tells_what_is_carried(name: str) -> None:
     assert ("the keys and values of the chunk before" in card) == config.use_xl_cache
     assert ("hands what it has understood" in card) == (name != "pristine")
     assert ("memory vectors" in card) == bool(config.num_memory_tokens)
+    assert ("seen through the associations only" in card) == (name == "associations_of_tokens")
+    assert ("taught the associations to keep it" in card) == (name == "associations_of_tokens")
     assert ("Nothing is left of text before" in card) == (name == "pristine")
     assert f"{model.new_cache(1).nbytes:,} bytes a row" in card
 

@@ -181,8 +181,8 @@ def test_commands_of_transformers_exist(call: str) -> None:
 def test_every_command_is_one_that_is_checked() -> None:
     """Nothing in a shell block goes unnoticed by the tests and by .ci/run."""
     others = {command for text in TEXTS.values() for command in commands(text) if not STARTS.match(command)}
-    elsewhere = {command for command in others if command.startswith(("lm_eval ", "transformers "))}
-    assert {command.split()[0] for command in elsewhere} == {"lm_eval", "transformers"}  # test_lm_eval, test_serving
+    elsewhere = {command for command in others if command.startswith(("curl ", "lm_eval ", "transformers "))}
+    assert {command.split()[0] for command in elsewhere} == {"curl", "lm_eval", "transformers"}  # test_serve and others
     assert others - elsewhere == {'pip install -e ".[dev]"', "pytest", "cat examples/*.py"}
 
 

@@ -383,9 +383,9 @@ def test_a_document_is_asked(
 
 
 def test_what_is_not_there_is_told_by_a_message_alone(
-    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """No checkpoint, and nobody asks the Hub for one of that name; no state, or one of other weights."""
+    """No checkpoint, and nobody asks the Hub for one of that name; no document; no state, or one of other weights."""
     with monkeypatch.context() as patch:
         patch.setattr(generate.AutoTokenizer, "from_pretrained", None)
         for folder in ("nowhere", f"{tmp_path}/nowhere", "./nowhere", str(tmp_path)):
@@ -393,6 +393,10 @@ def test_what_is_not_there_is_told_by_a_message_alone(
                 run_generate(trained, monkeypatch, f"--model {folder}")
         with pytest.raises(TypeError):  # somebody on the Hub may have it
             run_generate(trained, monkeypatch, "--model somebody/baka-small")
+    monkeypatch.setattr(sys, "argv", ["ask.py", "class", "--document", f"{tmp_path}/nowhere"])
+    with pytest.raises(SystemExit, match="2"):
+        ask.main()
+    assert f"--document: there is no file '{tmp_path}/nowhere'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"expected a saved state at .*nowhere"):
         run_generate(trained, monkeypatch, f"--load_state {tmp_path}/nowhere")
     run_generate(trained, monkeypatch, f"--max_new_tokens 0 --save_state {tmp_path}/state", stdin=TEXT)

@@ -181,6 +181,7 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "gain.png",
         "inspection.json",
     }
+    assert capsys.readouterr().out == f"{tmp_path / 'inside'}: attention.png, memory.png, gain.png, inspection.json\n"
     found = json.loads((tmp_path / "inside" / "inspection.json").read_text())
     assert len(found["memory"]) == 6 and found["gain"][0]["num_documents"] == 2
     for block in range(2):

@@ -1,5 +1,6 @@
 """examples/serve.py speaks as the model does, to many at once and from states, with OpenAI's own client."""
 
+import shlex
 import socket
 import sys
 import threading
@@ -52,6 +53,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace
         yield SimpleNamespace(client=client, model=model, tokenizer=tokenizer)
     running.should_exit = True
     thread.join()
+
+
+def test_requests_of_the_docs_are_valid() -> None:
+    calls = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8").splitlines()
+    requests = [shlex.split(call)[-1] for call in calls if call.startswith("curl ")]
+    assert [serve.Completion.model_validate_json(request).stream for request in requests] == [False, True, False]
 
 
 def expected(server: SimpleNamespace, prompt: str, new_tokens: int = NEW_TOKENS) -> str:

@@ -255,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "gain": gains,
     }
     (args.output / "inspection.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"{args.output}: {', '.join(f'{name}.png' for name in slides)}, inspection.json")
 
 
 __all__ = [
