@@ -107,7 +107,7 @@ class ModelArguments:
         default="memory", metadata={"help": "What writes to it: the memory vectors or every token."}
     )
     associative_layer_interval: int = field(default=1, metadata={"help": "Every so many blocks one has it."})
-    num_pause_tokens: int = field(default=2, metadata={"help": "Pause tokens in a chunk; 0: none."})
+    num_pause_tokens: int = field(default=0, metadata={"help": "Pause tokens in a chunk; 0: none."})
     pause_placement: Literal["fixed", "random"] = field(
         default="fixed", metadata={"help": "Where pauses stand while training."}
     )
