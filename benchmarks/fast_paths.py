@@ -39,13 +39,18 @@ def training(args: argparse.Namespace, without: Context, rows: int, length: int,
     return run
 
 
-def stepping(args: argparse.Namespace, without: Context, rows: int, length: int, **fields: Any) -> Callable[[], None]:
-    """A run of `length` steps of one token from a static state."""
+def stepping(
+    args: argparse.Namespace, without: Context, rows: int, length: int, is_spread: bool = False, **fields: Any
+) -> Callable[[], None]:
+    """A run of `length` steps of one token from a static state, its rows in step or spread evenly over a chunk."""
     torch._dynamo.reset()
     model = new_baka(args, **fields)
     tokens = random_tokens(model, rows, 1)
     with without():
         state = model.new_cache(rows, static=args.device != "cpu")
+    if is_spread:
+        n = model.config.chunk_size
+        state._num_tokens = n + torch.arange(rows) * n // rows  # as if they had read so many
 
     @torch.inference_mode()
     def run() -> None:
@@ -56,21 +61,8 @@ def stepping(args: argparse.Namespace, without: Context, rows: int, length: int,
     return run
 
 
-def stepping_out_of_step(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:
-    """The same, with rows spread evenly over a chunk."""
-    torch._dynamo.reset()
-    model = new_baka(args)
-    tokens, state = random_tokens(model, rows, 1), model.new_cache(rows, static=args.device != "cpu")
-    n = model.config.chunk_size
-    state._num_tokens = n + torch.arange(rows) * n // rows  # as if they had read so many
-
-    @torch.inference_mode()
-    def run() -> None:
-        with without():
-            for _ in range(length):
-                model(tokens, cache=state)
-
-    return run
+def stepping_out_of_step(*arguments: Any) -> Callable[[], None]:
+    return stepping(*arguments, is_spread=True)
 
 
 def reading(args: argparse.Namespace, without: Context, rows: int, length: int) -> Callable[[], None]:

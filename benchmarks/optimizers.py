@@ -22,12 +22,12 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), fused=True)
 
 
-def muon(model: torch.nn.Module) -> torch.optim.Optimizer:
+def muon(model: torch.nn.Module) -> optimizers.MuonAndAdamW:
     return optimizers.muon_and_adamw(model, 0.02, 0.1, lr=3e-3, fused=True)
 
 
 def one_by_one(model: torch.nn.Module) -> torch.optim.Optimizer:
-    optimizer = optimizers.muon_and_adamw(model, 0.02, 0.1, lr=3e-3, fused=True)
+    optimizer = muon(model)
     plain = torch.optim.Muon(optimizer.muon.param_groups[0]["params"], adjust_lr_fn="original")
     optimizer.muon = plain  # type: ignore[assignment]
     return optimizer

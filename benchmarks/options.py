@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from fast_paths import stepping, training
-from side_by_side import Comparison, arguments, new_baka, settle
+from side_by_side import SIZES, Comparison, arguments, new_baka, settle
 
 ASSOCIATIVE = dict(associative_dim=64, associative_write="tokens")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "associative by memory": dict(associative_dim=64, associative_write="memory"),
 }
 SHAPES = {"train": (training, (16, 2048), (2, 32)), "step": (stepping, (1, 512), (1, 8))}
-QUICK = dict(associative_dim=4)
 
 
 def main() -> None:
@@ -46,11 +45,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     comparison = Comparison(args, "options")
     chosen = {name: dict(fields) for name, fields in OPTIONS.items() if name in ("default", *args.options)}
-    if args.quick:
-        chosen = {name: {key: QUICK.get(key, value) for key, value in chosen[name].items()} for name in chosen}
-        for fields in chosen.values():
-            if fields.get("associative_layer_interval", 1) > 2:  # of two blocks
-                fields["associative_layer_interval"] = 2
+    for fields in chosen.values():
+        if "associative_layer_interval" in fields:  # some sizes have fewer blocks
+            every, count = fields["associative_layer_interval"], SIZES[args.size]["num_hidden_layers"]
+            fields["associative_layer_interval"] = min(every, count)
     for name, fields in chosen.items():
         model = new_baka(args, **fields)
         comparison.note(option=name, **fields, parameters=model.num_parameters(), state_bytes=model.new_cache(1).nbytes)

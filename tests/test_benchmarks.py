@@ -44,6 +44,22 @@ def test_both_sides_are_measured(name: str, tmp_path: Path) -> None:
     assert len(sizes) == (4 if name == "long_context" else 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "ours", "others"),
+    [
+        ("options", ["--options", "associative / 4", "XL alone"], "default", {"associative / 4", "XL alone"}),
+        ("optimizers", [], "Muon and AdamW", {"torch.optim.Muon and AdamW", "AdamW"}),
+    ],
+)
+def test_choices_are_measured(name: str, options: list[str], ours: str, others: set[str], tmp_path: Path) -> None:
+    output = run_program(BENCHMARKS / f"{name}.py", tmp_path, "--device", "cpu", "--quick", *options)
+    header, _, *rows = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
+    assert header[2] == ours and {row[3] for row in rows} == others
+    assert all(float(row[-1]) > 0 for row in rows)
+    models = [json.loads(line) for line in output.splitlines() if '"option"' in line]
+    assert len({model["parameters"] for model in models}) == len(models) == (3 if options else 0)
+
+
 def test_serving_is_measured(tmp_path: Path) -> None:
     """And in float32 every text says what it says alone."""
     output = run_program(BENCHMARKS / "serving.py", tmp_path, "--device", "cpu", "--quick", "--steps", "12")

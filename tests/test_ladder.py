@@ -13,7 +13,7 @@ from filelock import FileLock
 from helpers import byte_tokenizer
 from transformers import LlamaForCausalLM, Qwen3ForCausalLM
 
-from baka_hf import BakaConfig
+from baka_hf import BakaConfig, BakaForCausalLM
 from baka_hf.evaluation import evaluate_documents
 from baka_hf.results import differences, read_results
 from baka_hf.texts import load_tokens
@@ -55,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ladder.BakaTrainer, "train", watched)
-        run(patch, [*common, "--runs", *RUNS, "--seeds", "0", "1"])
+        run(patch, [*common, "--runs", *RUNS, "--seeds", "0", "1", "--save"])
     database = folder / "all.db"
     return SimpleNamespace(folder=folder, common=common, models=models, database=database)
 
@@ -108,6 +108,15 @@ def test_every_figure_is_in_the_database(trained: SimpleNamespace) -> None:
     assert differences(results)["memory, code/valid, keys exchanged"][0] == (0, 0.0, 0.0)
 
 
+def test_models_are_kept(trained: SimpleNamespace) -> None:
+    models = trained.folder / "out" / "models"
+    assert len(list(models.iterdir())) == 6
+    for index, load in ((0, BakaForCausalLM), (2, Qwen3ForCausalLM)):
+        folder = models / ["memory_seed_1", "", "qwen3_context=32_seed_1"][index]
+        kept, (trainer, _) = load.from_pretrained(folder).state_dict(), trained.models[index, 1]
+        torch.testing.assert_close(kept, dict(trainer.model.state_dict()), rtol=0, atol=0)
+
+
 @pytest.mark.smoke
 def test_runs_are_what_they_are_called(trained: SimpleNamespace) -> None:
     """The same recipe for all, but for what a run says; o_proj and down_proj of all of them begin as zeros."""
@@ -115,7 +124,8 @@ def test_runs_are_what_they_are_called(trained: SimpleNamespace) -> None:
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, chunk_size=16)
     sizes |= dict(vocab_size=257, bos_token_id=256, eos_token_id=256)
     expected = BakaConfig.rung("carry", **sizes, num_memory_tokens=2, num_pause_tokens=1)
-    assert memory.model.config.to_dict() == expected.to_dict() | {"dtype": memory.model.config.to_dict()["dtype"]}
+    found = memory.model.config.to_dict()
+    assert found == expected.to_dict() | {"dtype": found["dtype"], "architectures": ["BakaForCausalLM"]}  # it was saved
     assert xl.model.config.chunk_size == 8 and not xl.model.config.num_memory_tokens
     assert isinstance(peer.model, Qwen3ForCausalLM) and peer.model.config.head_dim == 8
     assert xl.train_dataset.row_length == memory.train_dataset.row_length == 32 == len(peer.train_dataset[0]["labels"])

@@ -130,6 +130,13 @@ def test_deleted_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     store.save("ada", state)
     assert contents(store.load("ada")) == contents(state)
 
+    def gone(path: Path, *parts: Any) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(state_files_baka, "_replace_file", gone)
+    with pytest.raises(FileNotFoundError):  # not for ever
+        store.save("ada", state)
+
 
 def test_limits_are_above_zero(tmp_path: Path) -> None:
     model = tiny_model(tiny_config())

@@ -9,6 +9,8 @@ from typing import Any
 
 from .state_files_baka import CACHE_FILE, fingerprint_of
 
+TRIES = 10  # to save a state whose folder others take away
+
 
 class StateStore:
     """What each user's text has left, kept between runs and shared by processes.
@@ -52,13 +54,15 @@ class StateStore:
 
         Raises:
             ValueError: the state cannot be saved (`BakaCache.save_pretrained`).
+            FileNotFoundError: there is no place for its folder, or others go on taking it away.
         """
-        while True:
+        for attempt in range(TRIES):
             try:
                 state.save_pretrained(self._place(user), fingerprint=self.fingerprint)
                 break
             except FileNotFoundError:  # another process, deleting the last one, took the folder away
-                continue
+                if attempt + 1 == TRIES:
+                    raise
         self.evict()
 
     def load(self, user: str) -> Any:
