@@ -24,11 +24,10 @@ from transformers import AutoTokenizer, HfArgumentParser, default_data_collator,
 from baka_hf import BakaForCausalLM
 from baka_hf.data import IGNORED, LaneDataset
 from baka_hf.evaluation import evaluate_documents, gain_by_depth
+from baka_hf.optimizers import remembers
 from baka_hf.texts import load_tokens
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
-# Parts of a model that remember, by how their names begin.
-REMEMBERS = ("memory_", "pause_token", "solidifier", "read_solidifier", "write_solidifier", "association")
 BLOCKS = r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"  # what adapters are put on
 
 
@@ -55,11 +54,6 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Of the order of documents, and of adapters."})
 
 
-def remembers(name: str) -> bool:
-    """Whether a module or parameter of this name is a part of what remembers."""
-    return any(part.startswith(REMEMBERS) for part in name.split("."))
-
-
 def put_adapters_on(model: BakaForCausalLM, rank: int) -> Any:
     """The model with LoRA in its blocks; what remembers is trained as it is, and saved with the adapters."""
     import peft
@@ -67,16 +61,6 @@ def put_adapters_on(model: BakaForCausalLM, rank: int) -> Any:
     whole = sorted({name.rpartition(".")[2] for name, _ in model.named_modules() if remembers(name.rpartition(".")[2])})
     lora = peft.LoraConfig("CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=BLOCKS, modules_to_save=whole)
     return peft.get_peft_model(model, lora)
-
-
-def optimizer_of(model: Any, args: Arguments) -> torch.optim.Optimizer:
-    parts: dict[bool, list[Any]] = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            parts[remembers(name)].append(parameter)
-    rates = {True: args.memory_learning_rate, False: args.learning_rate}
-    groups = [dict(params=params, lr=rates[which]) for which, params in parts.items() if params]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def collate(rows: list[dict[str, torch.Tensor]], first: int) -> dict[str, torch.Tensor]:
@@ -95,6 +79,9 @@ def train(model: Any, documents: list[Any], args: Arguments) -> None:
             str(Path(args.output) / f"{chunks}-chunks"),
             per_device_train_batch_size=args.num_lanes,
             max_steps=args.steps,
+            learning_rate=args.learning_rate,
+            memory_learning_rate=args.memory_learning_rate,
+            adam_beta2=0.95,
             warmup_steps=args.warmup_steps,
             lr_scheduler_type="cosine",
             bf16=on_gpu,
@@ -108,14 +95,7 @@ def train(model: Any, documents: list[Any], args: Arguments) -> None:
             dataloader_pin_memory=on_gpu,
         )
         lanes = LaneDataset(documents, args.num_lanes * arguments.world_size, n, chunks, seed=args.seed)
-        trainer = BakaTrainer(
-            model,
-            arguments,
-            lambda rows: collate(rows, n if args.skip_first_chunk else 0),
-            lanes,
-            optimizers=(optimizer_of(model, args), None),
-        )
-        trainer.train()
+        BakaTrainer(model, arguments, lambda rows: collate(rows, n if args.skip_first_chunk else 0), lanes).train()
     model.config.use_cache = True  # the Trainer switches it off
 
 

@@ -53,16 +53,16 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_what_is_trained_is_what_is_saved(rank: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[dict[str, float]] = []
-    make = give_memory.optimizer_of
+    make = give_memory.BakaTrainer.create_optimizer
 
-    def watched(model: Any, args: Any) -> Any:
-        optimizer = make(model, args)
+    def watched(trainer: Any, model: Any = None) -> Any:
+        optimizer, model = make(trainer, model), trainer.model
         names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
         rates.append({names.pop(id(p)): group["lr"] for group in optimizer.param_groups for p in group["params"]})
         assert not names
         return optimizer
 
-    monkeypatch.setattr(give_memory, "optimizer_of", watched)
+    monkeypatch.setattr(give_memory.BakaTrainer, "create_optimizer", watched)
     peft = pytest.importorskip("peft") if rank else None
     run(monkeypatch, folder, "--lora_rank", str(rank), "--memory_learning_rate", "0.05", "--skip_first_chunk")
     assert len(rates) == 2  # stages

@@ -1,6 +1,7 @@
 """Muon for matrices and AdamW for all else, held against both written out; one optimizer to Trainer and accelerate."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,9 +48,10 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class NaiveSteps:
-    """Both formulas, in float64."""
+    """Both formulas, in float64. With a rate for it, what remembers is AdamW's."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_rate: float | None = None, decay: float = 0.5, has_muon: bool = True) -> None:
+        self.memory_rate, self.decay, self.has_muon = memory_rate, decay, has_muon
         self.first: Weights = {}
         self.second: Weights = {}
         self.number = 0
@@ -60,18 +62,19 @@ class NaiveSteps:
         return {name: self.update(name, weight, gradients[name], share) for name, weight in weights.items()}
 
     def update(self, name: str, weight: Tensor, gradient: Tensor, share: float) -> Tensor:
-        if is_matrix(name):
+        is_memory = self.memory_rate is not None and re.search("memory|solidifier|pause", name)
+        if self.has_muon and is_matrix(name) and not is_memory:
             rate, (rows, columns) = share * 0.02, weight.shape
             momentum = 0.95 * self.first.get(name, torch.zeros_like(weight)) + 0.05 * gradient
             self.first[name] = momentum
             update = orthogonal(0.05 * gradient + 0.95 * momentum) * max(1, rows / columns) ** 0.5
-            return weight - rate * (0.5 * weight + update)
-        rate = share * 1e-2
+            return weight - rate * (self.decay * weight + update)
+        rate = share * (self.memory_rate if is_memory else 1e-2)
         first = 0.9 * self.first.get(name, torch.zeros_like(weight)) + 0.1 * gradient
         second = 0.999 * self.second.get(name, torch.zeros_like(weight)) + 0.001 * gradient**2
         self.first[name], self.second[name] = first, second
         update = first / (1 - 0.9**self.number) / ((second / (1 - 0.999**self.number)).sqrt() + 1e-8)
-        decay = 0.5 if name == "lm_head.weight" else 0
+        decay = self.decay if name == "lm_head.weight" or is_matrix(name) else 0
         return weight - rate * (decay * weight + update)
 
 
@@ -96,6 +99,26 @@ def test_steps_are_those_of_the_formulas(tmp_path: Path, optim: str) -> None:
     )
 
 
+@pytest.mark.parametrize("muon_rate", [0.02, None])
+def test_what_remembers_has_a_rate_of_its_own(tmp_path: Path, muon_rate: float | None) -> None:
+    """AdamW's, beside Muon and alone; of vectors, a gate and a solidifier."""
+    rates = dict(muon_learning_rate=muon_rate, learning_rate=1e-2, memory_learning_rate=0.1)
+    decay = 0.5 if muon_rate else 0.0  # the stock Trainer decays other parameters
+    model = dict(memory_solidifier="glu", memory_update="gate", memory_norm=True)
+    settings = dict(weight_decay=decay, max_steps=4, lr_scheduler_type="linear", optim="adamw_torch", model=model)
+    trained = trainer(tmp_path, record := Record(), **rates, **settings)
+    trained.train()
+    naive = NaiveSteps(0.1, decay, muon_rate is not None)
+    assert {"model.memory_tokens.weight", "model.memory_update.gate_proj.weight"} <= record.weights[0].keys()
+    for step, (weights, gradients) in enumerate(zip(record.weights, record.gradients, strict=True)):
+        found = [*record.weights[1:], weights_of(trained.model)][step]
+        assert_same(found, naive.step(weights, gradients, 1 - step / 4), rtol=1e-4, atol=1e-6)
+    for entry in (entry for entry in trained.state.log_history if "loss" in entry):
+        share = entry["learning_rate"] / 1e-2
+        assert entry["memory_learning_rate"] == pytest.approx(0.1 * share)
+        assert entry.get("muon_learning_rate") == (pytest.approx(0.02 * share) if muon_rate else None)
+
+
 # Who trains what
 
 
@@ -108,10 +131,12 @@ def parts_of(model: nn.Module) -> tuple[set[str], set[str], set[str]]:
 
 
 def test_matrices_of_blocks_and_solidifiers() -> None:
-    """All else is AdamW's, of which only a head that is no embedding is decayed."""
-    fields = dict(memory_solidifier="layer", separate_solidifiers=True, memory_norm=True)
+    """All else is AdamW's, of which only a head that is no embedding is decayed: a gate's bias is no matrix."""
+    fields = dict(memory_solidifier="layer", separate_solidifiers=True, memory_norm=True, memory_update="gate")
     blocks = ("layers.0", "layers.1", "read_solidifier", "write_solidifier")
-    matrices = {f"model.{block}.{name}" for block in blocks for name in BLOCK}
+    matrices = {f"model.{block}.{name}" for block in blocks for name in BLOCK} | {
+        "model.memory_update.gate_proj.weight"
+    }
     for tied in (False, True):
         model = tiny_model(tiny_config(tie_word_embeddings=tied, **fields))
         muon, decayed, spared = parts_of(model)
@@ -170,9 +195,12 @@ def train_samples(folder: Path, resume: Path | None = None, **arguments: Any) ->
     return record
 
 
+@pytest.mark.parametrize(
+    "rates", [{}, dict(memory_learning_rate=0.1), dict(memory_learning_rate=0.1, muon_learning_rate=None)]
+)
 @pytest.mark.parametrize("run", [train_samples, train])
-def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, run: Any) -> None:
-    settings = MUON | dict(max_steps=6, lr_scheduler_type="linear", dtype=torch.float32)
+def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, run: Any, rates: dict[str, Any]) -> None:
+    settings = MUON | dict(max_steps=6, lr_scheduler_type="linear", dtype=torch.float32) | rates
     whole = run(tmp_path, save_strategy="steps", save_steps=3, **settings)
     resumed = run(tmp_path / "resumed", tmp_path / "checkpoint-3", **settings)
     assert len(resumed.losses) == 3
@@ -243,21 +271,33 @@ def names_of(model: nn.Module) -> dict[int, str]:
 # What does not fit
 
 
+@pytest.mark.parametrize("name", ["muon_learning_rate", "memory_learning_rate"])
 @pytest.mark.parametrize("rate", [0, 0.0, -0.02, math.nan, math.inf, True, "0.02"])
-def test_rates_that_are_none(tmp_path: Path, rate: Any) -> None:
-    with pytest.raises(ValueError, match=rf"`muon_learning_rate` must be a positive number, got {rate!r}\."):
-        BakaTrainingArguments(str(tmp_path), muon_learning_rate=rate)
+def test_rates_that_are_none(tmp_path: Path, name: str, rate: Any) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` must be a positive number, got {rate!r}\."):
+        BakaTrainingArguments(str(tmp_path), **{name: rate})
+
+
+@pytest.mark.parametrize("muon_rate", [0.02, None])
+def test_nothing_that_remembers(tmp_path: Path, muon_rate: float | None) -> None:
+    model = dict(memory_solidifier="none", num_memory_tokens=0, num_pause_tokens=0)
+    trained = trainer(tmp_path, Record(), memory_learning_rate=0.1, muon_learning_rate=muon_rate, model=model)
+    with pytest.raises(ValueError, match=r"to train with memory_learning_rate=0\.1, found none in BakaForCausalLM"):
+        trained.train()
 
 
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`optim` must be one of adamw_torch, adamw_torch_fused, got 'adafactor'"):
         BakaTrainingArguments(str(tmp_path), muon_learning_rate=0.02, optim="adafactor")
     BakaTrainingArguments(str(tmp_path), optim="adafactor")
-    model, args = tiny_model(tiny_config()), BakaTrainingArguments(str(tmp_path), muon_learning_rate=0.02)
+    model = tiny_model(tiny_config())
     adamw = torch.optim.AdamW(model.parameters())
-    for given in (dict(optimizers=(adamw, None)), dict(optimizer_cls_and_kwargs=(torch.optim.AdamW, dict(lr=1e-3)))):
-        with pytest.raises(ValueError, match=r"expected muon_learning_rate=0\.02 or an optimizer, got both"):
-            BakaTrainer(model, args, **given)
+    for name in ("muon_learning_rate", "memory_learning_rate"):
+        args = BakaTrainingArguments(str(tmp_path), **{name: 0.02})
+        given: Any
+        for given in (dict(optimizers=(adamw, None)), dict(optimizer_cls_and_kwargs=(torch.optim.AdamW, dict(lr=1)))):
+            with pytest.raises(ValueError, match=rf"expected {name}=0\.02 or an optimizer, got both"):
+                BakaTrainer(model, args, **given)
     BakaTrainer(model, TrainingArguments(str(tmp_path)), optimizers=(adamw, None))
 
 

@@ -1,4 +1,4 @@
-"""Training with Muon for the matrices of blocks and AdamW for all else, as one optimizer."""
+"""Training with Muon for the matrices of blocks, AdamW for all else, and a rate of its own for what remembers."""
 
 import math
 from collections import defaultdict
@@ -13,6 +13,16 @@ from transformers import Trainer, TrainingArguments
 # Parts of a model whose matrices multiply what flows through it, by their names in it.
 BLOCKS = {"layers", "solidifier", "read_solidifier", "write_solidifier", "memory_update"}
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what may stand beside Muon
+# Parts of a model that remember, by how their names in it begin.
+MEMORY = ("memory_", "pause_token", "solidifier", "read_solidifier", "write_solidifier", "association")
+
+
+def remembers(name: str) -> bool:
+    """Whether a module or parameter of this name is part of what remembers.
+
+    That is memory and pause vectors, memory's norm, update and solidifiers, and associations.
+    """
+    return any(part.startswith(MEMORY) for part in name.split("."))
 
 
 class Muon(torch.optim.Muon):
@@ -89,8 +99,33 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return loss
 
 
+def with_memory_rate(groups: list[dict[str, Any]], model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """The groups of an optimizer of `model`, with `rate` for what remembers, which gets groups of its own.
+
+    Raises:
+        ValueError: nothing in the groups remembers.
+    """
+    memory = {id(parameter) for name, parameter in model.named_parameters() if remembers(name)}
+    parts = []
+    for group in groups:
+        for is_memory in (False, True):
+            chosen = [parameter for parameter in group["params"] if (id(parameter) in memory) == is_memory]
+            options = {"lr": rate, "is_memory": True} if is_memory else {}
+            parts += [{**group, **options, "params": chosen}] if chosen else []
+    if not any("is_memory" in part for part in parts):
+        raise ValueError(
+            f"expected memory, pauses or associations to train with memory_learning_rate={rate}, found none in "
+            f"{type(model).__name__}."
+        )
+    return parts
+
+
 def muon_and_adamw(
-    model: nn.Module, muon_learning_rate: float, weight_decay: float, **adamw_options: Any
+    model: nn.Module,
+    muon_learning_rate: float,
+    weight_decay: float,
+    memory_learning_rate: float | None = None,
+    **adamw_options: Any,
 ) -> MuonAndAdamW:
     """One optimizer of all parameters of `model` that are trained.
 
@@ -111,19 +146,23 @@ def muon_and_adamw(
     Args:
         muon_learning_rate: the peak rate of Muon's matrices.
         weight_decay: of both, each times its own rate.
+        memory_learning_rate: the peak rate of what `remembers`, all of which AdamW has then.
         adamw_options: arguments of `torch.optim.AdamW`, its peak rate `lr` among them.
 
     Raises:
-        ValueError: there is no such matrix to train.
+        ValueError: there is no such matrix to train, or nothing that remembers.
     """
     adapters = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     matrices, decayed, spared = [], [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2 or isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+        is_apart = memory_learning_rate is not None and remembers(name)
+        module, _, kind = name.rpartition(".")
+        is_added = parameter.ndim < 2 or kind.endswith("bias")  # a gate's bias is one row for each memory vector
+        if is_added or isinstance(model.get_submodule(module), nn.Embedding):
             spared.append(parameter)
-        elif parameter.ndim > 2 or name.startswith(adapters) or BLOCKS.isdisjoint(name.split(".")):
+        elif is_apart or parameter.ndim > 2 or name.startswith(adapters) or BLOCKS.isdisjoint(name.split(".")):
             decayed.append(parameter)
         else:
             matrices.append(parameter)
@@ -133,16 +172,18 @@ def muon_and_adamw(
             f"found none in {type(model).__name__}: train it with AdamW alone."
         )
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
+    if memory_learning_rate is not None:
+        groups = with_memory_rate(groups, model, memory_learning_rate)
     muon = Muon(matrices, muon_learning_rate, weight_decay, momentum=0.95, adjust_lr_fn="original")
     return MuonAndAdamW(torch.optim.AdamW(groups, **adamw_options), muon)
 
 
 @dataclass(repr=False)  # Trainer's own hides tokens
 class MuonArguments(TrainingArguments):
-    """`TrainingArguments` with a learning rate for Muon.
+    """`TrainingArguments` with a learning rate for Muon, and one for what remembers.
 
     Raises:
-        ValueError: the rate is not a positive number, or `optim` is no AdamW of PyTorch's.
+        ValueError: a rate is not a positive number, or `optim` is no AdamW of PyTorch's beside Muon.
     """
 
     muon_learning_rate: float | None = field(
@@ -153,14 +194,22 @@ class MuonArguments(TrainingArguments):
         },
     )
 
+    memory_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of what remembers: memory and pause vectors, memory's norm, update and "
+            "solidifiers, associations. That of all else if not given."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        rate = self.muon_learning_rate
-        if rate is None:
-            return
-        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-            raise ValueError(f"`muon_learning_rate` must be a positive number, got {rate!r}.")
-        if self.optim not in ADAMW:
+        for name in ("muon_learning_rate", "memory_learning_rate"):
+            rate = getattr(self, name)
+            is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
+            if rate is not None and not (is_number and 0 < rate < math.inf):
+                raise ValueError(f"`{name}` must be a positive number, got {rate!r}.")
+        if self.muon_learning_rate is not None and self.optim not in ADAMW:
             raise ValueError(
                 f"`muon_learning_rate` leaves to AdamW what is no matrix: `optim` must be one of {', '.join(ADAMW)}, "
                 f"got {self.optim.value!r}."
@@ -168,55 +217,60 @@ class MuonArguments(TrainingArguments):
 
 
 class MuonTrainer(Trainer):
-    """A `Trainer` that does as `muon_learning_rate` of its arguments says, if they have it.
+    """A `Trainer` that does as `muon_learning_rate` and `memory_learning_rate` of its arguments say, if it has them.
 
-    Both rates follow the schedule, each from its own peak, and both are logged: AdamW's as `learning_rate`, Muon's as
-    `muon_learning_rate`.
+    All rates follow the schedule, each from its own peak, and all are logged: Muon's and memory's by these names.
 
     Raises:
-        ValueError: beside `muon_learning_rate` there is an optimizer, or one of DeepSpeed and FSDP1, which train flat
-            pieces of matrices; or, when training begins, there is no matrix to train.
+        ValueError: beside such a rate there is an optimizer; beside `muon_learning_rate` one of DeepSpeed and FSDP1,
+            which train flat pieces of matrices; or, when training begins, there is nothing to train with it.
     """
 
     optimizer: Any
     optimizer_cls_and_kwargs: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self._rates: dict[str, float] = {}  # at the last step that was logged
         super().__init__(*args, **kwargs)
-        rate = self._peak_of_muon
-        if rate is None:
-            return
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+        given = {name: rate for name in ("muon", "memory") if (rate := self._peak_of(name)) is not None}
+        if given and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
+            rates = " and ".join(f"{name}_learning_rate={rate}" for name, rate in given.items())
             raise ValueError(
-                f"expected muon_learning_rate={rate} or an optimizer, got both: `optimizers` or "
-                "`optimizer_cls_and_kwargs` is given."
+                f"expected {rates} or an optimizer, got both: `optimizers` or `optimizer_cls_and_kwargs` is given."
             )
         flat = "DeepSpeed" if self.is_deepspeed_enabled else None
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
             flat = "FSDP1"
-        if flat is not None:
+        if flat is not None and "muon" in given:
             raise ValueError(
-                f"expected DDP or FSDP2 with muon_learning_rate={rate}, got {flat}: it trains flat pieces of matrices, "
-                "of which Muon cannot be computed."
+                f"expected DDP or FSDP2 with muon_learning_rate={given['muon']}, got {flat}: it trains flat pieces of "
+                "matrices, of which Muon cannot be computed."
             )
 
-    @property
-    def _peak_of_muon(self) -> float | None:
-        return getattr(self.args, "muon_learning_rate", None)
+    def _peak_of(self, name: str) -> float | None:
+        return getattr(self.args, f"{name}_learning_rate", None)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self._peak_of_muon is not None:
-            trained = self.model if model is None else model
+        is_new, trained = self.optimizer is None, self.model if model is None else model
+        muon, memory = self._peak_of("muon"), self._peak_of("memory")
+        if is_new and muon is not None:
             _, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer = muon_and_adamw(trained, self._peak_of_muon, self.args.weight_decay, **options)
-        return super().create_optimizer(model)
+            self.optimizer = muon_and_adamw(trained, muon, self.args.weight_decay, memory, **options)
+        optimizer = super().create_optimizer(model)
+        if is_new and muon is None and memory is not None:
+            optimizer.param_groups[:] = with_memory_rate(optimizer.param_groups, trained, memory)
+        return optimizer
 
     def _get_learning_rate(self) -> float:
-        if self._peak_of_muon is not None:
-            self._muon_rate = self.optimizer.param_groups[-1]["lr"]  # before the schedule goes on
+        # Before the schedule goes on.
+        groups = self.optimizer.param_groups
+        if self._peak_of("memory") is not None:
+            self._rates["memory_learning_rate"] = next(group["lr"] for group in groups if "is_memory" in group)
+        if self._peak_of("muon") is not None:
+            self._rates["muon_learning_rate"] = groups[-1]["lr"]
         return super()._get_learning_rate()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "learning_rate" in logs and self._peak_of_muon is not None:
-            logs["muon_learning_rate"] = self._muon_rate
+        if "learning_rate" in logs:
+            logs |= self._rates
         super().log(logs, *args, **kwargs)
