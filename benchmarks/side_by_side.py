@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from baka_hf import BakaConfig, BakaForCausalLM
 from baka_hf.calls_baka import CACHE_NAME
+from baka_hf.convert import add_memory
 
 # 190 million parameters, of which 77 are embedding and head; 9 million; and something that runs in a moment.
 SIZES: dict[str, dict[str, int]] = {
@@ -39,6 +40,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: %(default)s)")
     add("--size", choices=list(SIZES), help="default: reference on a GPU, small on a CPU")
+    add("--source", help="a decoder to convert, folder or name: it is the peer, ours is without vectors, chunks of 512")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--repeats", type=int, help="timed runs, of which the median counts (default: 5 on a GPU, 3 on a CPU)")
     add("--only", nargs="+", metavar="NAME", help="run these sides alone, as named in the tables")
@@ -58,12 +60,17 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def new_baka(args: argparse.Namespace, **fields: Any) -> BakaForCausalLM:
+    if args.source:
+        source = AutoModelForCausalLM.from_pretrained(args.source)
+        return _placed(add_memory(source, chunk_size=512, num_memory_tokens=0, **fields), args)
     chunk = QUICK_CHUNK if args.size == "quick" else {}
     return _placed(BakaForCausalLM(BakaConfig(**SIZES[args.size] | chunk | fields)), args)
 
 
-def new_llama(args: argparse.Namespace) -> LlamaForCausalLM:
-    """Llama of the same width, depth, heads and vocabulary; its texts may be of any length."""
+def new_llama(args: argparse.Namespace) -> Any:
+    """Llama of the same width, depth, heads and vocabulary, whose texts may be of any length; or the source."""
+    if args.source:
+        return _placed(AutoModelForCausalLM.from_pretrained(args.source), args)
     return _placed(LlamaForCausalLM(LlamaConfig(**SIZES[args.size], max_position_embeddings=2**21)), args)
 
 

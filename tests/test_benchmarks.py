@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -132,10 +133,22 @@ def test_what_a_conversion_costs_is_measured(tmp_path: Path) -> None:
     output = run_program(BENCHMARKS / "convert.py", tmp_path, *options)
     assert output == (tmp_path / "convert.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines()[2:]]
-    assert len(rows) == 5 and {len(row) for row in rows} == {6}
-    assert rows[0][1:3] == rows[1][1:3] and rows[0][3:] != rows[1][3:]
-    assert rows[1][1] != rows[2][1] != rows[3][1]
+    assert len(rows) == 6 and {len(row) for row in rows} == {7}
+    assert rows[0][1:3] == rows[1][1:3] == rows[2][1:3] and rows[0][3:] != rows[2][3:]
+    assert rows[2][1] != rows[3][1] != rows[4][1]
     text = torch.tensor([byte_tokenizer()((tmp_path / "text.txt").read_text()).input_ids[:81]])
     losses = torch.nn.functional.cross_entropy(model.eval()(text[:, :-1]).logits[0], text[0, 1:], reduction="none")
     assert [float(loss) for loss in rows[0][1:5]] == pytest.approx(losses.view(4, 20).mean(1).tolist(), abs=1e-3)
     assert float(rows[0][5]) == pytest.approx(losses[20:].mean().item(), abs=1e-3)
+    assert float(rows[0][6]) == pytest.approx(losses.mean().item() / math.log(2), abs=1e-3)  # a token is a byte
+    window = torch.nn.functional.cross_entropy(model(text[:, 40:80]).logits[0, 20:], text[0, 61:])
+    assert float(rows[1][4]) == pytest.approx(window.item(), abs=1e-3)
+    ranges = run_program(BENCHMARKS / "convert.py", tmp_path, *options, "--depths", 0, 2)
+    row = [float(cell) for cell in ranges.splitlines()[2].split("|")[2:-1]]
+    assert row[:2] == pytest.approx([losses[:40].mean().item(), losses[40:].mean().item()], abs=1e-3)
+    assert row[2:] == [float(cell) for cell in rows[0][5:]]
+    options = ["--source", tmp_path, "--device", "cpu", "--quick", "--reads", "--contexts", 600, "--batches", 1]
+    output = run_program(BENCHMARKS / "long_context.py", tmp_path, *options)
+    assert "| step, batch 1, after 600 | ms/step |" in output
+    sizes = [json.loads(line) for line in output.splitlines() if '"by_formula"' in line]
+    assert sizes and all(line["state_bytes_a_row"] == line["by_formula"] for line in sizes)
