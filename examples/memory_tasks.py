@@ -259,8 +259,8 @@ def train(
     rows = []
     for times in (1, *task.test_longer):
         samples = task.samples((times * num_segments, num_pairs), task.eval_samples, seed=0)
-        batch_size = max(1, args.per_device_eval_batch_size // times)
-        accuracy = streamed_accuracy(model, samples, batch_size)
+        # A piece of a longer sample is as long as a sample in training.
+        accuracy = streamed_accuracy(model, samples, args.per_device_eval_batch_size, chunks_per_call=num_segments)
         rows.append(row | {"tested": times * num_segments, "guessing": guess} | accuracy)
     return rows
 
