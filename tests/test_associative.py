@@ -22,8 +22,14 @@ def unit_keys(*shape: int) -> Tensor:
 def test_features() -> None:
     x = torch.randn(2, 5, dtype=torch.float64)
     rectified = torch.cat([x, -x], dim=-1).clamp(min=0)
-    expected = [rectified[:, i] * rectified[:, (i - j) % 10] for j in (1, 2, 3) for i in range(10)]
-    assert_close(dpfp(x), torch.stack(expected, dim=1), **EXACT)
+    products = [rectified[:, i] * rectified[:, (i - j) % 10] for j in (1, 2, 3) for i in range(10)]
+    expected = torch.stack(products, dim=1)
+    expected = expected / expected.square().sum(1, keepdim=True).sqrt()
+    assert_close(dpfp(x), expected, **EXACT)
+    # Of any size, in half precision too: products of 10⁴ are more than it can say.
+    for scale in (1e-4, 1e4):
+        assert_close(dpfp((scale * x).half()).double(), expected, rtol=0, atol=0.01)
+    assert not dpfp(torch.zeros(1, 5)).any()
 
 
 def test_a_few_vectors_at_once() -> None:
@@ -107,7 +113,7 @@ def test_new_models(kind: str) -> None:
     zero = {"v_proj.weight", "beta_proj.weight", "beta_proj.bias"}
     if kind == "tokens":
         zero = zero - {"v_proj.weight"} | {"o_proj.weight", "gamma_proj.weight"}
-        assert found.pop("gamma_proj.bias").tolist() == [2, 6]
+        assert found.pop("gamma_proj.bias").tolist() == [2, 12]
     assert {name for name, weight in found.items() if not weight.any()} == zero
     for name in found.keys() - zero:
         assert found[name].std().item() == pytest.approx(64**-0.5, rel=0.1), name

@@ -97,8 +97,8 @@ class BakaTokenAssociation(nn.Module):
         self.gamma_proj = nn.Linear(config.hidden_size, self.num_heads)
         initialise(config.hidden_size**-0.5, self.q_proj, self.k_proj, self.v_proj)
         initialise(0.0, self.o_proj, self.beta_proj, self.gamma_proj)
-        # From a head that keeps 0.88 of its state over a chunk to one that keeps 0.998 of it.
-        self.gamma_proj.initial_bias = (2.0, 6.0)  # type: ignore[assignment]
+        # From a head that keeps 0.88 of its state over a chunk to one that keeps 0.99 of it over 1,600.
+        self.gamma_proj.initial_bias = (2.0, 12.0)  # type: ignore[assignment]
 
     def read(self, query: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What is stored under `query`, a product of `q_proj` [B, Q, H · d]: [B, Q, D]."""
@@ -137,12 +137,15 @@ class BakaTokenAssociation(nn.Module):
 
 
 def dpfp(x: torch.Tensor) -> torch.Tensor:
-    """DPFP-3 (arXiv 2102.11174) of x [..., d]: 6d features, none below 0.
+    """DPFP-3 (arXiv 2102.11174) of x [..., d]: 6d features, none below 0, scaled to length 1.
 
-    With r = relu([x, -x]), they are r_i r_(i - j) for j = 1, 2, 3, indices modulo 2d.
+    With r = relu([x, -x]), they are r_i r_(i - j) for j = 1, 2, 3, indices modulo 2d. Unscaled they grow with the square
+    of x, without bound, and a query that meets nothing of z would multiply what it finds by as much.
     """
-    rectified = torch.cat([x, -x], dim=-1).relu()
-    return torch.cat([rectified * rectified.roll(shift, dims=-1) for shift in range(1, NUM_SHIFTS + 1)], dim=-1)
+    rectified = torch.cat([x, -x], dim=-1).to(at_least_float32(x.dtype)).relu()
+    shifts = range(1, NUM_SHIFTS + 1)
+    features = torch.cat([rectified * rectified.roll(shift, dims=-1) for shift in shifts], dim=-1)
+    return F.normalize(features, dim=-1).to(x.dtype)
 
 
 def recall(association: torch.Tensor, normalizer: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
