@@ -88,6 +88,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **dict(qk_norm=True, attention_bias=True, mlp_bias=True, memory_solidifier="mlp"),
         rope_parameters={"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0},
     ),
+    "value_residual": dict(
+        value_residual=True, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=4
+    ),
+    "value_residual_in_turn": dict(
+        value_residual=True, qk_norm=True, parallel_residual=False, memory_solidifier="layer"
+    ),
     "in_turn_with_biases": dict(
         parallel_residual=False, attention_bias=True, memory_solidifier="layer", separate_solidifiers=True
     ),

@@ -114,9 +114,17 @@ def rotate(config: Any, x: Tensor, first_slot: int) -> Tensor:
 
 
 def attention(
-    config: Any, weights: Weights, name: str, x: Tensor, previous: KeysValues | None, first_slot: int, mask: Tensor
+    config: Any,
+    weights: Weights,
+    name: str,
+    x: Tensor,
+    previous: KeysValues | None,
+    first_slot: int,
+    mask: Tensor,
+    first_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, KeysValues]:
     """Attention of x [N, D], at slots from `first_slot` on, to itself and to the previous stream at slots 0 … S-1.
+    With the first block's values its own are mixed (arXiv 2410.17897).
 
     Returns the output [N, D], the weights [H, N, keys], and the own keys (never rotated) and values.
     """
@@ -129,6 +137,9 @@ def attention(
     if config.qk_norm:
         query = rms_norm(config, weights, f"{name}.q_norm", query)
         own_key = rms_norm(config, weights, f"{name}.k_norm", own_key)
+    if first_value is not None:
+        share = 0.5 + weights[f"{name}.value_residual.weight"]
+        own_value = (1 - share) * own_value + share * first_value
     key, value = rotate(config, own_key, first_slot), own_value
     if previous is not None:
         key = torch.cat([rotate(config, previous[0], 0), key])
@@ -142,10 +153,11 @@ def attention(
 
 
 def features(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """DPFP-3 (arXiv 2102.11174) of W x: r_i r_(i - j) for j = 1, 2, 3, where r = relu of W x and of -W x"""
+    """DPFP-3 (arXiv 2102.11174) of W x: r_i r_(i - j) for j = 1, 2, 3, where r = relu of W x and of -W x; of length 1"""
     x = weights[f"{name}.weight"] @ x
     r = [max(number, 0 * number) for number in [*x, *-x]]
-    return torch.stack([r[i] * r[i - j] for j in (1, 2, 3) for i in range(len(r))])
+    products = torch.stack([r[i] * r[i - j] for j in (1, 2, 3) for i in range(len(r))])
+    return products / products.norm() if products.any() else products
 
 
 def recall(weights: Weights, name: str, x: Tensor, association: Association) -> Tensor:
@@ -203,6 +215,7 @@ def block(
     first_slot: int,
     mask: Tensor,
     association: Association | None = None,
+    first_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, KeysValues]:
     """y = x + attention(LN x) + mlp(LN x), or h + mlp(LN' h) of h = x + attention(LN x); associations are read by x
     before all that, or by LN x beside attention"""
@@ -210,7 +223,8 @@ def block(
     if association is not None and not by_tokens:
         x = x + torch.stack([recall(weights, f"{name}.association", position, association) for position in x])
     normed = norm(config, weights, f"{name}.input_layernorm", x)
-    out, attended, keys_values = attention(config, weights, f"{name}.self_attn", normed, previous, first_slot, mask)
+    of_own = normed, previous, first_slot, mask, first_value
+    out, attended, keys_values = attention(config, weights, f"{name}.self_attn", *of_own)
     if association is not None and by_tokens:
         out = out + torch.stack(
             [recall_in_heads(weights, f"{name}.association", position, association) for position in normed]
@@ -312,7 +326,8 @@ def read(
             hidden[layer].append(x[text_slots])
             name = f"model.layers.{layer}"
             before, held = x, associations[layer]
-            x, attended, keys_values = block(config, weights, name, x, previous[layer], num_slots, mask, held)
+            first = own[0][1] if config.value_residual and layer else None
+            x, attended, keys_values = block(config, weights, name, x, previous[layer], num_slots, mask, held, first)
             if full and held is not None:
                 name = f"{name}.association"
                 if config.associative_write == "tokens":

@@ -27,6 +27,7 @@ DEFAULTS = dict(
     layer_norm_eps=1e-5,
     parallel_residual=True,
     qk_norm=True,
+    value_residual=False,
     attention_bias=False,
     mlp_bias=False,
     initializer_range=0.02,
@@ -71,6 +72,7 @@ UNUSUAL = dict(
     layer_norm_eps=1e-3,
     parallel_residual=False,
     qk_norm=False,
+    value_residual=True,
     attention_bias=True,
     mlp_bias=True,
     initializer_range=0.1,
@@ -306,13 +308,14 @@ def test_rope_theta(arguments: dict[str, Any], theta: float) -> None:
     assert config.rope == ("default", theta, {})
 
 
-def test_norms_of_heads_are_in_the_plan_of_tensor_parallel() -> None:
-    """Where there are some; and the plan is in no file."""
+def test_what_heads_share_is_in_the_plan_of_tensor_parallel() -> None:
+    """Where there is some; and the plan is in no file."""
     for qk_norm in (True, False):
-        config = BakaConfig(qk_norm=qk_norm)
+        config = BakaConfig(qk_norm=qk_norm, value_residual=not qk_norm)
         plan = config.base_model_tp_plan
         assert plan["layers.*.self_attn.q_proj"] == "colwise" and "base_model_tp_plan" not in config.to_dict()
         assert ("layers.*.self_attn.q_norm" in plan) is ("layers.*.self_attn.k_norm" in plan) is qk_norm
+        assert ("layers.*.self_attn.value_residual" in plan) is not qk_norm
 
 
 def test_rope_types_that_scale() -> None:

@@ -169,6 +169,7 @@ OTHER_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "norm_type": ("rmsnorm", {}),
     "parallel_residual": (False, {}),
     "qk_norm": (True, {}),
+    "value_residual": (True, {}),
     "rope_theta": (50.0, {}),
     "rope_scaling": ({"rope_type": "linear", "factor": 2.0}, {}),
     "chunk_size": (6, {}),

@@ -16,6 +16,7 @@ from baka_hf import BakaForCausalLM
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 MAX_ROWS = 4
+SWITCHES = ("parallel_residual", "qk_norm", "value_residual", "attention_bias", "mlp_bias")
 
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -42,7 +43,7 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
         tie_word_embeddings=draw(st.booleans()),
         rope_parameters={"rope_type": "default", "rope_theta": draw(st.sampled_from([10000.0, 7.0]))},
         norm_type=draw(st.sampled_from(["layernorm", "rmsnorm"])),
-        **{name: draw(st.booleans()) for name in ("parallel_residual", "qk_norm", "attention_bias", "mlp_bias")},
+        **{name: draw(st.booleans()) for name in SWITCHES},
     )
     if fields["num_memory_tokens"]:
         fields["memory_write"] = write = draw(st.sampled_from(["carry", "tokens"]))

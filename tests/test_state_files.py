@@ -150,6 +150,7 @@ def test_what_a_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         norm_type="layernorm",
         parallel_residual=True,
         qk_norm=False,
+        value_residual=False,
         rope_theta=50.0,
         rope_scaling={"rope_type": "default"},
         chunk_size=5,
@@ -211,7 +212,7 @@ def test_a_file_that_was_written_again_as_it_was(tmp_path: Path) -> None:
 def test_a_file_written_before_there_was_a_choice(tmp_path: Path) -> None:
     """It lacks fields that came later, and is a state of what models were then; of no others."""
     model, path = saved(tmp_path)
-    later = ("memory_update", "norm_type", "parallel_residual", "qk_norm", "rope_scaling")
+    later = ("memory_update", "norm_type", "parallel_residual", "qk_norm", "value_residual", "rope_scaling")
 
     def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         fields = json.loads(metadata["config"])

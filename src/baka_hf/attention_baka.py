@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_layer_baka import BakaCacheLayer
 from .compile_baka import on_host
 from .configuration_baka import BakaConfig
-from .functions_baka import apply_rotary, at_least_float32
+from .functions_baka import apply_rotary, at_least_float32, initialise
 from .stream_baka import Parts, Placement, View
 
 # Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device.
@@ -324,10 +324,24 @@ def _attend_in_parts(
     return attend_in_parts(query, all_heads(key), all_heads(value), *past, parts.has_past, parts.ends, module.scaling)
 
 
+class BakaValueResidual(nn.Module):
+    """v ← (1 - λ) v + λ v₀, with v₀ the first block's values and λ = 1/2 + a weight that is 0 at first
+    (arXiv 2410.17897)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+        initialise(0.0, self)
+
+    def forward(self, value: torch.Tensor, first_value: torch.Tensor) -> torch.Tensor:
+        # Under autocast in the weight's float32.
+        return torch.addcmul(value, 0.5 + self.weight, first_value - value).to(value.dtype)
+
+
 class BakaAttention(nn.Module):
     """Multi-head attention over the previous stream and the own one."""
 
-    def __init__(self, config: BakaConfig):
+    def __init__(self, config: BakaConfig, has_value_residual: bool = False):
         super().__init__()
         self.config = config
         self.head_dim = config.head_dim
@@ -342,6 +356,7 @@ class BakaAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.layer_norm_eps)
+        self.value_residual = BakaValueResidual() if has_value_residual else None
 
     def forward(
         self,
@@ -350,18 +365,24 @@ class BakaAttention(nn.Module):
         past_value: torch.Tensor | None,
         view: View,
         slots: BakaCacheLayer | None = None,
+        first_value: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Returns the output [B, Q, D], the keys and values to keep [B, Q, H_kv, head_dim], the weights (eager only).
 
-        Arguments as `attend` takes them.
+        Arguments as `attend` takes them, and the values that the first block keeps, for `value_residual`.
         """
         products = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
-        query, key, value, kept_key = self.arrange(*products, view)
+        query, key, value, kept_key = self.arrange(*products, view, first_value)
         attended, weights = attend(self, query, key, value, past_key, past_value, view, slots)
         return self.o_proj(attended.flatten(2)), kept_key, value, weights
 
     def arrange(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, view: View
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        view: View,
+        first_value: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values [B, Q, ·] by heads and in their places, [B, Q, ·, head_dim]; and keys to keep.
 
@@ -374,6 +395,8 @@ class BakaAttention(nn.Module):
             query, key = (
                 norm(x.to(norm.weight.dtype)).to(x.dtype) for norm, x in ((self.q_norm, query), (self.k_norm, key))
             )
+        if self.value_residual is not None and first_value is not None:
+            value = self.value_residual(value, first_value)
         turned = apply_rotary(key, *view.angles)
         kept = turned if view.previous_angles is None else apply_rotary(key, *view.previous_angles)
         return apply_rotary(query, *view.angles), turned, value, kept

@@ -50,6 +50,7 @@ ORIGINALLY: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "parallel_residual": True,
     "qk_norm": False,
+    "value_residual": False,
     "attention_bias": False,
     "mlp_bias": False,
     "initializer_range": 0.02,
@@ -113,6 +114,8 @@ class BakaConfig(PreTrainedConfig):
         parallel_residual (`bool`, defaults to `True`): Attention and MLP read one norm, side by side. `False`: the MLP
             reads what attention has added to, by a norm of its own, as in Llama.
         qk_norm (`bool`, defaults to `True`): RMSNorm of each head's queries and keys before RoPE, as in Qwen3.
+        value_residual (`bool`, defaults to `False`): Each block but the first attends to a mean of its own values and
+            the first block's, with a learned share of these, 1/2 at first (arXiv 2410.17897).
         attention_bias (`bool`, defaults to `False`): Biases of attention's four projections.
         mlp_bias (`bool`, defaults to `False`): Biases of the feed-forward layers.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
@@ -182,6 +185,7 @@ class BakaConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     parallel_residual: bool = True
     qk_norm: bool = True
+    value_residual: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
@@ -226,9 +230,10 @@ class BakaConfig(PreTrainedConfig):
             self.rope_parameters = dict(self.rope_parameters)  # transformers completes it in place
         super().__post_init__(**kwargs)
         self.validate_architecture()
-        if self.qk_norm:  # each process norms its own heads; what a plan names in vain is a warning
-            names = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
-            self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(names, "replicated_with_grad_allreduce")
+        # Each process norms and mixes its own heads. What a plan names in vain is a warning.
+        whole = ["q_norm", "k_norm"] * self.qk_norm + ["value_residual"] * self.value_residual
+        names = [f"layers.*.self_attn.{name}" for name in whole]
+        self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(names, "replicated_with_grad_allreduce")
 
     @classmethod
     def rung(cls, name: str, /, **fields: Any) -> "BakaConfig":
@@ -380,6 +385,7 @@ class BakaConfig(PreTrainedConfig):
         for name in (
             "parallel_residual",
             "qk_norm",
+            "value_residual",
             "attention_bias",
             "mlp_bias",
             "separate_solidifiers",

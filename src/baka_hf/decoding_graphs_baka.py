@@ -393,9 +393,11 @@ class DecodingBlock:
         view: View,
         slots: None,
         associated: Associated | None,
-    ) -> tuple[torch.Tensor, None, None, None, Associated | None]:
+        first_value: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, None, torch.Tensor | None, None, Associated | None]:
         held = None if associated is None else associated.held
-        entered = self.enter(self.layer, hidden_states, self.of_input, view._replace(mask=None), held, self.slots)
+        view_of_keys = view._replace(mask=None)
+        entered = self.enter(self.layer, hidden_states, self.of_input, view_of_keys, held, self.slots, first_value)
         attention = self.layer.self_attn
         visible = slice(view.placement.first, view.placement.stop)
         attended = nn.functional.scaled_dot_product_attention(
@@ -410,7 +412,7 @@ class DecodingBlock:
         if associated is not None and view.writers is not None and view.writers.completes:
             inputs = view.writers.take(output) if entered.inputs is None else entered.inputs
             associated = associated._replace(held=self.write(self.layer, held, inputs))
-        return output, None, None, None, associated
+        return output, None, entered.value, None, associated
 
 
 class Joined(NamedTuple):
@@ -447,6 +449,7 @@ class Entered(NamedTuple):
     gated: torch.Tensor | None  # act(gate) ⊙ up [B, Q, ·], if their input is there already
     association_query: torch.Tensor | None  # [B, Q, ·], if associations are read beside attention
     inputs: torch.Tensor | None  # what the text of the chunk will write to them, if it does
+    value: torch.Tensor | None  # [B, Q, H_kv, head_dim], if other blocks need it
 
 
 def enter(
@@ -456,11 +459,12 @@ def enter(
     view: View,
     held: tuple[torch.Tensor, ...] | None,
     own: dict[str, torch.Tensor],
+    first_value: torch.Tensor | None,
 ) -> Entered:
     """What a block does before attention.
 
     New keys and values are left in their slots of `own`, [B, H_kv, slots, head_dim], and so are inputs that will be
-    written to associations. Of these the block finds `held`.
+    written to associations. Of these the block finds `held`, and of the first block's values `first_value`.
     """
     keys, values, inputs, association_query = own["keys"], own["values"], None, None
     if held is not None:
@@ -471,7 +475,9 @@ def enter(
         association_query = products.pop()
         assert view.writers is not None
         inputs = view.writers.place_(own["inputs"], view.writers.take(normed))
-    query, key, value = (x.transpose(1, 2) for x in layer.self_attn.arrange(*products[:3], view)[:3])
+    query, key, value, _ = layer.self_attn.arrange(*products[:3], view, first_value)
+    given = value if layer.self_attn.config.value_residual and first_value is None else None
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     _, start, _, slots, valid = view.placement
     if slots is None or valid is None:
         stop = start + key.shape[2]
@@ -484,7 +490,7 @@ def enter(
         keys.index_put_(index, torch.where(valid, key, keys[index]))
         values.index_put_(index, torch.where(valid, value, values[index]))
     gated = layer.mlp.activate(*products[3:]) if layer.is_parallel else None
-    return Entered(hidden_states, query, gated, association_query, inputs)
+    return Entered(hidden_states, query, gated, association_query, inputs, given)
 
 
 @torch.no_grad()

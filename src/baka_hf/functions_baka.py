@@ -94,8 +94,8 @@ def register_norm(name: str) -> Callable[[Part], Part]:
     return register("norm_type", name, NORMS, (nn.Module,))
 
 
-def initialise(std: float, *modules: nn.Linear | nn.Embedding) -> None:
-    """Mark modules whose weights are drawn with another standard deviation than `initializer_range`.
+def initialise(std: float, *modules: nn.Module) -> None:
+    """Mark modules whose `weight` is drawn with another standard deviation than `initializer_range`.
 
     The mark is on them, not on the module that they are in, since transformers passes over modules without parameters
     of their own when it initialises a model whose code is not its own.

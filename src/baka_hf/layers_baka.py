@@ -40,11 +40,11 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
     An associative memory that vectors write is read before all that; one that tokens write, beside attention.
     """
 
-    def __init__(self, config: BakaConfig, has_association: bool = False):
+    def __init__(self, config: BakaConfig, has_association: bool = False, has_value_residual: bool = False):
         super().__init__()
         self.is_parallel = config.parallel_residual
         self.input_layernorm = get_norm(config)
-        self.self_attn = BakaAttention(config)
+        self.self_attn = BakaAttention(config, has_value_residual)
         if not self.is_parallel:
             self.post_attention_layernorm = get_norm(config)
         self.mlp = BakaMLP(config)
@@ -61,18 +61,19 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
         view: View,
         slots: BakaCacheLayer | None = None,
         associated: Associated | None = None,
+        first_value: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Associated | None]:
         """Returns the output [B, Q, D], the keys and values to keep [B, Q, H_kv, head_dim], the weights (eager only),
         and what is left of associations.
 
-        Arguments as `attention_baka.attend` takes them, and what is found of associations. By position: checkpointing
+        Arguments as `BakaAttention.forward` takes them, and what is found of associations. By position: checkpointing
         keeps positional arguments for each call of a layer.
         """
         if associated is not None:
             hidden_states = self.read_before(hidden_states, associated.held)
         normed = self.input_layernorm(hidden_states)
         # What else reads the normed input, and not in turn, adds to what attention gives.
-        attended, key, value, weights = self.self_attn(normed, past_key, past_value, view, slots)
+        attended, key, value, weights = self.self_attn(normed, past_key, past_value, view, slots, first_value)
         if associated is not None and self.is_read_beside:
             attended = attended + self.association.read(self.association.q_proj(normed), associated.held)
         output = self.combine(hidden_states, attended, self.mlp, normed)

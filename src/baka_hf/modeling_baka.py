@@ -189,7 +189,10 @@ class BakaModel(BakaPreTrainedModel):
             self.pause_dropout = BakaPauseDropout()
         has_association = set(associative_layers(config))
         self.layers = nn.ModuleList(
-            [BakaDecoderLayer(config, index in has_association) for index in range(config.num_hidden_layers)]
+            [
+                BakaDecoderLayer(config, index in has_association, config.value_residual and index > 0)
+                for index in range(config.num_hidden_layers)
+            ]
         )
         self.norm = get_norm(config)
         self.gradient_checkpointing = False

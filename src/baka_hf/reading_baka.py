@@ -98,12 +98,13 @@ class ChunkPass:
             stream: the state before it.
         """
         memory, hidden_states, pasts, associated = self.enter(first, layout, view, text, stream)
-        states, news, weights = [], [], []
+        states, news, weights, first_value = [], [], [], None
         for index, (layer, past, slots) in enumerate(zip(self.blocks, pasts, self.slots, strict=True)):
             states += [hidden_states] if index in self.with_states else []
             hidden_states, key, value, weight, associated[index] = layer(
-                hidden_states, *past, view, slots, associated[index]
+                hidden_states, *past, view, slots, associated[index], first_value
             )
+            first_value = value if index == 0 and self.config.value_residual else first_value
             is_kept = layout.followed and not self.in_place
             news.append((key.transpose(1, 2), value.transpose(1, 2)) if is_kept else None)
             weights.append(weight if self.with_weights else None)

@@ -48,6 +48,7 @@ SIGNATURE_FIELDS: dict[str, type] = {
     "norm_type": str,
     "parallel_residual": bool,
     "qk_norm": bool,
+    "value_residual": bool,
     "rope_theta": float,
     "rope_scaling": dict,
     "chunk_size": int,
@@ -75,6 +76,7 @@ ORIGINALLY = {
     "norm_type": "layernorm",
     "parallel_residual": True,
     "qk_norm": False,
+    "value_residual": False,
     "rope_scaling": {"rope_type": "default"},
 }
 MAY_BE_ZERO = ("num_memory_tokens", "num_pause_tokens", "associative_dim", "num_associative_heads")
