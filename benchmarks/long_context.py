@@ -30,6 +30,7 @@ READS = {
 }
 CONTEXTS = {"cuda": [512, 65536, 1048576], "cpu": [512, 4096, 16384, 32768], "quick": [16, 40]}
 PIECE = 2**17  # tokens of a context that are read in one call
+PEER_PIECE = 2**13  # Llama makes a mask of these and all before them
 
 
 def parse_args() -> argparse.Namespace:
@@ -71,9 +72,10 @@ def states_after(model: PreTrainedModel, contexts: list[int]) -> dict[int, Any]:
     """The states of one row that has read so many tokens."""
     options: dict[str, Any] = options_of(model, 1)
     states, read = {}, 0
+    piece = PIECE if model.config.model_type == "baka" else PEER_PIECE
     for context in sorted(contexts):
         while read < context:
-            tokens = random_tokens(model, 1, min(PIECE, context - read))
+            tokens = random_tokens(model, 1, min(piece, context - read))
             options = {CACHE_NAME: state_of(model(tokens, logits_to_keep=1, use_cache=True, **options))}
             read += tokens.shape[1]
         states[context] = copy.deepcopy(options[CACHE_NAME])

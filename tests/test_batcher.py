@@ -205,7 +205,7 @@ def test_prompts_hold_nobody_up() -> None:
         second = second or batcher.add([5], 9, eos_token_id=())
         numbers.append((len(first.tokens), len(second.tokens)))
     # The first token comes with the prompt, and the next at once.
-    assert numbers[:6] == [(2, 0), (3, 0), (4, 2), (4, 3), (5, 4), (6, 4)]
+    assert numbers[:6] == [(2, 0), (3, 0), (4, 0), (5, 0), (6, 2), (7, 3)]
     assert numbers[-1] == (14, 9) and len(numbers) <= 18
 
 

@@ -19,6 +19,7 @@ from .inputs_baka import check_cache
 
 # Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
 ROWS_PER_PROMPT = 32
+PATIENCE = 2  # steps, for each of the prompts that are read at a time, that the first of them waits for the others
 DRAWS = 64  # that a text makes at once
 
 
@@ -100,7 +101,7 @@ class Batcher:
         model (`BakaForCausalLM`): the model, which is put into eval mode.
         num_rows: texts that are said on at the same time. Each takes a state's memory (docs/serving.md).
         num_prompts: texts whose prompts are read at the same time, by default one for every 32 rows. They are read
-            when so many have come, or after as many steps. So are the last tokens of chunks while texts are said.
+            when so many have come, or after twice as many steps. So are the last tokens of chunks while texts are said.
 
     Raises:
         ValueError: a number is less than 1.
@@ -239,7 +240,7 @@ class Batcher:
         if not any(self.reading):
             return []
         self._delay += 1
-        if not all(self.reading) and any(self.saying) and self._delay < self.num_prompts:
+        if not all(self.reading) and any(self.saying) and self._delay < PATIENCE * self.num_prompts:
             return []
         self._delay = 0
         pieces: list[list[int]] = []
@@ -298,7 +299,9 @@ class Batcher:
         before_end = self.state.num_tokens % self.chunk_size == self.chunk_size - 1
         waits = [request is not None and end for request, end in zip(self.saying, before_end.tolist(), strict=True)]
         self._end_delay = self._end_delay + 1 if any(waits) else 0
-        if self._end_delay >= self.num_prompts or sum(waits) >= min(self.num_prompts, sum(map(bool, self.saying))):
+        if self._end_delay >= PATIENCE * self.num_prompts or sum(waits) >= min(
+            self.num_prompts, sum(map(bool, self.saying))
+        ):
             self._end_delay = 0
             return list(self.saying)
         return [None if wait else request for request, wait in zip(self.saying, waits, strict=True)]
