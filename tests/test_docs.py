@@ -387,8 +387,9 @@ def test_table_of_weights_is_that_of_the_models() -> None:
     variants = [dict(memory_solidifier=name, qk_norm=False) for name in ("glu", "gelephant", "mlp", "layer")]
     block = dict(parallel_residual=False, qk_norm=True, attention_bias=True, mlp_bias=True)
     block |= dict(associative_dim=6, associative_write="tokens")
-    for fields in (*variants, block, dict(memory_update="gate"), dict(num_pause_tokens=2)):
-        model = BakaForCausalLM(BakaConfig(**sizes, **fields))
-        found |= {name.replace(".0.", ".N."): tuple(weight.shape) for name, weight in model.state_dict().items()}
+    others = dict(memory_update="gate"), dict(num_pause_tokens=2), dict(value_residual=True, num_hidden_layers=2)
+    for fields in (*variants, block, *others):
+        model = BakaForCausalLM(BakaConfig(**sizes | fields))
+        found |= {re.sub(r"\.\d\.", ".N.", name): tuple(weight.shape) for name, weight in model.state_dict().items()}
         assert not list(model.buffers())
     assert table == found
