@@ -81,6 +81,9 @@ def models(source: Any, args: argparse.Namespace) -> Iterator[tuple[str, Any, Ca
 @torch.no_grad()
 def main() -> None:
     args = parse_args()
+    depths = args.depths or list(range(args.chunks))
+    if depths != sorted(set(depths)) or not 0 <= depths[0] <= depths[-1] < args.chunks:
+        raise ValueError(f"--depths: expected ascending numbers from 0 to {args.chunks - 1}, got {depths}.")
     source = AutoModelForCausalLM.from_pretrained(args.source, dtype=DTYPES[args.dtype]).to(args.device).eval()
     tokenizer, length = AutoTokenizer.from_pretrained(args.source), args.chunks * args.chunk_size + 1
     texts = [text[args.skip_chars :][: 16 * length] for text in read_documents(args.text_file)[: args.documents]]
@@ -90,7 +93,6 @@ def main() -> None:
     tokens = torch.tensor(rows, device=args.device)
     num_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(tokens[:, 1:]))
     bits = tokens[:, 1:].numel() / num_bytes / math.log(2)
-    depths = args.depths or list(range(args.chunks))
     lines = [f"| | {' | '.join(f'chunk {i}' for i in depths)} | mean from 1 on | bits per byte |"]
     lines.append("| --- |" + " ---: |" * (len(depths) + 2))
     print("\n".join(lines))

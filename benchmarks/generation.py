@@ -20,7 +20,7 @@ from side_by_side import Comparison, arguments, new_baka, new_llama, random_toke
 
 
 def parse_args() -> argparse.Namespace:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, takes_source=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--prompt", type=int, help="tokens of the prompt (default: 512)")
     parser.add_argument("--new_tokens", type=int, help="tokens to generate (default: 512)")

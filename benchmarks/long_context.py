@@ -34,7 +34,7 @@ PEER_PIECE = 2**13  # Llama makes a mask of these and all before them
 
 
 def parse_args() -> argparse.Namespace:
-    parser = arguments(__doc__)
+    parser = arguments(__doc__, takes_source=True)
     add = parser.add_argument
     add("--reads", nargs="*", metavar="BxL", help="batch sizes and lengths to read")
     add("--contexts", type=int, nargs="*", help="tokens read before the steps")

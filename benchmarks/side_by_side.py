@@ -34,13 +34,14 @@ SIZES: dict[str, dict[str, int]] = {
 QUICK_CHUNK = dict(chunk_size=8, num_memory_tokens=2, num_pause_tokens=1)
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
+def arguments(description: str | None, takes_source: bool = False) -> argparse.ArgumentParser:
     """A parser with what all benchmarks take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: %(default)s)")
     add("--size", choices=list(SIZES), help="default: reference on a GPU, small on a CPU")
-    add("--source", help="a decoder to convert, folder or name: it is the peer, ours is without vectors, chunks of 512")
+    if takes_source:
+        add("--source", help="a decoder, folder or name: it is Llama, ours is made of it, chunks of 512, no vectors")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--repeats", type=int, help="timed runs, of which the median counts (default: 5 on a GPU, 3 on a CPU)")
     add("--only", nargs="+", metavar="NAME", help="run these sides alone, as named in the tables")
@@ -60,7 +61,7 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def new_baka(args: argparse.Namespace, **fields: Any) -> BakaForCausalLM:
-    if args.source:
+    if getattr(args, "source", None):
         source = AutoModelForCausalLM.from_pretrained(args.source)
         return _placed(add_memory(source, chunk_size=512, num_memory_tokens=0, **fields), args)
     chunk = QUICK_CHUNK if args.size == "quick" else {}
@@ -69,7 +70,7 @@ def new_baka(args: argparse.Namespace, **fields: Any) -> BakaForCausalLM:
 
 def new_llama(args: argparse.Namespace) -> Any:
     """Llama of the same width, depth, heads and vocabulary, whose texts may be of any length; or the source."""
-    if args.source:
+    if getattr(args, "source", None):
         return _placed(AutoModelForCausalLM.from_pretrained(args.source), args)
     return _placed(LlamaForCausalLM(LlamaConfig(**SIZES[args.size], max_position_embeddings=2**21)), args)
 
@@ -121,7 +122,7 @@ class Comparison:
         self.note(
             device=torch.cuda.get_device_name() if args.device != "cpu" else processor_name(),
             threads=torch.get_num_threads(),
-            size=args.size,
+            size=getattr(args, "source", None) or args.size,
             dtype=str(args.dtype).removeprefix("torch."),
             torch=torch.__version__,
             transformers=transformers.__version__,

@@ -74,13 +74,14 @@ def collate(rows: list[dict[str, torch.Tensor]], first: int) -> dict[str, torch.
 def train(model: Any, documents: list[Any], args: Arguments) -> None:
     """Stage after stage, each with lanes, an optimizer and a schedule of its own."""
     n, on_gpu = model.config.chunk_size, torch.cuda.is_available()
+    has_memory = any(remembers(name) for name, parameter in model.named_parameters() if parameter.requires_grad)
     for chunks in args.stages:
         arguments = BakaTrainingArguments(
             str(Path(args.output) / f"{chunks}-chunks"),
             per_device_train_batch_size=args.num_lanes,
             max_steps=args.steps,
             learning_rate=args.learning_rate,
-            memory_learning_rate=args.memory_learning_rate,
+            memory_learning_rate=args.memory_learning_rate if has_memory else None,
             adam_beta2=0.95,
             warmup_steps=args.warmup_steps,
             lr_scheduler_type="cosine",
@@ -118,6 +119,8 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
     try:
+        if not args.memory_learning_rate > 0:
+            raise ValueError(f"memory_learning_rate: expected a positive number, got {args.memory_learning_rate}.")
         model = BakaForCausalLM.from_pretrained(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokens = load_tokens(

@@ -153,7 +153,7 @@ def attention(
 
 
 def features(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """DPFP-3 (arXiv 2102.11174) of W x: r_i r_(i - j) for j = 1, 2, 3, where r = relu of W x and of -W x; of length 1"""
+    """DPFP-3 (arXiv 2102.11174) of W x, of length 1: r_i r_(i - j) for j = 1, 2, 3, where r = relu of W x and -W x"""
     x = weights[f"{name}.weight"] @ x
     r = [max(number, 0 * number) for number in [*x, *-x]]
     products = torch.stack([r[i] * r[i - j] for j in (1, 2, 3) for i in range(len(r))])

@@ -208,6 +208,17 @@ def test_prompts_hold_nobody_up() -> None:
     assert numbers[:6] == [(2, 0), (3, 0), (4, 0), (5, 0), (6, 2), (7, 3)]
     assert numbers[-1] == (14, 9) and len(numbers) <= 18
 
+    # Chunks of a prompt after its first wait half as long: 4 steps, and 2 for each of 3.
+    batcher = Batcher(model, 3, num_prompts=2)
+    batcher.add([4], 40, eos_token_id=())
+    batcher.step()
+    reader = batcher.add(random_tokens(model.config, 20), 3, eos_token_id=())
+    steps = 0
+    while not reader.tokens:
+        batcher.step()
+        steps += 1
+    assert steps == 4 + 3 * 2
+
 
 def test_who_is_cancelled_leaves() -> None:
     """Waiting, while its prompt is read, and while it speaks; its row is free for others."""

@@ -147,6 +147,8 @@ def test_what_a_conversion_costs_is_measured(tmp_path: Path) -> None:
     row = [float(cell) for cell in ranges.splitlines()[2].split("|")[2:-1]]
     assert row[:2] == pytest.approx([losses[:40].mean().item(), losses[40:].mean().item()], abs=1e-3)
     assert row[2:] == [float(cell) for cell in rows[0][5:]]
+    with pytest.raises(AssertionError, match="--depths: expected ascending numbers from 0 to 3"):
+        run_program(BENCHMARKS / "convert.py", tmp_path, *options, "--depths", 0, 4)
     options = ["--source", tmp_path, "--device", "cpu", "--quick", "--reads", "--contexts", 600, "--batches", 1]
     output = run_program(BENCHMARKS / "long_context.py", tmp_path, *options)
     assert "| step, batch 1, after 600 | ms/step |" in output

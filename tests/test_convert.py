@@ -205,6 +205,7 @@ def with_another_rope(**rope: Any) -> Any:
         (lambda: source("mistral", sliding_window=2 * N - 1), {}, "14 positions, are within the 13"),
         (source, dict(num_memory_tokens=13), "66 positions, are within the 64"),
         (source, dict(hidden_size=32), "the source decides, got hidden_size"),
+        (source, dict(value_residual=True), "the source decides, got value_residual"),
         (source, dict(memory_update="none"), "`memory_update` must be one of"),
         (source, dict(chunk_sizes=5), "no field `chunk_sizes`"),
     ],

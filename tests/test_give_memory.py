@@ -97,7 +97,20 @@ def test_no_loss_where_there_is_nothing_to_remember() -> None:
     assert torch.equal(give_memory.collate(rows, 0)["shift_labels"], torch.stack([row["shift_labels"] for row in rows]))
 
 
+def test_a_decoder_that_remembers_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its XL cache alone, with one rate for all."""
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    source = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(byte_tokenizer(bos_token="<|endoftext|>"))))
+    model = add_memory(source, chunk_size=N, num_memory_tokens=0, num_pause_tokens=0)
+    model.save_pretrained(folder / "model")
+    run(monkeypatch, folder)
+    scores = json.loads((folder / "out" / "scores.json").read_text())
+    assert list(scores) == ["loss", "bits_per_byte", "over itself before training"]
+
+
 def test_bad_arguments_end_with_a_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"memory_learning_rate: expected a positive number, got 0\.0"):
+        run(monkeypatch, folder, "--memory_learning_rate", "0")
     (folder / "valid.jsonl").unlink()
     with pytest.raises(SystemExit, match=r"valid\.jsonl"):
         run(monkeypatch, folder)

@@ -25,7 +25,7 @@ from train_worker import (
 from transformers import TrainingArguments
 
 from baka_hf import BakaForSequenceClassification
-from baka_hf.optimizers import Muon, MuonAndAdamW, muon_and_adamw
+from baka_hf.optimizers import Muon, MuonAndAdamW, muon_and_adamw, remembers
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 MUON: dict[str, Any] = dict(muon_learning_rate=0.02, learning_rate=1e-2, weight_decay=0.5)
@@ -143,6 +143,14 @@ def test_matrices_of_blocks_and_solidifiers() -> None:
         assert muon == matrices
         assert decayed == (set() if tied else {"lm_head.weight"})
         assert muon | decayed | spared == {name for name, _ in model.named_parameters()}
+
+
+def test_what_remembers() -> None:
+    """By names of the model's own, whatever those of adapters are."""
+    for name in ("model.memory_tokens.weight", "layers.1.association.q_proj.weight", "x.pause_token.modules_to_save.a"):
+        assert remembers(name)
+    for name in ("layers.0.self_attn.q_proj.lora_A.memory_tokens.weight", "layers.0.mlp.up_proj.weight", "memory"):
+        assert not remembers(name)
 
 
 def test_a_classifier_with_frozen_parts() -> None:
@@ -269,6 +277,21 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 
 # What does not fit
+
+
+def test_a_checkpoint_without_a_rate_for_what_remembers(tmp_path: Path) -> None:
+    """Where memory alone is trained there are as many groups of parameters with it as without."""
+    memory_alone = dict(max_steps=4, save_steps=2, save_strategy="steps", model=dict(memory_norm=True))
+    for folder, rate in (("plain", None), ("other", 0.1)):
+        trained = trainer(tmp_path / folder, Record(), memory_learning_rate=rate, **memory_alone)
+        for name, parameter in trained.model.named_parameters():
+            parameter.requires_grad_("memory_" in name)
+        trained.remove_callback(Record)
+        if rate is None:
+            trained.train()
+        else:
+            with pytest.raises(ValueError, match="expected a checkpoint saved with memory_learning_rate"):
+                trained.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
 
 
 @pytest.mark.parametrize("name", ["muon_learning_rate", "memory_learning_rate"])

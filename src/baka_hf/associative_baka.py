@@ -139,8 +139,8 @@ class BakaTokenAssociation(nn.Module):
 def dpfp(x: torch.Tensor) -> torch.Tensor:
     """DPFP-3 (arXiv 2102.11174) of x [..., d]: 6d features, none below 0, scaled to length 1.
 
-    With r = relu([x, -x]), they are r_i r_(i - j) for j = 1, 2, 3, indices modulo 2d. Unscaled they grow with the square
-    of x, without bound, and a query that meets nothing of z would multiply what it finds by as much.
+    With r = relu([x, -x]), they are r_i r_(i - j) for j = 1, 2, 3, indices modulo 2d. Unscaled they grow with the
+    square of x, without bound, and a query that meets nothing of z would multiply what it finds by as much.
     """
     rectified = torch.cat([x, -x], dim=-1).to(at_least_float32(x.dtype)).relu()
     shifts = range(1, NUM_SHIFTS + 1)

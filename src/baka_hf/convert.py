@@ -183,7 +183,7 @@ def _sink_of(source: Any) -> torch.Tensor:
 def _configure(source: Any, weights: Mapping[str, torch.Tensor], given: dict[str, Any]) -> BakaConfig:
     """What the source's configuration and its parameters say, and what is given beside."""
     said = {field: getattr(source, name) for field, name in FIELDS.items() if hasattr(source, name)}
-    said |= BLOCK | {field: name in weights for field, name in PARTS.items()}
+    said |= BLOCK | {field: name in weights for field, name in PARTS.items()} | {"value_residual": False}
     if decided := said.keys() & given.keys():
         raise ValueError(f"expected no field that the source decides, got {', '.join(sorted(decided))}.")
     config = BakaConfig(**said | DEFAULTS | given)

@@ -476,7 +476,7 @@ def enter(
         assert view.writers is not None
         inputs = view.writers.place_(own["inputs"], view.writers.take(normed))
     query, key, value, _ = layer.self_attn.arrange(*products[:3], view, first_value)
-    given = value if layer.self_attn.config.value_residual and first_value is None else None
+    for_others = value if layer.self_attn.config.value_residual and first_value is None else None
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     _, start, _, slots, valid = view.placement
     if slots is None or valid is None:
@@ -490,7 +490,7 @@ def enter(
         keys.index_put_(index, torch.where(valid, key, keys[index]))
         values.index_put_(index, torch.where(valid, value, values[index]))
     gated = layer.mlp.activate(*products[3:]) if layer.is_parallel else None
-    return Entered(hidden_states, query, gated, association_query, inputs, given)
+    return Entered(hidden_states, query, gated, association_query, inputs, for_others)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Training with Muon for the matrices of blocks, AdamW for all else, and a rate of its own for what remembers."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,16 +14,18 @@ from transformers import Trainer, TrainingArguments
 # Parts of a model whose matrices multiply what flows through it, by their names in it.
 BLOCKS = {"layers", "solidifier", "read_solidifier", "write_solidifier", "memory_update"}
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what may stand beside Muon
-# Parts of a model that remember, by how their names in it begin.
-MEMORY = ("memory_", "pause_token", "solidifier", "read_solidifier", "write_solidifier", "association")
+# Parts of a model that remember, by their names in it.
+MEMORY = {"memory_tokens", "memory_norm", "memory_update", "pause_token", "association"}
+MEMORY |= {"solidifier", "read_solidifier", "write_solidifier"}
 
 
 def remembers(name: str) -> bool:
     """Whether a module or parameter of this name is part of what remembers.
 
-    That is memory and pause vectors, memory's norm, update and solidifiers, and associations.
+    That is memory and pause vectors, memory's norm, update and solidifiers, and associations. Copies of them that PEFT
+    trains are, and factors of adapters are not, whatever the adapter is called.
     """
-    return any(part.startswith(MEMORY) for part in name.split("."))
+    return not MEMORY.isdisjoint(re.split(r"\.(?:lora_|modules_to_save)", name)[0].split("."))
 
 
 class Muon(torch.optim.Muon):
@@ -106,11 +109,11 @@ def with_memory_rate(groups: list[dict[str, Any]], model: nn.Module, rate: float
         ValueError: nothing in the groups remembers.
     """
     memory = {id(parameter) for name, parameter in model.named_parameters() if remembers(name)}
-    parts = []
-    for group in groups:
-        for is_memory in (False, True):
+    parts = []  # those that remember last: loggers look at the first
+    for is_memory in (False, True):
+        options = {"lr": rate, "is_memory": True} if is_memory else {}
+        for group in groups:
             chosen = [parameter for parameter in group["params"] if (id(parameter) in memory) == is_memory]
-            options = {"lr": rate, "is_memory": True} if is_memory else {}
             parts += [{**group, **options, "params": chosen}] if chosen else []
     if not any("is_memory" in part for part in parts):
         raise ValueError(
@@ -265,7 +268,13 @@ class MuonTrainer(Trainer):
         # Before the schedule goes on.
         groups = self.optimizer.param_groups
         if self._peak_of("memory") is not None:
-            self._rates["memory_learning_rate"] = next(group["lr"] for group in groups if "is_memory" in group)
+            rates = [group["lr"] for group in groups if "is_memory" in group]
+            if not rates:
+                raise ValueError(
+                    f"expected a checkpoint saved with memory_learning_rate, to go on with {self._peak_of('memory')}, "
+                    "got one saved without: its optimizer has one rate for all."
+                )
+            self._rates["memory_learning_rate"] = rates[0]
         if self._peak_of("muon") is not None:
             self._rates["muon_learning_rate"] = groups[-1]["lr"]
         return super()._get_learning_rate()

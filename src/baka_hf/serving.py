@@ -19,7 +19,9 @@ from .inputs_baka import check_cache
 
 # Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
 ROWS_PER_PROMPT = 32
-PATIENCE = 2  # steps, for each of the prompts that are read at a time, that the first of them waits for the others
+# A prompt waits for others to begin with it, and a text at the end of its chunk for others there, so many times as many
+# steps as prompts are read at a time. One that goes on with its next chunk waits once as many.
+PATIENCE = 2
 DRAWS = 64  # that a text makes at once
 
 
@@ -101,7 +103,8 @@ class Batcher:
         model (`BakaForCausalLM`): the model, which is put into eval mode.
         num_rows: texts that are said on at the same time. Each takes a state's memory (docs/serving.md).
         num_prompts: texts whose prompts are read at the same time, by default one for every 32 rows. They are read
-            when so many have come, or after twice as many steps. So are the last tokens of chunks while texts are said.
+            when so many have come, or after twice as many steps (as many for the chunks after the first). So are the
+            last tokens of chunks while texts are said.
 
     Raises:
         ValueError: a number is less than 1.
@@ -240,7 +243,9 @@ class Batcher:
         if not any(self.reading):
             return []
         self._delay += 1
-        if not all(self.reading) and any(self.saying) and self._delay < PATIENCE * self.num_prompts:
+        goes_on = any(request is not None and request.num_read for request in self.reading)
+        patience = self.num_prompts if goes_on else PATIENCE * self.num_prompts
+        if not all(self.reading) and any(self.saying) and self._delay < patience:
             return []
         self._delay = 0
         pieces: list[list[int]] = []

@@ -119,7 +119,7 @@ class BakaTrainer(MuonTrainer):
     A checkpoint can be resumed with another batch size and another number of processes, if these can see the folders of
     those that saved it: what counts is `num_lanes`.
 
-    With `muon_learning_rate` it trains as `optimizers.MuonTrainer` does.
+    With `muon_learning_rate` or `memory_learning_rate` it trains as `optimizers.MuonTrainer` does.
 
     Takes what `Trainer` takes; `args` may be any `TrainingArguments`. `train` and `evaluate` raise
 
