@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+SOLIDIFIERS = {"solidifier", "read_solidifier", "write_solidifier"}
 # Parts of a model whose matrices multiply what flows through it, by their names in it.
-BLOCKS = {"layers", "solidifier", "read_solidifier", "write_solidifier", "memory_update"}
+BLOCKS = {"layers", "memory_update"} | SOLIDIFIERS
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what may stand beside Muon
 # Parts of a model that remember, by their names in it.
-MEMORY = {"memory_tokens", "memory_norm", "memory_update", "pause_token", "association"}
-MEMORY |= {"solidifier", "read_solidifier", "write_solidifier"}
+MEMORY = {"memory_tokens", "memory_norm", "memory_update", "pause_token", "association"} | SOLIDIFIERS
 
 
 def remembers(name: str) -> bool:

@@ -304,9 +304,8 @@ class Batcher:
         before_end = self.state.num_tokens % self.chunk_size == self.chunk_size - 1
         waits = [request is not None and end for request, end in zip(self.saying, before_end.tolist(), strict=True)]
         self._end_delay = self._end_delay + 1 if any(waits) else 0
-        if self._end_delay >= PATIENCE * self.num_prompts or sum(waits) >= min(
-            self.num_prompts, sum(map(bool, self.saying))
-        ):
+        enough = min(self.num_prompts, sum(map(bool, self.saying)))
+        if self._end_delay >= PATIENCE * self.num_prompts or sum(waits) >= enough:
             self._end_delay = 0
             return list(self.saying)
         return [None if wait else request for request, wait in zip(self.saying, waits, strict=True)]
