@@ -39,13 +39,20 @@ def test_a_chunk_is_read_as_by_a_peer(peer: tuple[Any, Any], fields: dict[str, A
 
 
 def test_initial_weights() -> None:
-    """Norms begin as norms alone, biases at zero, and what blocks add as small as is asked for."""
-    fields = dict(qk_norm=True, attention_bias=True, mlp_bias=True, memory_solidifier="layer", memory_norm=True)
+    """Norms begin as norms alone, biases and value residuals at zero, what blocks add as small as is asked for."""
+    fields = dict(
+        qk_norm=True,
+        value_residual=True,
+        attention_bias=True,
+        mlp_bias=True,
+        memory_solidifier="layer",
+        memory_norm=True,
+    )
     sizes = dict(hidden_size=48, intermediate_size=80)
     for spread in (None, 0.0, 0.005):
         model = BakaForCausalLM(tiny_config(**IN_TURN | fields | sizes, residual_initializer_range=spread))
         for name, weight in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith("bias") or "value_residual" in name:
                 assert (weight == float("norm" in name)).all(), name
             elif "solidifier" not in name:
                 is_added = "o_proj" in name or "down_proj" in name
