@@ -501,7 +501,7 @@ def streamed_accuracy(
             targets = [sample["labels"][1:] for sample in samples]
             asked = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
             is_right = torch.zeros_like(asked, dtype=torch.bool)
-            state = model.new_cache(len(samples))
+            state = model.new_cache(len(samples), static=model.device.type == "cuda")
             pieces = zip(input_ids.split(size, 1), asked.split(size, 1), is_right.split(size, 1), strict=True)
             for ids, labels, is_right_here in pieces:
                 hidden = model.base_model(ids.to(model.device), past_key_values=state, use_cache=True)[0]
