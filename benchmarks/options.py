@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "RMSNorm": dict(norm_type="rmsnorm"),
     "branches in turn": dict(parallel_residual=False),
     "elephant": dict(hidden_act="elephant"),
-    "value residual": dict(value_residual=True),
+    "no value residual": dict(value_residual=False),
     "8 pauses": dict(num_pause_tokens=8),
     "XL alone": dict(num_memory_tokens=0),
     "associative": ASSOCIATIVE,

@@ -82,7 +82,7 @@ class ModelArguments:
         default=True, metadata={"help": "Attention and MLP side by side after one norm; if not, in turn, as in Llama."}
     )
     qk_norm: bool = field(default=True, metadata={"help": "RMSNorm of queries and keys."})
-    value_residual: bool = field(default=False, metadata={"help": "Blocks mix in the first one's values."})
+    value_residual: bool = field(default=True, metadata={"help": "Blocks mix in the first one's values."})
     attention_bias: bool = field(default=False, metadata={"help": "Biases in attention."})
     mlp_bias: bool = field(default=False, metadata={"help": "Biases in the MLPs."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})

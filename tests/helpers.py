@@ -135,6 +135,7 @@ def tiny_config(**overrides: Any) -> BakaConfig:
         num_pause_tokens=2,
         hidden_act="elephant",
         qk_norm=False,
+        value_residual=False,
         memory_norm=False,
         residual_initializer_range=None,
     )

@@ -27,7 +27,7 @@ DEFAULTS = dict(
     layer_norm_eps=1e-5,
     parallel_residual=True,
     qk_norm=True,
-    value_residual=False,
+    value_residual=True,
     attention_bias=False,
     mlp_bias=False,
     initializer_range=0.02,
@@ -55,8 +55,8 @@ DEFAULTS = dict(
 )
 
 # What evidence has changed of the diary's, which files without a word of it mean.
-DIARY = DEFAULTS | dict(hidden_act="elephant", qk_norm=False, residual_initializer_range=None, memory_norm=False)
-DIARY |= dict(num_pause_tokens=8)
+DIARY = DEFAULTS | dict(hidden_act="elephant", qk_norm=False, value_residual=False, residual_initializer_range=None)
+DIARY |= dict(memory_norm=False, num_pause_tokens=8)
 
 # Every field away from its default.
 UNUSUAL = dict(
@@ -72,7 +72,7 @@ UNUSUAL = dict(
     layer_norm_eps=1e-3,
     parallel_residual=False,
     qk_norm=False,
-    value_residual=True,
+    value_residual=False,
     attention_bias=True,
     mlp_bias=True,
     initializer_range=0.1,

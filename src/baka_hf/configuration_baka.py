@@ -114,7 +114,7 @@ class BakaConfig(PreTrainedConfig):
         parallel_residual (`bool`, defaults to `True`): Attention and MLP read one norm, side by side. `False`: the MLP
             reads what attention has added to, by a norm of its own, as in Llama.
         qk_norm (`bool`, defaults to `True`): RMSNorm of each head's queries and keys before RoPE, as in Qwen3.
-        value_residual (`bool`, defaults to `False`): Each block but the first attends to a mean of its own values and
+        value_residual (`bool`, defaults to `True`): Each block but the first attends to a mean of its own values and
             the first block's, with a learned share of these, 1/2 at first (arXiv 2410.17897).
         attention_bias (`bool`, defaults to `False`): Biases of attention's four projections.
         mlp_bias (`bool`, defaults to `False`): Biases of the feed-forward layers.
@@ -185,7 +185,7 @@ class BakaConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     parallel_residual: bool = True
     qk_norm: bool = True
-    value_residual: bool = False
+    value_residual: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
