@@ -85,6 +85,25 @@ def test_rows_of_several_states(overrides: dict[str, Any]) -> None:
     assert_close(logits_of(model, tokens, exchanged), found, **CLOSE)
 
 
+@pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
+def test_rows_put_at_once(overrides: dict[str, Any]) -> None:
+    """As one after another, into some rows, from some, and one text into several."""
+    model = tiny_model(tiny_config(**overrides))
+    (_, rows), (_, others) = (rows_out_of_phase(model, *lengths) for lengths in ((3, 8, 11), (7, 1, 12)))
+    expected, before = rows.clone(), contents(others)
+    for row, other in ((2, 0), (0, 2), (1, 2)):
+        expected.put_row(row, others[other])
+    rows.put_rows([2, 0, -2], others, [0, -1, 2])
+    assert contents(rows) == contents(expected) and contents(others) == before
+    for wrong, of in (([0, 0], [1, 2]), ([0, -3], [1, 2]), ([0, 1], [2]), ([], [])):
+        with pytest.raises(ValueError, match="as many rows, each once"):
+            rows.put_rows(wrong, others, of)
+    for wrong, of in (([3], [0]), ([0], [3])):
+        with pytest.raises(IndexError):
+            rows.put_rows(wrong, others, of)
+    assert contents(rows) == contents(expected)
+
+
 def test_a_row_of_its_own() -> None:
     """A copy, which `generate` takes for the state of its text; and where a row is put nothing else changes."""
     model = tiny_model(tiny_config())
@@ -114,7 +133,7 @@ def test_a_row_of_its_own() -> None:
         torn.put_row(0, share)
     with pytest.raises(ValueError, match="in the middle of a call"):
         torn.split()
-    with pytest.raises(ValueError, match="a state of one row to put in the place of another, got 2"):
+    with pytest.raises(ValueError, match=r"as many rows, each once, as texts to put there, got \[0\] and \[0, 1\]"):
         rows.put_row(0, rows)
     with pytest.raises(ValueError, match="expected chunk_size=5, got 7"):
         rows.put_row(0, tiny_model(tiny_config(chunk_size=7)).new_cache())

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_layer_baka import BakaCacheLayer
-from .functions_baka import choose_rows
+from .functions_baka import choose_rows, put_on
 from .history_baka import hash_before, hash_of_nothing, hash_tokens, opening_of_nothing, opening_with
 from .state_files_baka import (
     CACHE_FILE,
@@ -280,27 +280,33 @@ class BakaCache(Cache):
         """The rows one by one, as `state[row]` gives them: what `cat` puts together again."""
         return [self[row] for row in range(self.batch_size)]
 
-    @torch.no_grad()
     def put_row(self, row: int, state: "BakaCache") -> None:
-        """Row `row` becomes the text of `state`, which has one row and is left as it is; the others go on.
+        """Row `row` becomes the text of `state`, which has one row; see `put_rows`."""
+        self.put_rows([row], state)
 
-        Nothing but that row is written, where it is: graphs of a static state stay as they were recorded. `crop` does
-        not go back over it, and an autograd graph does not either.
+    @torch.no_grad()
+    def put_rows(self, rows: Sequence[int], state: "BakaCache", of: Sequence[int] | None = None) -> None:
+        """Rows `rows` become texts of `state`, which is left as it is; the others go on.
+
+        Nothing but these rows is written, where they are: graphs of a static state stay as they were recorded. `crop`
+        does not go back over it, and an autograd graph does not either.
 
         Args:
-            row: which one.
-            state: a state of batch size 1, on any device and in any dtype.
+            rows: which ones, each at most once.
+            state: a state on any device and in any dtype.
+            of: for each of `rows` the row of `state` that it becomes; by default all of them in their order.
 
         Raises:
-            ValueError: `state` has several rows, or is of another configuration.
-            IndexError: there is no such row.
+            ValueError: no row, one that is named twice, another number of them in `of`, or another configuration.
+            IndexError: there is no such row, here or there.
         """
-        row = range(self.batch_size)[row]
+        rows = [range(self.batch_size)[row] for row in rows]
+        of = [range(state.batch_size)[row] for row in (range(state.batch_size) if of is None else of)]
         self.check_whole()
         state.check_whole()
         check_signature(state.signature, self.signature)
-        if state.batch_size != 1:
-            raise ValueError(f"expected a state of one row to put in the place of another, got {state.batch_size}.")
+        if len(rows) != len(of) or len(set(rows)) != len(rows) or not rows:
+            raise ValueError(f"expected as many rows, each once, as texts to put there, got {rows} and {of}.")
         changed = self.draft()
         for layer in changed.layers:
             layer.make_writable(layer.keys)
@@ -308,20 +314,19 @@ class BakaCache(Cache):
         held = {} if self._reader is None else self._reader.memory
         carried = self.carried.items()
         changed.carried = {name: x if x is held.get(name) else x.detach().clone() for name, x in carried}
+        where, whence = torch.tensor(rows), torch.tensor(of)
         for name in ("_num_tokens", "_seeded", "_pauses", "_history", "_opening"):
             own, other = getattr(self, name), getattr(state, name)
-            if own is not None:
-                own = None if other is None else own.clone()  # unknown in one row, unknown in all
-                setattr(changed, name, own)
-            if own is not None:
-                own[row] = other[0]
+            if own is not None and other is not None:
+                own = own.index_copy(0, put_on(own.device, where), other[put_on(other.device, whence)].to(own))
+            setattr(changed, name, None if other is None else own)  # unknown in one row, unknown in all
         changed._asked = changed._said = changed._finished = changed._prompt = changed._recent_ids = None
-        changed._seq_length, changed._aligned = max(self._seq_length, state._seq_length), 0
+        changed._seq_length, changed._aligned = max(self._seq_length, int(state._num_tokens[of].max())), 0
         changed._is_beam_search, changed._boundaries = self._is_beam_search or state._is_beam_search, []
         self._is_torn = True  # its tensors change where they are
-        put = state.tensors()
+        put, where, whence = state.tensors(), put_on(self.device, where), put_on(state.device, whence)
         for name, tensor in changed.tensors().items():
-            tensor[row].copy_(put[name][0])
+            tensor.index_copy_(0, where, put[name].index_select(0, whence).to(tensor))
         self.go_on(changed)
 
     def reset(self) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .cache_baka import BakaCache
 from .compile_baka import on_host
-from .functions_baka import gather_positions
+from .functions_baka import gather_positions, put_on
 from .inputs_baka import check_cache, check_mask, check_text, find_alone, find_restarts
 from .stream_baka import Memory, Span, columns_of, in_columns, plan_aligned, plan_spans
 
@@ -134,7 +134,10 @@ def plan(
     batch_size, length = check_text(config, input_ids, inputs_embeds)
     check_cache(model, cache, batch_size, within_beam_search)
     fed = 0 if cache is None else cache.get_seq_length()
+    text = input_ids if inputs_embeds is None else inputs_embeds
+    assert text is not None
     real = check_mask(attention_mask, batch_size, length, fed)
+    real = None if real is None else put_on(text.device, real)  # it may have come from the host
     restarts = find_restarts(position_ids, batch_size, length, real)
     if use_cache is None:
         use_cache = config.use_cache and not model.training
@@ -145,7 +148,7 @@ def plan(
     if inputs_embeds is not None:
         inputs_embeds = inputs_embeds.to(model.embed_tokens.weight.dtype)
         if real is not None:  # whatever stands where there is no token: NaN would be seen through any mask
-            inputs_embeds = inputs_embeds.masked_fill(~real.to(inputs_embeds.device)[:, :, None], 0)
+            inputs_embeds = inputs_embeds.masked_fill(~real[:, :, None], 0)
 
     beside, heard = None, real
     alone = None if restarts is None else find_alone(restarts, real)

@@ -23,7 +23,7 @@ from torch import nn
 from .cache_baka import BakaCache
 from .compile_baka import allow_programs
 from .configuration_baka import BakaConfig
-from .functions_baka import rotary_table_of
+from .functions_baka import put_on, rotary_table_of
 from .graphs_baka import PlainWeights, recording
 from .history_baka import hash_of_nothing, hash_tokens
 from .memory_baka import Memory
@@ -248,7 +248,7 @@ class StaticReader:
             self.apart = StaticReader(model, model.new_cache(NUM_APART), self.weights)
         apart, count = self.apart, len(rows)
         rows = nn.functional.pad(rows, (0, NUM_APART - count))  # it has more, which read nothing
-        padded = rows.to(self.device)
+        padded = put_on(self.device, rows)
         index = padded[:count]
         pairs = list(zip(self._held(), apart._held(), strict=True))
         stacked = (self.keys, apart.keys), (self.values, apart.values)
@@ -274,7 +274,7 @@ class StaticReader:
         for index, (own, now) in enumerate(zip((self.num_tokens, self.seeded, self.counts), rows, strict=True)):
             if not torch.equal(self.known[index], now):
                 self.known[index] = now.new_empty(0)  # unknown, should this be interrupted
-                own.copy_(now)
+                own.copy_(now, non_blocking=True)  # see `put_on`
                 self.known[index] = now
 
     def read_piece(self, model: Any, span: Span, seeded: torch.Tensor, text: torch.Tensor) -> torch.Tensor:

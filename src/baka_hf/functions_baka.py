@@ -1,4 +1,4 @@
-"""Small functions of numbers: the elephant gate, norms, RoPE, dtypes of products, picks of rows and positions.
+"""Small functions of numbers: the elephant gate, norms, RoPE, dtypes of products, picks of rows and positions, copies.
 
 What depends on a model's state, or on how a text is cut into chunks, is never in here.
 """
@@ -210,6 +210,14 @@ def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def pad_slots(tensor: torch.Tensor, left: int, right: int) -> torch.Tensor:
     """Add `left` and `right` empty slots to keys or values [B, H, slots, head_dim]."""
     return nn.functional.pad(tensor, (0, 0, left, right)) if left or right else tensor
+
+
+def put_on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on that device, without waiting for what the device has still to do, if it comes from the host.
+
+    CUDA reads memory of the host that is not pinned before such a copy returns, so the tensor may change afterwards.
+    """
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
 def gather_positions(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from .functions_baka import put_on
 from .inputs_baka import check_cache
 
 # Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
@@ -230,12 +231,17 @@ class Batcher:
     def _admit(self) -> None:
         """Who waits begins to be read, if there will be a row to go on in."""
         num_free = self.saying.count(None) - sum(request is not None for request in self.reading)
-        for slot in range(self.num_prompts):
-            if self.reading[slot] is None and self.waiting and num_free > 0:
-                self.reading[slot] = admitted = self.waiting.popleft()
-                self.reading_state.put_row(slot, self.fresh if admitted.given is None else admitted.given)
+        free = [slot for slot, request in enumerate(self.reading) if request is None]
+        begin = []
+        for slot in free[: max(0, min(num_free, len(self.waiting)))]:
+            self.reading[slot] = admitted = self.waiting.popleft()
+            if admitted.given is None:
+                begin.append(slot)
+            else:
+                self.reading_state.put_row(slot, admitted.given)
                 admitted.given = None
-                num_free -= 1
+        if begin:
+            self.reading_state.put_rows(begin, self.fresh, [0] * len(begin))
 
     def _read_prompts(self) -> list[tuple[Request, int | None]]:
         """Read on in the prompts, up to the end of a chunk, and say the first tokens after those that end."""
@@ -257,25 +263,25 @@ class Batcher:
         for row, piece in enumerate(pieces):
             ids[row, : len(piece)], mask[row, : len(piece)] = torch.tensor(piece, dtype=torch.int64), 1
         states = self.decoder(
-            input_ids=ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
+            input_ids=put_on(self.model.device, ids),
+            attention_mask=mask,
             cache=self.reading_state,
             use_cache=True,
         ).last_hidden_state
-        ended, last = [], []
+        ended: list[int] = []
         for slot, (request, piece) in enumerate(zip(self.reading, pieces, strict=True)):
-            if request is None:
-                continue
-            request.num_read += len(piece)
-            if request.num_read == len(request.input_ids):
-                row = self.saying.index(None)
-                self.state.put_row(row, self.reading_state[slot])
-                self.saying[row], self.reading[slot] = request, None
-                ended.append(request)
-                last.append(states[slot, len(piece) - 1])
+            if request is not None:
+                request.num_read += len(piece)
+                if request.num_read == len(request.input_ids):
+                    ended.append(slot)
         if not ended:
             return []
-        return self._tell(ended, self.head(torch.stack(last)))
+        free = [row for row, request in enumerate(self.saying) if request is None][: len(ended)]
+        self.state.put_rows(free, self.reading_state, ended)
+        requests = [self.reading[slot] for slot in ended]
+        for row, slot in zip(free, ended, strict=True):
+            self.saying[row], self.reading[slot] = self.reading[slot], None
+        return self._tell(requests, self.head(states[ended, [len(pieces[slot]) - 1 for slot in ended]]))
 
     def _say(self) -> list[tuple[Request, int | None]]:
         """One token more in every row that is taken, but for those that wait for others."""
@@ -286,8 +292,8 @@ class Batcher:
         last = [request.tokens[-1] if request is not None and request.tokens else 0 for request in requests]
         mask = None
         if not all(requests):
-            mask = torch.tensor([[int(request is not None)] for request in requests], device=self.model.device)
-        ids = torch.tensor(last, device=self.model.device)[:, None]
+            mask = torch.tensor([request is not None for request in requests])[:, None]
+        ids = put_on(self.model.device, torch.tensor(last))[:, None]
         logits = self.model(input_ids=ids, attention_mask=mask, cache=self.state, use_cache=True).logits[:, 0]
         over: list[tuple[Request, int | None]] = []
         for row, request in enumerate(requests):
