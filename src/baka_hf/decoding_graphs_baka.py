@@ -207,18 +207,21 @@ class StaticReader:
 
     def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
-        edges = reads & self.is_edge[cache._num_tokens % self.chunk_size]
-        few = edges.nonzero()[:, 0]
-        if self.batch_size < LARGE_BATCH or not 0 < len(few) <= LARGEST_PART_APART * self.batch_size:
-            few = few[:0]
-        rest = reads.index_fill(0, few, False)
-        if bool(rest.any()):
+        few = self._few_at_edges(cache, reads) if self.batch_size >= LARGE_BATCH else []
+        rest = reads if len(few) == 0 else reads.index_fill(0, torch.cat([*few]), False)
+        if len(few) == 0 or bool(rest.any()):
             self._read_together(model, cache._num_tokens, cache._seeded, input_ids, rest)
         else:
             self.states[1].zero_()
-        for rows in few.split(NUM_APART) if len(few) else ():
+        for rows in few:
             self._read_apart(model, cache._num_tokens, cache._seeded, input_ids, rows)
         return self.states[1].clone()
+
+    def _few_at_edges(self, cache: BakaCache, reads: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Those of the rows `reads` [B] whose token begins or ends a chunk, so many together, if they are so few that
+        it pays to read them apart."""
+        edges = (reads & self.is_edge[cache._num_tokens % self.chunk_size]).nonzero()[:, 0]
+        return edges.split(NUM_APART) if 0 < len(edges) <= LARGEST_PART_APART * self.batch_size else []
 
     def _read_together(
         self,

@@ -14,6 +14,7 @@ from .calls_baka import CACHE_NAME
 from .history_baka import hash_tokens
 from .inputs_baka import check_cache, either_name, state_among
 from .state_files_baka import OPENING
+from .stopping_baka import stopping_late
 
 
 def padded_left(decode: Callable) -> Callable:
@@ -129,7 +130,7 @@ class BakaGenerationMixin(GenerationMixin):
             state.go_back(before)
             raise
 
-    _sample = remembered(padded_left(GenerationMixin._sample))
+    _sample = remembered(padded_left(stopping_late(GenerationMixin._sample)))
     _beam_search = remembered(padded_left(GenerationMixin._beam_search))
     _assisted_decoding = remembered(padded_left(GenerationMixin._assisted_decoding))
 
