@@ -11,15 +11,17 @@ from helpers import STATES, contents, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from baka_hf import BakaForCausalLM, decoding_graphs_baka
+from baka_hf import BakaForCausalLM, decoding_graphs_baka, serving
 from baka_hf.serving import Batcher, Request
 
 
-@pytest.fixture(params=["plain", "by programs"])
+@pytest.fixture(params=["plain", "by programs", "a step late"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """As on a CPU, and by what graphs would record on a GPU."""
-    if request.param == "by programs":
+    """As on a CPU; by what graphs would record on a GPU; and with tokens that are looked at as late as there."""
+    if request.param != "plain":
         monkeypatch.setattr(decoding_graphs_baka, "DEVICES", ("cpu",))
+    if request.param == "a step late":
+        monkeypatch.setattr(serving, "LATE", ("cpu",))
     yield request.param
     decoding_graphs_baka._idle.clear()
 
@@ -51,7 +53,7 @@ def collected(batcher: Batcher, requests: list[Request]) -> list[list[int]]:
 def test_texts_join_and_leave_at_random(way: str, overrides: dict[str, Any]) -> None:
     """Prompts of 1 token to many chunks, more texts than rows, some cancelled: `generate` says the same of each."""
     model = tiny_model(tiny_config(**overrides))
-    batcher, dice = Batcher(model, 3, 1 + (way == "by programs")), random.Random(3)
+    batcher, dice = Batcher(model, 3, 1 + (way != "plain")), random.Random(3)
     todo = [(random_tokens(model.config, dice.choice([1, 2, 5, 9, 10, 33]), seed=i), i) for i in range(7)]
     requests: dict[Request, Tensor] = {}
     over: list[Request] = []
@@ -126,7 +128,48 @@ def test_a_text_ends(way: str) -> None:
     assert batcher.step() == [] and list(batcher.run()) == []
 
 
-def test_sampling() -> None:
+@torch.no_grad()
+def test_states_of_texts_that_end_anywhere(way: str) -> None:
+    """At EOS at any place of a chunk, some waiting for others there: each has read its last token, and no more."""
+    model = tiny_model(tiny_config(vocab_size=97))
+    batcher, known = Batcher(model, 4, 2), {}
+    for length in range(1, 12):
+        prompt = random_tokens(model.config, length, seed=length)
+        said = alone(model, prompt, max_new_tokens=9)
+        end = next(token for token in reversed(said) if said.index(token) == max(map(said.index, said)))
+        request = batcher.add(prompt, 9, eos_token_id=end if length % 3 else (), keep_state=True)
+        known[request] = torch.cat([prompt, torch.tensor(said[: said.index(end) + 1] if length % 3 else said)])
+    list(batcher.run())
+    more = random_tokens(model.config, 1, 8, seed=9)
+    for request, text in known.items():
+        assert request.input_ids + request.tokens == text.tolist()
+        assert request.state.num_tokens.tolist() == [len(text)]
+        found = model(more, cache=request.state).logits
+        torch.testing.assert_close(found, model(torch.cat([text[None], more], 1)).logits[:, len(text) :])
+
+
+def test_tokens_are_looked_at_a_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step has been asked for by then, and once a text is over nothing more is."""
+    model, prompt = tiny_model(tiny_config()), [1, 2, 3]
+    expected = alone(model, torch.tensor(prompt), max_new_tokens=3)
+    for late in (False, True):
+        monkeypatch.setattr(serving, "LATE", ("cpu",) if late else ())
+        batcher = Batcher(model, 1)
+        request, steps = batcher.add(prompt, 3, eos_token_id=()), []
+        while not batcher.is_idle:
+            steps.append(([token for _, token in batcher.step()], int(batcher.state.num_tokens)))
+        assert request.tokens == expected
+        first, *others = expected
+        if late:
+            assert steps == [([], 3), ([first], 4), ([others[0]], 5), ([others[1], None], 5)]
+        else:
+            assert steps == [([first, others[0]], 4), ([others[1], None], 5)]
+        end = batcher.add(prompt, 9, eos_token_id=expected[1])
+        list(batcher.run())
+        assert end.tokens == expected[:2] and int(batcher.state.num_tokens) == 4 + late
+
+
+def test_sampling(way: str) -> None:
     """Every draw by hand, from the logits of the text alone; and the same draws beside whoever else is there."""
     model = tiny_model(tiny_config())
     prompts = [random_tokens(model.config, length, seed=length) for length in (4, 11, 6, 6)]
@@ -157,7 +200,7 @@ def test_sampling() -> None:
     assert first != second and unlike[0].seed != unlike[1].seed
 
 
-def test_scores_that_leave_no_choice() -> None:
+def test_scores_that_leave_no_choice(way: str) -> None:
     """Next to no temperature says the likeliest token; no score at all says one that there is, and ends no batch."""
     model = tiny_model(tiny_config())
     prompt, batcher = random_tokens(model.config, 7), Batcher(model, 4)
@@ -169,7 +212,7 @@ def test_scores_that_leave_no_choice() -> None:
     assert len(nothing.tokens) == 9 and max(nothing.tokens) < model.config.vocab_size
 
 
-def test_processors_of_scores() -> None:
+def test_processors_of_scores(way: str) -> None:
     """transformers' own, given the text of their row; others have none."""
     model = tiny_model(tiny_config())
     prompts = [random_tokens(model.config, length, seed=length) for length in (6, 9)]
@@ -192,7 +235,7 @@ def test_prompts_hold_nobody_up() -> None:
     while not reader.tokens:
         steps.append([request for request, _ in batcher.step()])
     assert steps[:-1] == [[speaker]] * 10 and len(steps) == 11  # 52 tokens in chunks of 5
-    assert reader.num_read == 52
+    assert reader.num_read == 53  # and its first token
 
     # Two prompts at a time: one alone waits for another, but not for long, and not if nobody speaks. So do texts that
     # have the last token of a chunk to read.
@@ -220,7 +263,7 @@ def test_prompts_hold_nobody_up() -> None:
     assert steps == 4 + 3 * 2
 
 
-def test_who_is_cancelled_leaves() -> None:
+def test_who_is_cancelled_leaves(way: str) -> None:
     """Waiting, while its prompt is read, and while it speaks; its row is free for others."""
     model = tiny_model(tiny_config())
     batcher = Batcher(model, 1)
@@ -241,7 +284,7 @@ def test_who_is_cancelled_leaves() -> None:
     assert requests[2].finish_reason == "length" and batcher.is_idle
 
 
-def test_texts_from_another_thread() -> None:
+def test_texts_from_another_thread(way: str) -> None:
     """They are added, and some cancelled, while steps are made."""
     model = tiny_model(tiny_config(), torch.float32)
     batcher, requests = Batcher(model, 4), []

@@ -3,6 +3,10 @@
 What a text has read is a state of constant size, so a batch is a table of rows, and whoever joins takes a row that is
 free. Each step reads one token in every row that is taken, whatever its text is at; between two steps waiting prompts
 are read, a chunk of each at most, so that nobody is held up for longer than that. A row says what it would say alone.
+
+A GPU is asked for a step before the tokens of the step before are looked at, so that it never waits for the host: what
+has been said comes a step later, and a text that ends has read a token too many, in a row that is free then anyway. A
+state that is kept has to read the last token as it is.
 """
 
 import secrets
@@ -24,6 +28,7 @@ ROWS_PER_PROMPT = 32
 # steps as prompts are read at a time. One that goes on with its next chunk waits once as many.
 PATIENCE = 2
 DRAWS = 64  # that a text makes at once
+LATE = ("cuda",)  # devices whose tokens are looked at a step late
 
 
 def check_count(name: str, number: Any) -> None:
@@ -74,7 +79,8 @@ class Request:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     state: Any = field(default=None, repr=False)  # a `BakaCache` of one row
-    num_read: int = 0  # tokens of the prompt that were read
+    num_read: int = 0  # tokens that were read, of the prompt and of its own
+    num_chosen: int = 0  # tokens that were chosen, though the device alone may know them yet
     is_said: bool = False  # there is nothing more to say
 
     @cached_property
@@ -87,6 +93,29 @@ class Request:
     def draw(self) -> float:
         """The next of its random numbers, from 0 to 1 exclusive."""
         return next(self._draws)
+
+
+class Sent(NamedTuple):
+    """Tokens on their way to the host."""
+
+    requests: list[Request | None]
+    tokens: torch.Tensor  # [len(requests)], there once `arrival` has come
+    arrival: Any
+
+    @classmethod
+    def off(cls, requests: list[Request | None], tokens: torch.Tensor) -> "Sent":
+        if tokens.device.type == "cpu":
+            return cls(requests, tokens, None)
+        host = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
+        arrival = torch.Event(device=tokens.device)
+        arrival.record()
+        return cls(requests, host, arrival)
+
+    def said(self) -> list[tuple[Request, int]]:
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        pairs = zip(self.requests, self.tokens.tolist(), strict=True)
+        return [(request, token) for request, token in pairs if request is not None]
 
 
 class Batcher:
@@ -122,6 +151,9 @@ class Batcher:
         self.waiting: deque[Request] = deque()
         self.reading: list[Request | None] = [None] * num_prompts  # prompts, by their rows of `reading_state`
         self.saying: list[Request | None] = [None] * num_rows  # by their rows of `state`
+        self.last = torch.zeros(num_rows, dtype=torch.int64, device=model.device)  # tokens, to be read next
+        self.sent: list[Sent] = []
+        self.is_late = model.device.type in LATE
         # Steps that prompts have waited for others to be read with them, and texts for others to end a chunk with.
         self._delay = self._end_delay = 0
         self._is_torn = False  # in the middle of a step, or of one that has failed
@@ -212,9 +244,22 @@ class Batcher:
         if self._is_torn:
             raise ValueError("expected a batcher between two steps, got one whose last step was interrupted or failed.")
         self._is_torn = True
-        said = self._let_go() + self._read_prompts() + self._say()
+        said, before = self._let_go(), self._take_sent()
+        self._read_prompts()
+        texts_matter = any(request is not None and request.logits_processor for request in self.saying)
+        if texts_matter or not self.is_late:
+            said += self._look_at(before + self._take_sent())
+            before = []
+        said += self._say()
+        if not self.is_late:
+            before += self._take_sent()
+        said += self._look_at(before)
         self._is_torn = False
         return said
+
+    def _take_sent(self) -> list[Sent]:
+        sent, self.sent = self.sent, []
+        return sent
 
     def _let_go(self) -> list[tuple[Request, int | None]]:
         """Who was cancelled leaves."""
@@ -243,16 +288,16 @@ class Batcher:
         if begin:
             self.reading_state.put_rows(begin, self.fresh, [0] * len(begin))
 
-    def _read_prompts(self) -> list[tuple[Request, int | None]]:
-        """Read on in the prompts, up to the end of a chunk, and say the first tokens after those that end."""
+    def _read_prompts(self) -> None:
+        """Read on in the prompts, up to the end of a chunk, and choose the first tokens after those that end."""
         self._admit()
         if not any(self.reading):
-            return []
+            return
         self._delay += 1
         goes_on = any(request is not None and request.num_read for request in self.reading)
         patience = self.num_prompts if goes_on else PATIENCE * self.num_prompts
         if not all(self.reading) and any(self.saying) and self._delay < patience:
-            return []
+            return
         self._delay = 0
         pieces: list[list[int]] = []
         for request, num_tokens in zip(self.reading, self.reading_state.num_tokens.tolist(), strict=True):
@@ -275,58 +320,80 @@ class Batcher:
                 if request.num_read == len(request.input_ids):
                     ended.append(slot)
         if not ended:
-            return []
+            return
         free = [row for row, request in enumerate(self.saying) if request is None][: len(ended)]
         self.state.put_rows(free, self.reading_state, ended)
         requests = [self.reading[slot] for slot in ended]
         for row, slot in zip(free, ended, strict=True):
             self.saying[row], self.reading[slot] = self.reading[slot], None
-        return self._tell(requests, self.head(states[ended, [len(pieces[slot]) - 1 for slot in ended]]))
+        tokens = self._choose(requests, self.head(states[ended, [len(pieces[slot]) - 1 for slot in ended]]))
+        self.last[put_on(tokens.device, torch.tensor(free))] = tokens
 
     def _say(self) -> list[tuple[Request, int | None]]:
-        """One token more in every row that is taken, but for those that wait for others."""
-        requests = self._who_reads()
-        if not any(requests):
+        """One token more in every row but those that wait for others; and whose state is complete."""
+        reads = self._who_reads()
+        if not any(reads):
             return []
-        # One that was cancelled by another thread meanwhile may have said nothing. It leaves at the next step.
-        last = [request.tokens[-1] if request is not None and request.tokens else 0 for request in requests]
-        mask = None
-        if not all(requests):
-            mask = torch.tensor([request is not None for request in requests])[:, None]
-        ids = put_on(self.model.device, torch.tensor(last))[:, None]
-        logits = self.model(input_ids=ids, attention_mask=mask, cache=self.state, use_cache=True).logits[:, 0]
+        mask = None if all(reads) else torch.tensor([request is not None for request in reads])
+        logits = self.model(
+            input_ids=self.last[:, None],
+            attention_mask=None if mask is None else mask[:, None],
+            cache=self.state,
+            use_cache=True,
+        ).logits[:, 0]
         over: list[tuple[Request, int | None]] = []
-        for row, request in enumerate(requests):
-            if request is not None and request.is_said:  # its last token was read, for the state that it keeps
+        for row, request in enumerate(reads):
+            if request is None:
+                continue
+            request.num_read += 1
+            if request.is_said:  # its last token was read, for the state that it keeps
                 over.append(self._end(request, row))
-                requests[row] = None
-        return over + self._tell(requests, logits)
+            if request.is_said or request.num_chosen == request.max_new_tokens:
+                reads[row] = None
+        if any(reads):
+            tokens = self._choose(reads, logits)
+            is_new = put_on(tokens.device, torch.tensor([request is not None for request in reads]))
+            self.last = torch.where(is_new, tokens, self.last)
+        return over
 
     def _who_reads(self) -> list[Request | None]:
         """The texts, by their rows, that read a token in this step.
 
         To end a chunk takes longer than all else, so those that will wait a few steps for others to do it with them.
         """
+        # No more than one of a text's tokens is ever unknown when it reads on.
+        unknown = {request for sent in self.sent for request in sent.requests}
+        wanted = [
+            request is not None and request not in unknown and self._has_to_read(request) for request in self.saying
+        ]
         before_end = self.state.num_tokens % self.chunk_size == self.chunk_size - 1
-        waits = [request is not None and end for request, end in zip(self.saying, before_end.tolist(), strict=True)]
+        waits = [want and end for want, end in zip(wanted, before_end.tolist(), strict=True)]
         self._end_delay = self._end_delay + 1 if any(waits) else 0
         enough = min(self.num_prompts, sum(map(bool, self.saying)))
         if self._end_delay >= PATIENCE * self.num_prompts or sum(waits) >= enough:
             self._end_delay = 0
-            return list(self.saying)
-        return [None if wait else request for request, wait in zip(self.saying, waits, strict=True)]
+            waits = [False] * self.num_rows
+        rows = zip(self.saying, wanted, waits, strict=True)
+        return [request if want and not wait else None for request, want, wait in rows]
 
-    def _tell(self, requests: Sequence[Request | None], logits: torch.Tensor) -> list[tuple[Request, int | None]]:
-        """Choose the next tokens by logits [K, vocab_size], and see who has said all."""
+    @staticmethod
+    def _has_to_read(request: Request) -> bool:
+        """Whether there is a token that it has not read, and that it needs to read: to say more, or for its state."""
+        if not request.is_said and request.num_chosen < request.max_new_tokens:
+            return True
+        return request.keep_state and request.num_read < len(request.input_ids) + request.num_chosen
+
+    def _look_at(self, sent: list[Sent]) -> list[tuple[Request, int | None]]:
+        """Take the tokens that have come, and see who has said all."""
         said: list[tuple[Request, int | None]] = []
-        for request, token in zip(list(requests), self._choose(requests, logits), strict=True):
-            if request is None or request.finish_reason:  # free, or cancelled meanwhile
+        for request, token in (pair for each in sent for pair in each.said()):
+            if request.finish_reason or request.is_said:  # cancelled meanwhile, or it had ended before this one
                 continue
             request.tokens.append(token)
             said.append((request, token))
             if token in request.eos_token_ids or len(request.tokens) == request.max_new_tokens:
                 request.is_said = True
-                if not request.keep_state:  # else its last token is still to be read
+                if not request.keep_state or request.num_read == len(request.input_ids) + len(request.tokens):
                     said.append(self._end(request, self.saying.index(request)))
         return said
 
@@ -338,13 +405,15 @@ class Batcher:
         self.saying[row] = None
         return request, None
 
-    def _choose(self, requests: Sequence[Request | None], logits: torch.Tensor) -> list[int]:
-        """The next token of each text. Texts that are sampled alike share the work, and each has its own draw."""
+    def _choose(self, requests: list[Request | None], logits: torch.Tensor) -> torch.Tensor:
+        """The next token of each text [K], by logits [K, vocab_size], sent off too. Texts that are sampled alike share
+        the work, and each has its own draw."""
         scores = logits.float()
         groups: dict[Sampling, list[int]] = {}
         for index, request in enumerate(requests):
             if request is None:
                 continue
+            request.num_chosen += 1
             if request.logits_processor:
                 ids = torch.tensor([request.input_ids + request.tokens], device=scores.device)
                 for processor in request.logits_processor:
@@ -364,7 +433,8 @@ class Batcher:
             tokens = torch.searchsorted(sums, (draws * sums[:, -1])[:, None], right=True)[:, 0]
             # Where processors left no number there is one all the same: nobody else's batch ends by that.
             chosen[rows] = tokens.clamp(max=scores.shape[1] - 1)
-        return chosen.tolist()
+        self.sent.append(Sent.off(requests, chosen))
+        return chosen
 
 
 __all__ = ["Batcher", "Request", "Sampling"]
