@@ -136,8 +136,8 @@ def plan(
     fed = 0 if cache is None else cache.get_seq_length()
     text = input_ids if inputs_embeds is None else inputs_embeds
     assert text is not None
-    real = check_mask(attention_mask, batch_size, length, fed)
-    real = None if real is None else put_on(text.device, real)  # it may have come from the host
+    given = check_mask(attention_mask, batch_size, length, fed)
+    real = None if given is None else put_on(text.device, given)  # it may have come from the host
     restarts = find_restarts(position_ids, batch_size, length, real)
     if use_cache is None:
         use_cache = config.use_cache and not model.training
@@ -163,7 +163,7 @@ def plan(
     if cache is not None or restarts is not None:
         lengths = torch.full((batch_size,), length)
         if real is not None:
-            on_cpu = real.cpu()
+            on_cpu = (real if alone is not None or given is None else given).cpu()
             lengths, whole_columns = on_cpu.sum(1), on_cpu.all(0)
             real = None if bool(whole_columns.all()) else real
     text = input_ids if inputs_embeds is None else inputs_embeds

@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 
 import torch
 
+from .functions_baka import put_on
 from .state_files_baka import NUM_HASHES, OPENING
 
 # What was read is known by its polynomials modulo the largest primes below 2^31, so that products fit into 64 bits, at
@@ -77,9 +78,9 @@ def opening_with(
 ) -> torch.Tensor:
     """The first ids [B, OPENING] of each text, which has `num_tokens` [B] after the ids [B, L] where `real` is True."""
     device = input_ids.device
-    real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else real.to(device)
+    real = torch.ones_like(input_ids, dtype=torch.bool) if real is None else put_on(device, real)
     # Counted from the end: a text may have begun within the call, and what was before it is left out.
-    places = num_tokens.to(device)[:, None] - real.flip(1).cumsum(1).flip(1)
+    places = put_on(device, num_tokens)[:, None] - real.flip(1).cumsum(1).flip(1)
     places = torch.where(real & (places >= 0) & (places < OPENING), places, OPENING)
     opening = torch.nn.functional.pad(opening.to(device), (0, 1))  # one more, for what is left out
     return opening.scatter(1, places, input_ids.long())[:, :OPENING]

@@ -25,6 +25,7 @@ from .functions_baka import (
     dtype_of_products,
     gather_positions,
     pad_slots,
+    put_on,
     rotary_table_of,
     where_rows,
 )
@@ -476,7 +477,8 @@ class Reading:
         text = self.call.text
         if isinstance(span.column, int):
             return text[:, span.column : span.column + span.length]
-        columns = (span.column[:, None] + torch.arange(span.length)).clamp(max=text.shape[1] - 1).to(text.device)
+        columns = (span.column[:, None] + torch.arange(span.length)).clamp(max=text.shape[1] - 1)
+        columns = put_on(text.device, columns)
         return text.gather(1, columns) if text.ndim == 2 else gather_positions(text, columns)
 
     def _place_pauses(self, span: Span) -> tuple[Span, Any]:

@@ -326,8 +326,9 @@ class Batcher:
         requests = [self.reading[slot] for slot in ended]
         for row, slot in zip(free, ended, strict=True):
             self.saying[row], self.reading[slot] = self.reading[slot], None
-        tokens = self._choose(requests, self.head(states[ended, [len(pieces[slot]) - 1 for slot in ended]]))
-        self.last[put_on(tokens.device, torch.tensor(free))] = tokens
+        ends = [[row, slot, len(pieces[slot]) - 1] for row, slot in zip(free, ended, strict=True)]
+        where, slots, columns = put_on(states.device, torch.tensor(ends)).unbind(1)
+        self.last[where] = self._choose(requests, self.head(states[slots, columns]))
 
     def _say(self) -> list[tuple[Request, int | None]]:
         """One token more in every row but those that wait for others; and whose state is complete."""
