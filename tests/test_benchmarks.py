@@ -71,6 +71,15 @@ def test_serving_is_measured(tmp_path: Path) -> None:
     assert all(row[3] == "1" and float(row[4]) < 1e-6 < float(row[5]) for row in rows[-2:])
 
 
+def test_linear_attention_beside_ours(tmp_path: Path) -> None:
+    """Ours alone: their library needs a GPU."""
+    options = ["--train", "2x32", "--reads", "1x24", "--batches", "1", "2", "--context", "9", "--only", "BakaLLM"]
+    output = run_program(BENCHMARKS / "linear.py", tmp_path, "--device", "cpu", "--quick", *options)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    works = ["train 2 x 32", "read 1 x 24", "step, batch 1, after 9", "step, batch 2, after 9"]
+    assert [row[0] for row in rows[2:]] == works and all(float(row[2].replace(",", "")) > 0 for row in rows[2:])
+
+
 def test_training_on_lanes_is_measured(tmp_path: Path) -> None:
     *_, line = run_program(BENCHMARKS / "lanes.py", tmp_path, "--device", "cpu", "--quick").splitlines()
     row = json.loads(line)
