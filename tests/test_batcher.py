@@ -110,6 +110,26 @@ def test_a_conversation(way: str) -> None:
         assert state.num_tokens.tolist() == [len(text)]
 
 
+@torch.no_grad()
+def test_a_state_that_does_not_know_its_text(way: str) -> None:
+    """It was fed embeddings. Those beside it, before and after, know theirs all the same."""
+    model = tiny_model(tiny_config())
+    batcher, given = Batcher(model, 4), model.new_cache()
+    model(inputs_embeds=model.get_input_embeddings()(torch.tensor([[1, 2, 3]])), cache=given)
+    options: dict[str, Any] = dict(keep_state=True, eos_token_id=())
+    before = batcher.add([5, 6, 7], 9, **options)
+    batcher.step()
+    unknown = batcher.add([4], 2, state=given, **options)
+    list(batcher.run())
+    after = batcher.add([8, 9, 10], 9, **options)
+    list(batcher.run())
+    for request in (before, after):
+        history = torch.tensor([request.input_ids + request.tokens + [1]])
+        assert model.generate(history, cache=request.state, max_new_tokens=2).shape == (1, history.shape[1] + 2)
+    assert unknown.state._history is None and unknown.state._opening is None
+    assert given._history is None and unknown.state.num_tokens.tolist() == [3 + 1 + 2]
+
+
 def test_a_text_ends(way: str) -> None:
     """At EOS, which is said and, if the state is kept, read; at once, if it is the first token."""
     model = tiny_model(tiny_config())

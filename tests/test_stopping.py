@@ -1,5 +1,6 @@
 """`generate` that looks at its tokens a step late says, streams and leaves what one does that looks at once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,14 +55,15 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_transformers_asks_for_it() -> None:
     """By the name that is given another meaning."""
-    names = BakaForCausalLM._sample.__wrapped__.__wrapped__.__globals__  # type: ignore[attr-defined]
     assert "DeferredStopCheck" in GenerationMixin._sample.__code__.co_names
-    assert names["DeferredStopCheck"] is stopping_baka.OneStepLate
+    stopping_baka.stopping_late(GenerationMixin._sample)
     assert GenerationMixin._sample.__globals__["DeferredStopCheck"] is not stopping_baka.OneStepLate
 
 
 class Enough(StoppingCriteria):
-    """So many tokens, of which nothing is known before they are looked at."""
+    """So many tokens, of which nothing is known before they are looked at. It goes for one of transformers' own."""
+
+    __module__ = "transformers.generation.stopping_criteria"
 
     def __init__(self, count: int):
         self.count = count
@@ -70,19 +72,26 @@ class Enough(StoppingCriteria):
         return torch.full((1,), input_ids.shape[1] >= self.count)
 
 
+def counting(function: Callable, calls: list[None]) -> Callable:
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return function(*args, **kwargs)
+
+    return counted
+
+
 @pytest.mark.parametrize("static", [False, True])
-def test_it_ends_where_it_would(model: BakaForCausalLM, static: bool, late: Any) -> None:
+def test_it_ends_where_it_would(
+    model: BakaForCausalLM, static: bool, late: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At any place of a chunk, after the first token, after the last that there may be; and it goes on from there."""
     text, calls = random_tokens(model.config, 1, 7), []
-
-    def count(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        calls.append(input_ids.shape[1])
-        return scores
+    monkeypatch.setattr(model.lm_head, "forward", counting(model.lm_head.forward, calls))
 
     def answer(length: int) -> tuple[Any, BakaCache, Kept]:
         state, streamer = model.new_cache(static=static), Kept()
         options: dict[str, Any] = dict(max_new_tokens=17, do_sample=False, output_scores=True)
-        options |= dict(streamer=streamer, logits_processor=[count], stopping_criteria=[Enough(7 + length)])
+        options |= dict(streamer=streamer, stopping_criteria=[Enough(7 + length)])
         return model.generate(text, cache=state, return_dict_in_generate=True, **options), state, streamer
 
     expected = [answer(length) for length in range(1, 18)]
@@ -108,23 +117,38 @@ def test_it_ends_where_it_would(model: BakaForCausalLM, static: bool, late: Any)
         assert_close(logits_of(model, more, state), logits_of(model, more, before), **CLOSE)
 
 
-@pytest.mark.parametrize("recording", [False, True])
-def test_a_state_that_records_goes_on_doing_so(model: BakaForCausalLM, recording: bool, late: Any) -> None:
-    text, states = random_tokens(model.config, 1, 7), []
+def test_who_may_not_bear_what_comes_after_the_end(model: BakaForCausalLM, late: Any) -> None:
+    """Processors and criteria of one's own never see it, nor does a state that records."""
+    text, lengths = random_tokens(model.config, 1, 7), []
     end = model.generate(text, max_new_tokens=3, do_sample=False)[0, -1].item()
-    for begin in (lambda: None, late):
-        begin()
-        states.append(model.new_cache())
-        if recording:
-            states[-1].activate_past_recording()
-        model.generate(text, cache=states[-1], max_new_tokens=9, do_sample=False, eos_token_id=end, pad_token_id=0)
-    before, state = states
-    assert state._is_recording is recording and len(state._boundaries) == len(before._boundaries)
-    assert state._recent_ids is None if not recording else torch.equal(state._recent_ids, before._recent_ids)
-    if recording:
-        for each in states:
-            each.crop(-6)
-        assert torch.equal(state.num_tokens, before.num_tokens) and torch.equal(state._history, before._history)
+    options: dict[str, Any] = dict(max_new_tokens=9, do_sample=False, eos_token_id=end, pad_token_id=0)
+    expected = model.generate(text, **options)
+    late()
+
+    def look(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        assert end not in input_ids[0, 7:]
+        lengths.append(input_ids.shape[1])
+        return scores
+
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            assert end not in input_ids[0, 7:-1]
+            lengths.append(input_ids.shape[1])
+            return torch.zeros(1, dtype=torch.bool)
+
+    def allow(row: int, ids: torch.Tensor) -> list[int]:
+        look(ids[None], ids)
+        return [*range(97)]
+
+    state = model.new_cache()
+    for own in (dict(logits_processor=[look]), dict(stopping_criteria=[Never()]), dict(prefix_allowed_tokens_fn=allow)):
+        assert torch.equal(model.generate(text, **options | own), expected)
+    assert len(lengths) == 3 * (expected.shape[1] - 7)
+    state.activate_past_recording()
+    long = random_tokens(model.config, 1, 150)
+    model.generate(long, cache=state, max_new_tokens=9, do_sample=False, stopping_criteria=[Enough(153)])
+    state.crop(-128)
+    assert state._history is not None and state.num_tokens.tolist() == [152 - 128]
 
 
 def test_sampling_up_to_an_end(model: BakaForCausalLM, late: Any) -> None:

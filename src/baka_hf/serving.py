@@ -82,6 +82,7 @@ class Request:
     num_read: int = 0  # tokens that were read, of the prompt and of its own
     num_chosen: int = 0  # tokens that were chosen, though the device alone may know them yet
     is_said: bool = False  # there is nothing more to say
+    is_known: bool = True  # which tokens its state has read: not, if embeddings were fed to the one that was given
 
     @cached_property
     def _draws(self) -> Iterator[float]:
@@ -211,11 +212,16 @@ class Batcher:
             raise ValueError(f"expected `eos_token_id` to be a token id or a sequence of some, got {eos_token_id!r}.")
         if not isinstance(logits_processor, Sequence) or not all(map(callable, logits_processor)):
             raise ValueError(f"expected `logits_processor` to be a sequence of functions, got {logits_processor!r}.")
+        is_known = True
         if state is not None:
             check_cache(self.decoder, state, 1)
             state = state[0]
+            is_known = state._history is not None and state._opening is not None
+            if not is_known:  # one row of which it is not known what it has read would be taken for all
+                state._history, state._opening = self.fresh._history, self.fresh._opening
         processors = tuple(logits_processor)
         request = Request(ids.tolist(), max_new_tokens, sampling, frozenset(ends), seed, processors, keep_state, state)
+        request.is_known = is_known
         self.waiting.append(request)
         return request
 
@@ -244,6 +250,8 @@ class Batcher:
         if self._is_torn:
             raise ValueError("expected a batcher between two steps, got one whose last step was interrupted or failed.")
         self._is_torn = True
+        # `before` are tokens that were chosen in the step before, `self.sent` those of this one. Late, a first token
+        # after a prompt is not read in the same step: of its own tokens a text knows all but the last when it reads.
         said, before = self._let_go(), self._take_sent()
         self._read_prompts()
         texts_matter = any(request is not None and request.logits_processor for request in self.saying)
@@ -362,7 +370,6 @@ class Batcher:
 
         To end a chunk takes longer than all else, so those that will wait a few steps for others to do it with them.
         """
-        # No more than one of a text's tokens is ever unknown when it reads on.
         unknown = {request for sent in self.sent for request in sent.requests}
         wanted = [
             request is not None and request not in unknown and self._has_to_read(request) for request in self.saying
@@ -401,6 +408,8 @@ class Batcher:
     def _end(self, request: Request, row: int) -> tuple[Request, None]:
         if request.keep_state:
             request.state = self.state[row]
+            if not request.is_known:
+                request.state._history = request.state._opening = None
         reason = "stop" if request.tokens[-1] in request.eos_token_ids else "length"
         request.finish_reason = request.finish_reason or reason
         self.saying[row] = None
