@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .cache_baka import BakaCache
 from .compile_baka import on_host
-from .functions_baka import gather_positions, put_on
+from .functions_baka import from_host, gather_positions, put_on
 from .inputs_baka import check_cache, check_mask, check_text, find_alone, find_restarts
 from .stream_baka import Memory, Span, columns_of, in_columns, plan_aligned, plan_spans
 
@@ -134,10 +134,12 @@ def plan(
     batch_size, length = check_text(config, input_ids, inputs_embeds)
     check_cache(model, cache, batch_size, within_beam_search)
     fed = 0 if cache is None else cache.get_seq_length()
+    if input_ids is not None and cache is not None:
+        input_ids = from_host(cache.device, input_ids)
     text = input_ids if inputs_embeds is None else inputs_embeds
     assert text is not None
     given = check_mask(attention_mask, batch_size, length, fed)
-    real = None if given is None else put_on(text.device, given)  # it may have come from the host
+    real = None if given is None else put_on(text.device, given)
     restarts = find_restarts(position_ids, batch_size, length, real)
     if use_cache is None:
         use_cache = config.use_cache and not model.training

@@ -220,6 +220,11 @@ def put_on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
+def from_host(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` on that device if it lies on the host, else where it is."""
+    return put_on(device, tensor) if tensor.device.type == "cpu" else tensor
+
+
 def gather_positions(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x [B, T, D] at `index` [B, K]: [B, K, D]."""
     return x.gather(1, index.to(x.device)[:, :, None].expand(-1, -1, x.shape[2]))

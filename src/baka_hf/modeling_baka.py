@@ -27,7 +27,7 @@ from .checkpoint_baka import BakaCheckpointMixin
 from .compile_baka import on_host, runs_compiled_parts
 from .configuration_baka import BakaConfig
 from .decoding_graphs_baka import reader_of
-from .functions_baka import get_norm, initialise
+from .functions_baka import from_host, get_norm, initialise
 from .generation_baka import BakaGenerationMixin
 from .heads_baka import QuestionAnswering, SequenceClassification, TokenClassification
 from .inputs_baka import (
@@ -225,7 +225,8 @@ class BakaModel(BakaPreTrainedModel):
         """Read text, from its beginning or on from a state.
 
         Args:
-            input_ids: [B, L] int64 token ids; or `inputs_embeds`, [B, L, D].
+            input_ids: [B, L] int64 token ids; or `inputs_embeds`, [B, L, D]. With a state ids, and always the mask, may
+                also lie on the host.
             attention_mask: [B, L], or [B, P + L] after P positions fed to the state; 0 means "not in the stream",
                 wherever it stands.
             position_ids: [B, L]. A real token whose position does not go on from the one before, and 0 never does,
@@ -319,6 +320,7 @@ class BakaModel(BakaPreTrainedModel):
             return None
         batch_size, _ = check_text(config, input_ids, None)
         check_cache(self, cache, batch_size, within_beam_search)
+        input_ids = from_host(cache.device, input_ids)
         real = check_mask(attention_mask, batch_size, 1, cache.get_seq_length())
         reads = torch.ones(batch_size, dtype=torch.bool) if real is None else real[:, 0].cpu()
         if config.uses_random_pauses and not bool((cache._pauses == torch.tensor(fixed_pauses(config))).all()):

@@ -316,7 +316,7 @@ class Batcher:
         for row, piece in enumerate(pieces):
             ids[row, : len(piece)], mask[row, : len(piece)] = torch.tensor(piece, dtype=torch.int64), 1
         states = self.decoder(
-            input_ids=put_on(self.model.device, ids),
+            input_ids=ids,  # looked at and checked on the host
             attention_mask=mask,
             cache=self.reading_state,
             use_cache=True,
