@@ -153,10 +153,12 @@ WORKS: Works = [
             "product": partial(patch.object, decoding_graphs_baka, "one_product", products_apart),
         },
     ),
-    (stepping, (256, 512), (16, 8), {"windows": partial(patch.object, decoding_graphs_baka, "NUM_WINDOWS", 1)}),
     (
         *(stepping_out_of_step, (256, 512), (16, 8)),
-        {"apart": partial(patch.object, decoding_graphs_baka, "LARGEST_PART_APART", 0)},
+        {
+            "blocks": partial(patch.object, attention_baka, "IN_BLOCKS", ()),
+            "apart": partial(patch.object, decoding_graphs_baka, "LARGEST_PART_APART", 0),
+        },
     ),
     (reading, (1, 131072), (1, 64), {"last_states": partial(planned, num_last_states=None)}),
     (pieces, (1, 30), (1, 1), {"any_length": partial(patch.object, reading_baka, "any_length", nullcontext())}),

@@ -50,13 +50,14 @@ class Users:
 
     def __init__(self, batcher: Batcher, args: argparse.Namespace):
         self.batcher, self.args, self.dice = batcher, args, random.Random(0)
+        self.vocabulary = range(batcher.model.config.vocab_size)
         self.ended: list[Request] = []
         for _ in range(batcher.num_rows):
             self.join()
 
     def join(self) -> None:
         prompt, answer = (max(1, mean * self.dice.randint(1, 15) // 8) for mean in (self.args.prompt, self.args.answer))
-        ids = [self.dice.randrange(self.batcher.model.config.vocab_size) for _ in range(prompt)]
+        ids = self.dice.choices(self.vocabulary, k=prompt)
         self.batcher.add(ids, answer, eos_token_id=())
 
     def step(self) -> int:

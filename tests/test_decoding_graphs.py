@@ -15,7 +15,7 @@ from helpers import CONFIGS, random_tokens, recorded_calls, tiny_config, tiny_mo
 from torch import Tensor
 from torch.testing import assert_close
 
-from baka_hf import BakaCache, BakaForCausalLM, decoding_graphs_baka
+from baka_hf import BakaCache, BakaForCausalLM, attention_baka, decoding_graphs_baka
 
 EXACT = dict(rtol=0, atol=1e-5)
 
@@ -121,6 +121,51 @@ def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (6, 2)])
+@pytest.mark.parametrize("has_memory", [True, False])
+@torch.no_grad()
+def test_a_large_batch_reads_only_what_it_sees(
+    heads: int, kv_heads: int, has_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows out of step, in the blocks of keys that each of them sees, equal each row by itself; without a kernel for
+    the heads there is a mask."""
+    monkeypatch.setattr(decoding_graphs_baka, "LARGE_BATCH", 2)
+    monkeypatch.setattr(attention_baka, "IN_BLOCKS", ("cpu",))
+    monkeypatch.setattr(attention_baka, "BLOCK_SIZE", 4)
+    by_blocks = []
+    plain = decoding_graphs_baka.attend_in_blocks
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scale: float) -> Tensor:
+        assert blocks.order.shape[-1] == -(-key.shape[2] // 4)
+        for row, count, order in zip(blocks.sees, blocks.counts.flatten(), blocks.order[:, 0, 0], strict=True):
+            # A kernel reads no others, but that is the eager one's to ignore.
+            hidden = torch.ones(key.shape[2], dtype=torch.bool)
+            for block in order[:count].tolist():
+                hidden[4 * block : 4 * block + 4] = False
+            assert not row[:, hidden].any()
+            assert count == len({int(slot) // 4 for slot in row.any(dim=0).nonzero()})
+        by_blocks.append(key.shape)
+        return plain(query, key, value, blocks, scale)
+
+    monkeypatch.setattr(decoding_graphs_baka, "attend_in_blocks", counted)
+    sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=heads * 16)
+    model = tiny_model(tiny_config(**sizes, num_memory_tokens=2 * has_memory), torch.float32)
+    n, lengths = model.config.chunk_size, (1, 2, 7)
+    tokens = random_tokens(model.config, len(lengths), 8 + 2 * n)
+    state, alone = model.new_cache(len(lengths), static=True), [model.new_cache(1) for _ in lengths]
+    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    model(tokens[:, : max(lengths)], attention_mask=mask.long(), cache=state)
+    for row, length in enumerate(lengths):
+        model(tokens[row : row + 1, max(lengths) - length : max(lengths)], cache=alone[row])
+    for position in range(max(lengths), tokens.shape[1]):
+        logits = model(tokens[:, position : position + 1], cache=state).logits
+        for row, own in enumerate(alone):
+            expected = model(tokens[row : row + 1, position : position + 1], cache=own).logits
+            assert_close(logits[row : row + 1], expected, rtol=0, atol=1e-4)
+    assert bool(by_blocks) == (heads // kv_heads != 3)
+
+
 def test_a_row_is_put_beside_others_that_begin() -> None:
     """Together, and in a batch whose pieces no graph reads: all have the learned memory, and one gets another."""
     model = tiny_model(tiny_config(**CONFIGS["gate"]))
@@ -153,7 +198,7 @@ def test_rows_at_the_edge_of_a_chunk_are_read_apart(name: str, monkeypatch: pyte
         if column == 20:
             model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
     assert_same_state(static, state)
-    sizes = [(reader.batch_size, kind) for reader, _, kind, _ in kinds]
+    sizes = [(reader.batch_size, kind) for reader, _, kind in kinds]
     assert sizes.count((8, decoding_graphs_baka.EDGE)) > 10
     assert 0 < sizes.count((33, decoding_graphs_baka.EDGE)) < 15  # when they are many
 
