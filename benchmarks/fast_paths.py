@@ -153,11 +153,12 @@ WORKS: Works = [
             "product": partial(patch.object, decoding_graphs_baka, "one_product", products_apart),
         },
     ),
+    (stepping, (256, 512), (16, 8), {"windows": partial(patch.object, decoding_graphs_baka, "NUM_WINDOWS", 1)}),
     (
         *(stepping_out_of_step, (256, 512), (16, 8)),
         {
-            "blocks": partial(patch.object, attention_baka, "IN_BLOCKS", ()),
             "apart": partial(patch.object, decoding_graphs_baka, "LARGEST_PART_APART", 0),
+            "skipping": partial(patch.object, decoding_graphs_baka, "LARGEST_SHARE", 0),
         },
     ),
     (reading, (1, 131072), (1, 64), {"last_states": partial(planned, num_last_states=None)}),

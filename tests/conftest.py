@@ -5,9 +5,11 @@ import tempfile
 from collections.abc import Iterator
 
 # Before torch and transformers are imported: they read these once, and so do the processes that tests start. The models
-# are tiny, a second thread would cost more than it gives, and other bits than those of one.
+# are tiny, a second thread would cost more than it gives, and other bits than those of one. Triton's kernels run on a
+# CPU.
 _hf_home = tempfile.TemporaryDirectory(prefix="baka-hf-tests-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": _hf_home.name, "OMP_NUM_THREADS": "1"}
+os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -15,7 +15,7 @@ from helpers import CONFIGS, random_tokens, recorded_calls, tiny_config, tiny_mo
 from torch import Tensor
 from torch.testing import assert_close
 
-from baka_hf import BakaCache, BakaForCausalLM, attention_baka, decoding_graphs_baka
+from baka_hf import BakaCache, BakaForCausalLM, decoding_attention_baka, decoding_graphs_baka
 
 EXACT = dict(rtol=0, atol=1e-5)
 
@@ -121,51 +121,6 @@ def test_rows_out_of_step(batch_size: int, counts: dict[str, int]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (6, 2)])
-@pytest.mark.parametrize("has_memory", [True, False])
-@torch.no_grad()
-def test_a_large_batch_reads_only_what_it_sees(
-    heads: int, kv_heads: int, has_memory: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows out of step, in the blocks of keys that each of them sees, equal each row by itself; without a kernel for
-    the heads there is a mask."""
-    monkeypatch.setattr(decoding_graphs_baka, "LARGE_BATCH", 2)
-    monkeypatch.setattr(attention_baka, "IN_BLOCKS", ("cpu",))
-    monkeypatch.setattr(attention_baka, "BLOCK_SIZE", 4)
-    by_blocks = []
-    plain = decoding_graphs_baka.attend_in_blocks
-
-    def counted(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scale: float) -> Tensor:
-        assert blocks.order.shape[-1] == -(-key.shape[2] // 4)
-        for row, count, order in zip(blocks.sees, blocks.counts.flatten(), blocks.order[:, 0, 0], strict=True):
-            # A kernel reads no others, but that is the eager one's to ignore.
-            hidden = torch.ones(key.shape[2], dtype=torch.bool)
-            for block in order[:count].tolist():
-                hidden[4 * block : 4 * block + 4] = False
-            assert not row[:, hidden].any()
-            assert count == len({int(slot) // 4 for slot in row.any(dim=0).nonzero()})
-        by_blocks.append(key.shape)
-        return plain(query, key, value, blocks, scale)
-
-    monkeypatch.setattr(decoding_graphs_baka, "attend_in_blocks", counted)
-    sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads, hidden_size=heads * 16)
-    model = tiny_model(tiny_config(**sizes, num_memory_tokens=2 * has_memory), torch.float32)
-    n, lengths = model.config.chunk_size, (1, 2, 7)
-    tokens = random_tokens(model.config, len(lengths), 8 + 2 * n)
-    state, alone = model.new_cache(len(lengths), static=True), [model.new_cache(1) for _ in lengths]
-    mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
-    model(tokens[:, : max(lengths)], attention_mask=mask.long(), cache=state)
-    for row, length in enumerate(lengths):
-        model(tokens[row : row + 1, max(lengths) - length : max(lengths)], cache=alone[row])
-    for position in range(max(lengths), tokens.shape[1]):
-        logits = model(tokens[:, position : position + 1], cache=state).logits
-        for row, own in enumerate(alone):
-            expected = model(tokens[row : row + 1, position : position + 1], cache=own).logits
-            assert_close(logits[row : row + 1], expected, rtol=0, atol=1e-4)
-    assert bool(by_blocks) == (heads // kv_heads != 3)
-
-
 def test_a_row_is_put_beside_others_that_begin() -> None:
     """Together, and in a batch whose pieces no graph reads: all have the learned memory, and one gets another."""
     model = tiny_model(tiny_config(**CONFIGS["gate"]))
@@ -198,9 +153,40 @@ def test_rows_at_the_edge_of_a_chunk_are_read_apart(name: str, monkeypatch: pyte
         if column == 20:
             model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
     assert_same_state(static, state)
-    sizes = [(reader.batch_size, kind) for reader, _, kind in kinds]
+    sizes = [(reader.batch_size, kind) for reader, _, kind, *_ in kinds]
     assert sizes.count((8, decoding_graphs_baka.EDGE)) > 10
     assert 0 < sizes.count((33, decoding_graphs_baka.EDGE)) < 15  # when they are many
+
+
+@pytest.mark.parametrize("name", ["default", "associations_of_tokens_and_memory", "rmt_without_xl", "grouped_queries"])
+@torch.no_grad()
+def test_many_rows_read_what_they_see_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of step by the kernel that skips what is hidden, in step by PyTorch's, as if each read all."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(decoding_attention_baka, "FEWEST_ROWS", 16)
+    monkeypatch.setattr(decoding_attention_baka, "DEVICES", ("cpu",))
+    monkeypatch.setattr(decoding_graphs_baka, "LARGEST_PART_APART", 1)
+    fields = dict(chunk_size=40, num_hidden_layers=2)
+    model = tiny_model(tiny_config(**CONFIGS[name] | fields), torch.float32)
+    tokens, generator = random_tokens(model.config, 17, 100), torch.Generator().manual_seed(0)
+    mask = (torch.arange(60) >= torch.randint(59, (17, 1), generator=generator)).long()
+    state, static = model.new_cache(17), model.new_cache(17, static=True)
+    for cache in (state, static):
+        model(tokens[:, :60], attention_mask=mask, cache=cache)
+    kinds = recorded_calls(monkeypatch, decoding_graphs_baka.StaticReader, "_token")
+    for column in range(60, 65):
+        mask = (torch.rand(17, 1, generator=generator) < 0.9).long()
+        token = tokens[:, column : column + 1]
+        expected = model(token, attention_mask=mask, cache=state).logits
+        assert_close(model(token, attention_mask=mask, cache=static).logits, expected, rtol=0, atol=1e-4)
+    assert any(skips for *_, skips in kinds)
+    kinds.clear()
+    state, static = model.new_cache(17), model.new_cache(17, static=True)
+    for cache in (state, static):
+        model(tokens[:, :78], cache=cache)
+    expected = model(tokens[:, 78:79], cache=state).logits
+    assert_close(model(tokens[:, 78:79], cache=static).logits, expected, rtol=0, atol=1e-4)
+    assert [skips for *_, skips in kinds] == [False]
 
 
 @torch.no_grad()

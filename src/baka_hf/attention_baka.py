@@ -8,21 +8,16 @@ from typing import Any
 import torch
 from torch import library, nn
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache_layer_baka import BakaCacheLayer
 from .compile_baka import on_host
 from .configuration_baka import BakaConfig
 from .functions_baka import apply_rotary, at_least_float32, initialise
-from .stream_baka import Blocks, Parts, Placement, View
+from .stream_baka import Parts, Placement, View
 
 # Compiled, attention does without a mask where these are PyTorch's kernels, by the type of device.
 IN_PARTS: dict[str, SDPBackend] = {"cuda": SDPBackend.CUDNN_ATTENTION}
-
-# Where few queries of many rows see only some of the keys, others are not read at all, by blocks of so many.
-IN_BLOCKS = ("cuda",)
-BLOCK_SIZE = 64
 
 FEW_VECTORS = 32  # up to so many memory vectors, products of all with all are left to the kernel around them
 
@@ -261,43 +256,6 @@ def _at_ends(x: torch.Tensor, ends: tuple[slice, ...], like: torch.Tensor, rest:
     for part, end in zip(x, ends, strict=True):
         result = result.slice_scatter(part.transpose(1, 2).to(like), 1, end.start, end.stop)
     return result
-
-
-def can_attend_in_blocks(config: BakaConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `flex_attention` has a kernel for it."""
-    groups = config.num_attention_heads // config.num_key_value_heads
-    is_supported = dtype in (torch.float32, torch.bfloat16, torch.float16) and config.head_dim >= 16
-    return device.type in IN_BLOCKS and is_supported and groups & (groups - 1) == 0
-
-
-def in_blocks(sees: torch.Tensor) -> Blocks:
-    """The blocks of keys that each row has to read, of `sees` [B, Q, K] bool."""
-    padded = nn.functional.pad(sees.any(dim=1), (0, -sees.shape[2] % BLOCK_SIZE))
-    is_read = padded.unflatten(1, (-1, BLOCK_SIZE)).any(dim=2)
-    order = is_read.int().sort(dim=1, descending=True, stable=True).indices
-    return Blocks(sees, is_read.sum(1, dtype=torch.int32)[:, None, None], order.int()[:, None, None])
-
-
-def attend_in_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: Blocks, scale: float
-) -> torch.Tensor:
-    """Attention [B, H, Q, head_dim] of a few queries, by a kernel that reads no blocks of keys but theirs.
-
-    Args:
-        query: [B, H, Q, head_dim].
-        key, value: [B, H_kv, K, head_dim].
-        blocks: which keys each query sees.
-        scale: what scores are multiplied by.
-    """
-    sees, counts, order = blocks
-
-    def mask_mod(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return sees[row, query, key]
-
-    lengths, nothing = (query.shape[2], key.shape[2]), (None,) * 6  # full blocks, and what gradients would need
-    mask = BlockMask(lengths, counts, order, *nothing, BLOCK_SIZE=(128, BLOCK_SIZE), mask_mod=mask_mod)
-    is_grouped = query.shape[1] != key.shape[1]
-    return flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=is_grouped)  # type: ignore
 
 
 def place(past: torch.Tensor | None, new: torch.Tensor, placement: Placement, num_slots: int) -> torch.Tensor:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .attention_baka import attend_in_blocks, can_attend_in_blocks, in_blocks
 from .cache_baka import BakaCache
 from .compile_baka import allow_programs
 from .configuration_baka import BakaConfig
+from .decoding_attention_baka import LARGEST_SHARE, attend_seen, can_attend_seen
 from .functions_baka import put_on, rotary_table_of
 from .graphs_baka import PlainWeights, recording
 from .history_baka import hash_of_nothing, hash_tokens
@@ -47,8 +47,9 @@ DEVICES = ("cuda",)
 
 PLAIN, PAUSE, EDGE = range(3)  # kinds of steps, by what the token at a position brings with it
 
-# From this batch size on keys and values are most of what a step reads, and only those that it sees are worth it.
+# From this batch size on keys and values are most of what a step reads, and only those written so far are worth it.
 LARGE_BATCH = 16
+NUM_WINDOWS = 4
 
 # In such a batch rows that begin or end a chunk are read apart, so many at a time, if they are no more than a part.
 NUM_APART = 8
@@ -113,10 +114,12 @@ class StaticReader:
         self.apart: StaticReader | None = None  # of a few rows, for those at the edge of a chunk
         self.graphs: dict[Any, Any] = {}
         self.views: dict[Any, View] = {}
+        S = config.stream_length
         with torch.inference_mode(False):
             slots = cache.layers[0].keys
             shape = (config.num_hidden_layers, *slots.shape)
             self.keys, self.values = (slots.new_zeros(shape) for _ in range(2))
+            self.num_slots = slots.shape[2]
             self.memory = {name: torch.zeros_like(x) for name, x in cache.carried.items()}
             self.num_tokens = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
             self.seeded = torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
@@ -133,19 +136,20 @@ class StaticReader:
                 self.slots.append(dict(zip(("keys", "values"), both, strict=True)))
                 if layer.inputs is not None:
                     self.slots[-1]["inputs"] = torch.zeros_like(layer.inputs)
-            programs = compiled(enter), compiled(leave), compiled(write), compiled(attend_in_blocks)
+            programs = compiled(enter), compiled(leave), compiled(write)
             self.blocks = [
                 DecodingBlock(layer, slots, *programs) for layer, slots in zip(model.layers, self.slots, strict=True)
             ]
             self.locate, self.roll = compiled(locate), compiled(roll_over)
-            is_large = self.batch_size >= LARGE_BATCH
-            self.reads_blocks = is_large and can_attend_in_blocks(config, slots.dtype, self.device)
             self.pauses = torch.tensor(fixed_pauses(config), dtype=torch.int64, device=self.device)[None]
             self.angles = rotary_table_of(config, self.device, slots.dtype)
-        # What the host knows of the tensors above, and what a token brings.
+        # What the host knows of the tensors above: what a token brings, and where the slots seen by it end.
         self.known: list[Any] = [self.num_tokens.cpu(), self.seeded.cpu(), self.counts.cpu()]
-        self.kinds, self.widths = kinds_of_steps(config)
+        self.kinds, self.widths, self.ends = kinds_of_steps(config)
         self.is_edge = torch.tensor(self.kinds) == EDGE
+        self.may_skip = can_attend_seen(self.keys.dtype, self.device, self.batch_size)
+        self.num_windows = NUM_WINDOWS if self.batch_size >= LARGE_BATCH else 1
+        self.window = -(-S // (8 * self.num_windows)) * 8
         on_gpu = self.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None
@@ -229,11 +233,22 @@ class StaticReader:
         input_ids: torch.Tensor,
         reads: torch.Tensor,
     ) -> None:
-        kind = max(self.kinds[count % self.chunk_size] for count in num_tokens[reads].tolist())
+        counts = num_tokens[reads].tolist()
+        positions = {count % self.chunk_size for count in counts}
+        kind = max(map(self.kinds.__getitem__, positions))
+        stop, skips = self.num_slots, False
+        if kind != EDGE:
+            half, end = stop - self.stream_length, max(map(self.ends.__getitem__, positions))
+            window = min(stop, half + -(-end // self.window) * self.window)
+            if self.may_skip:
+                n = self.chunk_size
+                num_seen = sum(self.ends[count % n] + half * (count >= n) for count in counts)
+                skips = num_seen <= LARGEST_SHARE * window * len(counts)
+            stop = stop if skips else window
         self._tell(num_tokens, seeded, reads.long())
         self.ids[1].copy_(input_ids)
         self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
-        self._run(("token", kind), lambda: self._token(model, kind))
+        self._run(("token", kind, stop, skips), lambda: self._token(model, kind, stop, skips))
         self.known[0] = num_tokens + reads
 
     def _read_apart(
@@ -310,8 +325,8 @@ class StaticReader:
 
     # What is recorded. Everything that differs from one replay to the next is in this object's tensors.
 
-    def _token(self, model: Any, kind: int) -> None:
-        states = self._read_rows(model, 1, self.widths[kind], kind == EDGE)
+    def _token(self, model: Any, kind: int, stop: int, skips: bool) -> None:
+        states = self._read_rows(model, 1, self.widths[kind], stop, kind == EDGE, skips)
         reads = self.counts[:, None] > 0
         self.states[1].copy_(states.masked_fill(~reads[:, :, None], 0))
         hashed = hash_tokens(self.ids[1], start=self.history)
@@ -319,14 +334,18 @@ class StaticReader:
 
     def _piece(self, model: Any) -> None:
         n = self.chunk_size
-        self.states[n].copy_(self._read_rows(model, n, self.stream_length, True))
+        self.states[n].copy_(self._read_rows(model, n, self.stream_length, self.num_slots, True))
 
-    def _read_rows(self, model: Any, length: int, width: int, has_edge: bool) -> torch.Tensor:
-        """Read the next `counts` tokens of each row, `length` at most, in `width` positions; `has_edge` says whether a
-        chunk may begin or end there."""
+    def _read_rows(
+        self, model: Any, length: int, width: int, stop: int, has_edge: bool, skips: bool = False
+    ) -> torch.Tensor:
+        """Read the next `counts` tokens of each row, `length` at most, in `width` positions that see the slots up to
+        `stop`; `has_edge` says whether a chunk may begin or end there, `skips` that slots which a row does not see are
+        not read."""
         rows = self.num_tokens, self.seeded, self.counts
-        dtype = None if self.reads_blocks and not has_edge else self.keys.dtype
-        span, layout, view = self.locate(self.config, self.angles, self.pauses, *rows, length, width, dtype)
+        span, layout, view = self.locate(self.config, self.angles, self.pauses, *rows, length, width, self.keys.dtype)
+        mask, placement = view.mask[..., :stop].contiguous(), view.placement._replace(stop=stop)
+        view = view._replace(mask=mask, placement=placement, skips_hidden=skips)
         if not has_edge:
             layout.begins = layout.completes = False
             if view.writers is not None:
@@ -345,7 +364,7 @@ class StaticReader:
             cos, sin = self.angles
             own = slice(S, 2 * S)
             writers = writers_of(self.config, span, layout, False, self.device)
-            mask = _bias(numbers[:, None, :] <= horizons[:, :, None], self.keys.dtype)
+            mask = _bias(numbers, horizons, self.keys.dtype)
             self.views[key] = View((cos[own], sin[own]), mask, placement, writers=writers)
         self.states[span.length].copy_(self._read(model, span, layout, self.views[key]))
 
@@ -365,21 +384,13 @@ class DecodingBlock:
     """A `BakaDecoderLayer` in another order of work, for callers that take it for one: what multiplies the same input
     is one product, and keys and values are written in place."""
 
-    def __init__(
-        self,
-        layer: Any,
-        slots: dict[str, torch.Tensor],
-        enter: Callable,
-        leave: Callable,
-        write: Callable,
-        attend_in_blocks: Callable,
-    ):
+    def __init__(self, layer: Any, slots: dict[str, torch.Tensor], enter: Callable, leave: Callable, write: Callable):
         self.layer, self.slots = layer, slots
         self.of_input = Joined.of(layer.input_projections)
         self.of_mlp = None if layer.is_parallel else Joined.of(layer.mlp_projections)
         beside = layer.projections_beside
         self.of_attended = _side_by_side(beside) if len(beside) > 1 else None
-        self.enter, self.leave, self.write, self.attend_in_blocks = enter, leave, write, attend_in_blocks
+        self.enter, self.leave, self.write = enter, leave, write
 
     def refresh(self) -> None:
         with torch.no_grad(), torch.inference_mode(False):
@@ -400,17 +411,19 @@ class DecodingBlock:
         first_value: torch.Tensor | None,
     ) -> tuple[torch.Tensor, None, torch.Tensor | None, None, Associated | None]:
         held = None if associated is None else associated.held
-        view_of_keys = view._replace(mask=None, blocks=None)
+        view_of_keys = view._replace(mask=None)
         entered = self.enter(self.layer, hidden_states, self.of_input, view_of_keys, held, self.slots, first_value)
-        attention, keys, values = self.layer.self_attn, self.slots["keys"], self.slots["values"]
-        if view.blocks is not None:
-            attended = self.attend_in_blocks(entered.query, keys, values, view.blocks, attention.scaling)
+        attention = self.layer.self_attn
+        visible = slice(view.placement.first, view.placement.stop)
+        keys, values = (self.slots[name][:, :, visible] for name in ("keys", "values"))
+        if view.skips_hidden:
+            assert view.mask is not None
+            attended = attend_seen(entered.query, keys, values, view.mask, attention.scaling)
         else:
-            visible = slice(view.placement.first, view.placement.stop)
             attended = nn.functional.scaled_dot_product_attention(
                 entered.query,
-                keys[:, :, visible],
-                values[:, :, visible],
+                keys,
+                values,
                 attn_mask=view.mask,
                 scale=attention.scaling,
                 enable_gqa=attention.num_key_value_groups > 1,
@@ -563,7 +576,7 @@ def locate(
     counts: torch.Tensor,
     length: int,
     width: int,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
 ) -> tuple[Span, Layout, View]:
     """Span, layout and view of the next tokens of each row, which are of one chunk, all on the device.
 
@@ -576,41 +589,39 @@ def locate(
         counts: [B] int64, tokens that each row reads, which may be none.
         length: the most that any does.
         width: Q, positions that a row takes at most.
-        dtype: of a mask; None for blocks instead.
+        dtype: the model's.
     """
     n, S, half = config.chunk_size, config.stream_length, config.stream_length if config.use_xl_cache else 0
     has_previous = num_tokens >= n
     span = Span(0, num_tokens % n, counts, length, ~(has_previous | seeded), has_previous, num_tokens + counts)
     layout = lay_out(span, config, pauses, True, width)
-    slots, valid = (half + layout.slots)[:, None, :, None], layout.valid[:, None, :, None]
-    placement = Placement(stop=half + S, slots=slots, valid=valid)
+    placement = Placement(slots=(half + layout.slots)[:, None, :, None], valid=layout.valid[:, None, :, None])
     numbers, horizons = compare_slots(config, span, layout, placement, num_tokens.device)
     cos, sin = table
     angles = cos[S + layout.slots], sin[S + layout.slots]
     writers = writers_of(config, span, layout, False, num_tokens.device)
-    sees = numbers[:, None, :] <= horizons[:, :, None]
-    if dtype is None:
-        return span, layout, View(angles, None, placement, blocks=in_blocks(sees), writers=writers)
-    return span, layout, View(angles, _bias(sees, dtype), placement, writers=writers)
+    return span, layout, View(angles, _bias(numbers, horizons, dtype), placement, writers=writers)
 
 
-def _bias(sees: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B or 1, 1, Q, K], what is added to a weight: nothing where a query `sees` the key."""
-    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, float("-inf"))[:, None]
+def _bias(numbers: torch.Tensor, horizons: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B or 1, 1, Q, K], what is added to a weight: nothing where a query sees the key."""
+    sees = numbers[:, None, None, :] <= horizons[:, None, :, None]
+    return torch.zeros_like(sees, dtype=dtype).masked_fill(~sees, float("-inf"))
 
 
-def kinds_of_steps(config: BakaConfig) -> tuple[list[int], list[int]]:
-    """For a token at each position of a chunk its kind, n of them, and how many positions a step of each kind takes at
-    most."""
+def kinds_of_steps(config: BakaConfig) -> tuple[list[int], list[int], list[int]]:
+    """For a token at each position of a chunk its kind, n of them; how many positions a step of each kind takes at
+    most; and where the slots of the token at each position end, n again."""
     n, R, pauses = config.chunk_size, config.num_memory_tokens, set(fixed_pauses(config))
-    kinds, widths = [], [1, 2, 1]
+    kinds, ends, widths = [], [], [1, 2, 1]
     for position in range(n):
         is_edge, has_pause = position in (0, n - 1), position in pauses
         kinds.append(EDGE if is_edge else PAUSE if has_pause else PLAIN)
+        ends.append(R + position + 1 + sum(pause <= position for pause in pauses))
         if is_edge:
             width = 1 + has_pause + R * ((position == 0) + (position == n - 1))
             widths[EDGE] = max(widths[EDGE], width)
-    return kinds, widths
+    return kinds, widths, ends
 
 
 def _as_it_is(function: Callable) -> Callable:

@@ -28,14 +28,6 @@ class Parts(NamedTuple):
     has_past: torch.Tensor | None  # [B, 1, 1, 1] bool, rows that see what was before the span; None: all
 
 
-class Blocks(NamedTuple):
-    """Which keys the queries of each row see, and the blocks of keys with any of them, see `attend_in_blocks`."""
-
-    sees: torch.Tensor  # [B, Q, K] bool
-    counts: torch.Tensor  # [B, 1, 1] int32, blocks that a row reads
-    order: torch.Tensor  # [B, 1, 1, blocks of all keys] int32, those first
-
-
 class Placement(NamedTuple):
     """Where a span's keys and values stand among a block's slots, and which slots its queries may look at.
 
@@ -113,7 +105,7 @@ class View(NamedTuple):
     # A whole chunk's keys are left behind as those of a previous stream, S slots earlier: the angles of that.
     previous_angles: Angles | None = None
     writers: Writers | None = None  # None if there are no associations
-    blocks: Blocks | None = None  # with them there is no mask, and what nobody sees is not read
+    skips_hidden: bool = False  # what the mask hides is not even read, see `attend_seen`
 
 
 def fixed_pauses(config: BakaConfig) -> list[int]:
