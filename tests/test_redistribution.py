@@ -87,7 +87,7 @@ def test_rows_of_several_states(overrides: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
 def test_rows_put_at_once(overrides: dict[str, Any]) -> None:
-    """As one after another, into some rows, from some, and one text into several."""
+    """As one after another, into some rows, from some, one text into several, and from their own."""
     model = tiny_model(tiny_config(**overrides))
     (_, rows), (_, others) = (rows_out_of_phase(model, *lengths) for lengths in ((3, 8, 11), (7, 1, 12)))
     expected, before = rows.clone(), contents(others)
@@ -101,6 +101,9 @@ def test_rows_put_at_once(overrides: dict[str, Any]) -> None:
     for wrong, of in (([3], [0]), ([0], [3])):
         with pytest.raises(IndexError):
             rows.put_rows(wrong, others, of)
+    assert contents(rows) == contents(expected)
+    rows.put_rows([0, 1, 2], rows, [2, 0, 1])
+    expected.put_rows([0, 1, 2], expected.clone(), [2, 0, 1])
     assert contents(rows) == contents(expected)
 
 

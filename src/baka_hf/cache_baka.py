@@ -324,9 +324,9 @@ class BakaCache(Cache):
         changed._seq_length, changed._aligned = max(self._seq_length, int(state._num_tokens[of].max())), 0
         changed._is_beam_search, changed._boundaries = self._is_beam_search or state._is_beam_search, []
         self._is_torn = True  # its tensors change where they are
-        put, where, whence = state.tensors(), put_on(self.device, where), put_on(state.device, whence)
-        for name, tensor in changed.tensors().items():
-            tensor.index_copy_(0, where, put[name].index_select(0, whence).to(tensor))
+        put = (state.clone() if state is self else state).tensors()
+        targets = [tensor[row] for tensor in changed.tensors().values() for row in rows]
+        torch._foreach_copy_(targets, [put[name][row] for name in changed.tensors() for row in of])
         self.go_on(changed)
 
     def reset(self) -> None:
