@@ -323,8 +323,8 @@ class BakaCache(Cache):
         changed._asked = changed._said = changed._finished = changed._prompt = changed._recent_ids = None
         changed._seq_length, changed._aligned = max(self._seq_length, int(state._num_tokens[of].max())), 0
         changed._is_beam_search, changed._boundaries = self._is_beam_search or state._is_beam_search, []
-        self._is_torn = True  # its tensors change where they are
         put = (state.clone() if state is self else state).tensors()
+        self._is_torn = True  # its tensors change where they are
         targets = [tensor[row] for tensor in changed.tensors().values() for row in rows]
         torch._foreach_copy_(targets, [put[name][row] for name in changed.tensors() for row in of])
         self.go_on(changed)
