@@ -96,9 +96,12 @@ def train(model: Any, documents: list[Any], args: Arguments) -> None:
             dataloader_pin_memory=on_gpu,
         )
         lanes = LaneDataset(documents, args.num_lanes * arguments.world_size, n, chunks, seed=args.seed)
-        trainer = BakaTrainer(model, arguments, lambda rows: collate(rows, n if args.skip_first_chunk else 0), lanes)
-        trainer.train()
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # no autocast in scores, nor twice in training
+        BakaTrainer(model, arguments, lambda rows: collate(rows, n if args.skip_first_chunk else 0), lanes).train()
+        for name in (
+            "forward",
+            "_original_forward",
+        ):  # accelerate leaves the model in autocast, which scores are not in
+            model.__dict__.pop(name, None)
     model.config.use_cache = True  # the Trainer switches it off
 
 

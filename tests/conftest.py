@@ -9,7 +9,7 @@ from collections.abc import Iterator
 # CPU.
 _hf_home = tempfile.TemporaryDirectory(prefix="baka-hf-tests-")
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": _hf_home.name, "OMP_NUM_THREADS": "1"}
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402

@@ -323,10 +323,10 @@ class BakaCache(Cache):
         changed._asked = changed._said = changed._finished = changed._prompt = changed._recent_ids = None
         changed._seq_length, changed._aligned = max(self._seq_length, int(state._num_tokens[of].max())), 0
         changed._is_beam_search, changed._boundaries = self._is_beam_search or state._is_beam_search, []
-        put = (state.clone() if state is self else state).tensors()
         self._is_torn = True  # its tensors change where they are
-        targets = [tensor[row] for tensor in changed.tensors().values() for row in rows]
-        torch._foreach_copy_(targets, [put[name][row] for name in changed.tensors() for row in of])
+        put, where, whence = state.tensors(), put_on(self.device, where), put_on(state.device, whence)
+        for name, tensor in changed.tensors().items():
+            tensor.index_copy_(0, where, put[name].index_select(0, whence).to(tensor))
         self.go_on(changed)
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""Attention of one token in each of many rows, by a kernel that does not read what a row's mask hides.
+"""Attention of a step of many rows, by a kernel that does not read what a row's mask hides.
 
 PyTorch's kernels read all keys and values, whatever a mask says of them. Rows that are at different places of their
 chunks, some in their first one, see less than half of their slots; and to read these is most of a step of many rows.
@@ -21,14 +21,14 @@ DEVICES = ("cuda",)
 
 
 def can_attend_seen(dtype: torch.dtype, device: torch.device, num_rows: int) -> bool:
-    """Whether there is a kernel for it, which computes in float32, and so many rows that it pays."""
+    """Whether the kernel, which computes in float32, is there for these rows, and so many of them that it pays."""
     return triton is not None and device.type in DEVICES and dtype != torch.float64 and num_rows >= FEWEST_ROWS
 
 
 def attend_seen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention [B, H, Q, head_dim] of a few queries, which see something each.
+    """Attention [B, H, Q, head_dim] of a step's queries, one or two in a row, which see something each.
 
     Args:
         query: [B, H, Q, head_dim], each head_dim in one piece of memory, as those of `key` and `value`.
@@ -39,9 +39,10 @@ def attend_seen(
     batch_size, num_heads, num_queries, head_dim = query.shape
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     with torch.cuda.device_of(query):
-        _attend_seen[num_heads, num_queries, batch_size](
+        _attend_seen[batch_size * num_heads, num_queries](
             *(query, key, value, mask, output, scale, key.shape[2], head_dim),
             *(*query.stride()[:3], *key.stride()[:3]),
+            num_heads=num_heads,
             group=num_heads // key.shape[1],
             width=triton.next_power_of_2(head_dim),
             block=KEYS_TOGETHER,
@@ -68,17 +69,19 @@ if triton is not None:
         key_row,
         key_head,
         key_step,
+        num_heads: tl.constexpr,
         group: tl.constexpr,
         width: tl.constexpr,
         block: tl.constexpr,
     ):
         """A query of a row and head: blocks of keys one after another, with the softmax of all so far."""
-        head, position, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+        row, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
+        position = tl.program_id(1)
         queries += row * query_row + head * query_head + position * query_step
         keys += row * key_row + (head // group) * key_head
         values += row * key_row + (head // group) * key_head
         masks += (row * tl.num_programs(1) + position) * num_keys
-        outputs += ((row * tl.num_programs(0) + head) * tl.num_programs(1) + position) * head_dim
+        outputs += ((row * num_heads + head) * tl.num_programs(1) + position) * head_dim
 
         places = tl.arange(0, width)
         is_there = places < head_dim

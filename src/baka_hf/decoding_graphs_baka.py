@@ -239,12 +239,13 @@ class StaticReader:
         stop, skips = self.num_slots, False
         if kind != EDGE:
             half, end = stop - self.stream_length, max(map(self.ends.__getitem__, positions))
-            window = min(stop, half + -(-end // self.window) * self.window)
+            up_to = min(stop, half + -(-end // self.window) * self.window)
             if self.may_skip:
                 n = self.chunk_size
                 num_seen = sum(self.ends[count % n] + half * (count >= n) for count in counts)
-                skips = num_seen <= LARGEST_SHARE * window * len(counts)
-            stop = stop if skips else window
+                skips = num_seen <= LARGEST_SHARE * up_to * len(counts)
+            if not skips:
+                stop = up_to
         self._tell(num_tokens, seeded, reads.long())
         self.ids[1].copy_(input_ids)
         self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
@@ -411,7 +412,7 @@ class DecodingBlock:
         first_value: torch.Tensor | None,
     ) -> tuple[torch.Tensor, None, torch.Tensor | None, None, Associated | None]:
         held = None if associated is None else associated.held
-        view_of_keys = view._replace(mask=None)
+        view_of_keys = view._replace(mask=None, skips_hidden=False)
         entered = self.enter(self.layer, hidden_states, self.of_input, view_of_keys, held, self.slots, first_value)
         attention = self.layer.self_attn
         visible = slice(view.placement.first, view.placement.stop)
