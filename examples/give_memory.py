@@ -97,10 +97,7 @@ def train(model: Any, documents: list[Any], args: Arguments) -> None:
         )
         lanes = LaneDataset(documents, args.num_lanes * arguments.world_size, n, chunks, seed=args.seed)
         BakaTrainer(model, arguments, lambda rows: collate(rows, n if args.skip_first_chunk else 0), lanes).train()
-        for name in (
-            "forward",
-            "_original_forward",
-        ):  # accelerate leaves the model in autocast, which scores are not in
+        for name in ("forward", "_original_forward"):  # accelerate's, in autocast: scores and the next stage do without
             model.__dict__.pop(name, None)
     model.config.use_cache = True  # the Trainer switches it off
 
