@@ -60,6 +60,16 @@ def assert_same_state(actual: BakaCache, expected: BakaCache) -> None:
             assert_close(mine.values[row, :, first:stop], other.values[row, :, first:stop], **EXACT)
 
 
+def states_out_of_step(model: BakaForCausalLM, tokens: Tensor, generator: torch.Generator) -> tuple[BakaCache, ...]:
+    """An ordinary state and a static one, whose rows have read the last few of `tokens` [B, T], at least three."""
+    batch_size, length = tokens.shape
+    mask = (torch.arange(length) >= torch.randint(length - 2, (batch_size, 1), generator=generator)).long()
+    states = model.new_cache(batch_size), model.new_cache(batch_size, static=True)
+    for state in states:
+        model(tokens, attention_mask=mask, cache=state)
+    return states
+
+
 VARIANTS = CONFIGS | {"random_pauses": dict(pause_placement="random")}
 
 
@@ -140,10 +150,7 @@ def test_rows_at_the_edge_of_a_chunk_are_read_apart(name: str, monkeypatch: pyte
     """In a large batch, when they are few; then it is as if all were read together. Weights may change meanwhile."""
     model = tiny_model(tiny_config(**CONFIGS[name] | dict(chunk_size=23)))
     tokens, generator = random_tokens(model.config, 33, 60), torch.Generator().manual_seed(0)
-    mask = (torch.arange(40) >= torch.randint(38, (33, 1), generator=generator)).long()
-    state, static = model.new_cache(33), model.new_cache(33, static=True)
-    for cache in (state, static):
-        model(tokens[:, :40], attention_mask=mask, cache=cache)
+    state, static = states_out_of_step(model, tokens[:, :40], generator)
     kinds = recorded_calls(monkeypatch, decoding_graphs_baka.StaticReader, "_token")
     for column in range(36):
         mask = (torch.rand(33, 1, generator=generator) < (0.9 if column else 0.1)).long()
@@ -169,10 +176,7 @@ def test_many_rows_read_what_they_see_alone(name: str, monkeypatch: pytest.Monke
     fields = dict(chunk_size=40, num_hidden_layers=2)
     model = tiny_model(tiny_config(**CONFIGS[name] | fields), torch.float32)
     tokens, generator = random_tokens(model.config, 17, 100), torch.Generator().manual_seed(0)
-    mask = (torch.arange(60) >= torch.randint(59, (17, 1), generator=generator)).long()
-    state, static = model.new_cache(17), model.new_cache(17, static=True)
-    for cache in (state, static):
-        model(tokens[:, :60], attention_mask=mask, cache=cache)
+    state, static = states_out_of_step(model, tokens[:, :60], generator)
     kinds = recorded_calls(monkeypatch, decoding_graphs_baka.StaticReader, "_token")
     for column in range(60, 65):
         mask = (torch.rand(17, 1, generator=generator) < 0.9).long()
