@@ -54,6 +54,8 @@ class ModelArguments:
     memory_update: str | None = field(default=None, metadata={"help": "From scratch: replace or gate."})
     associative_dim: int = field(default=0, metadata={"help": "From scratch: width of associations' keys; 0: none."})
     associative_write: str | None = field(default=None, metadata={"help": "From scratch: memory or tokens."})
+    associative_gate: str | None = field(default=None, metadata={"help": "From scratch: sigmoid or hard_sigmoid."})
+    associative_write_cost: float | None = field(default=None, metadata={"help": "From scratch: of writes' strength."})
     num_pause_tokens: int = field(default=0, metadata={"help": "From scratch: pause tokens in a chunk; 0: none."})
     use_xl_cache: bool = field(default=True, metadata={"help": "From scratch: attend to the previous chunk."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "From scratch: one matrix for both ends."})

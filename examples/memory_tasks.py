@@ -58,6 +58,12 @@ class ModelArguments:
     associative_write: Literal["memory", "tokens"] = field(
         default="tokens", metadata={"help": "What writes to it: the memory vectors or every token."}
     )
+    associative_gate: Literal["sigmoid", "hard_sigmoid"] = field(
+        default="sigmoid", metadata={"help": "What makes the strength of a write; a hard one can be 0."}
+    )
+    associative_write_cost: float = field(
+        default=0.0, metadata={"help": "What writes add to the loss, times their mean strength."}
+    )
     num_pause_tokens: int = field(default=0, metadata={"help": "Pause tokens in a chunk; 0: none."})
     use_xl_cache: bool = field(default=False, metadata={"help": "Attend to the previous chunk's keys and values."})
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
@@ -77,7 +83,7 @@ class ModelArguments:
         without = (
             [] if self.num_memory_tokens else ["memory_write", "memory_update", "memory_solidifier", "memory_norm"]
         )
-        without += [] if self.associative_dim else ["associative_write"]
+        without += [] if self.associative_dim else [name for name in own if name.startswith("associative_")]
         return BakaConfig(**{name: value for name, value in own.items() if name not in without} | fields)
 
     def others(self) -> list["ModelArguments"]:

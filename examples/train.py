@@ -107,6 +107,12 @@ class ModelArguments:
     associative_write: Literal["memory", "tokens"] = field(
         default="memory", metadata={"help": "What writes to it: the memory vectors or every token."}
     )
+    associative_gate: Literal["sigmoid", "hard_sigmoid"] = field(
+        default="sigmoid", metadata={"help": "What makes the strength of a write; a hard one can be 0."}
+    )
+    associative_write_cost: float = field(
+        default=0.0, metadata={"help": "What writes add to the loss, times their mean strength."}
+    )
     associative_layer_interval: int = field(default=1, metadata={"help": "Every so many blocks one has it."})
     num_pause_tokens: int = field(default=0, metadata={"help": "Pause tokens in a chunk; 0: none."})
     pause_placement: Literal["fixed", "random"] = field(

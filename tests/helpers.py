@@ -77,6 +77,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "associations_of_tokens_and_memory": dict(
         **dict(associative_dim=4, associative_write="tokens", use_xl_cache=False, chunk_size=7),
+        **dict(associative_gate="hard_sigmoid", associative_write_cost=0.5),
         **dict(norm_type="rmsnorm", parallel_residual=False, num_attention_heads=4, num_key_value_heads=2, head_dim=4),
     ),
     "block_of_llama": dict(norm_type="rmsnorm", parallel_residual=False, hidden_act="silu", rope_parameters=LLAMA3),

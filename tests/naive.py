@@ -39,6 +39,7 @@ class Reading:
     attentions: list[Tensor]  # L of [H, T, 2S]: over the previous stream's slots, then the own stream's
     memories: list[Tensor]  # m_0, m_1, … of [R, D], one more per full chunk
     streams: list[list[Tensor]]  # L of, for each chunk, the attention of all its positions, [H, positions, 2S]
+    strengths: list[Tensor]  # for each full chunk and block with associations, of its writes: [n, heads] or [R, 1]
 
 
 def elephant(x: Tensor) -> Tensor:
@@ -167,13 +168,18 @@ def recall(weights: Weights, name: str, x: Tensor, association: Association) -> 
     return A.T @ phi / (z @ phi + 1e-5)
 
 
-def store(weights: Weights, name: str, written: Tensor, association: Association) -> Association:
+def strength(config: Any, x: Tensor) -> Tensor:
+    """β of a product: 1 / (1 + exp(-x)), or 1/2 + x/6 where that is from 0 to 1"""
+    return (x / 6 + 0.5).clamp(0, 1) if config.associative_gate == "hard_sigmoid" else 1 / (1 + (-x).exp())
+
+
+def store(config: Any, weights: Weights, name: str, written: Tensor, association: Association) -> Association:
     """A and z after a chunk whose write positions gave `written` [R, D] (ARMT, arXiv 2407.04841)"""
     A, z = after = association
     for o in written:
         k = features(weights, f"{name}.k_proj", o)
         there = A.T @ k / (z @ k + 1e-5)
-        beta = linear(weights, f"{name}.beta_proj", o, True).sigmoid()
+        beta = strength(config, linear(weights, f"{name}.beta_proj", o, True))
         gamma = (1 - z @ k / (k @ k + 1e-5)).clamp(0, 1).detach()
         change = beta * (weights[f"{name}.v_proj.weight"] @ o - there)
         after = after[0] + torch.outer(k, change), after[1] + gamma * k
@@ -191,7 +197,7 @@ def recall_in_heads(weights: Weights, name: str, x: Tensor, states: Association)
     return weights[f"{name}.o_proj.weight"] @ torch.cat(recalled)
 
 
-def store_in_heads(weights: Weights, name: str, text: Tensor, states: Association) -> Association:
+def store_in_heads(config: Any, weights: Weights, name: str, text: Tensor, states: Association) -> Association:
     """The states after a chunk with the normed inputs `text` [n, D]: the gated delta rule (arXiv 2412.06464), each
     token under the key of the one before it"""
     gammas = linear(weights, f"{name}.gamma_proj", text.mean(0), True).sigmoid()
@@ -199,7 +205,7 @@ def store_in_heads(weights: Weights, name: str, text: Tensor, states: Associatio
     for before, token in pairwise(text):
         keys = heads_of(weights, f"{name}.k_proj", before, len(states))
         values = heads_of(weights, f"{name}.v_proj", token, len(states))
-        betas = linear(weights, f"{name}.beta_proj", token, True).sigmoid()
+        betas = strength(config, linear(weights, f"{name}.beta_proj", token, True))
         for head, (key, value, beta) in enumerate(zip(keys, values, betas, strict=True)):
             key = key / key.norm()
             states[head] = states[head] + beta * torch.outer(key, value - key @ states[head])
@@ -299,6 +305,7 @@ def read(
     hidden: list[list[Tensor]] = [[] for _ in range(num_layers + 1)]
     attentions: list[list[Tensor]] = [[] for _ in range(num_layers)]
     streams: list[list[Tensor]] = [[] for _ in range(num_layers)]
+    strengths: list[Tensor] = []
 
     for i, chunk in enumerate(text.split(n)):
         if i in detach_at:
@@ -331,10 +338,13 @@ def read(
             if full and held is not None:
                 name = f"{name}.association"
                 if config.associative_write == "tokens":
-                    normed = norm(config, weights, f"model.layers.{layer}.input_layernorm", before[text_slots])
-                    associations[layer] = store_in_heads(weights, name, normed, held)
+                    writers = norm(config, weights, f"model.layers.{layer}.input_layernorm", before[text_slots])
+                    associations[layer] = store_in_heads(config, weights, name, writers, held)
                 else:
-                    associations[layer] = store(weights, name, x[len(x) - num_memory :], held)
+                    writers = x[len(x) - num_memory :]
+                    associations[layer] = store(config, weights, name, writers, held)
+                products = [linear(weights, f"{name}.beta_proj", writer, True) for writer in writers]
+                strengths.append(strength(config, torch.stack(products)))
             own.append(keys_values)
             unseen = num_slots if previous[layer] is None else 0, num_slots - len(stream)
             streams[layer].append(F.pad(attended, unseen))
@@ -357,4 +367,5 @@ def read(
         attentions=[torch.cat(attended, dim=1) for attended in attentions],
         memories=memories,
         streams=streams,
+        strengths=strengths,
     )

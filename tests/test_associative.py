@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
+from helpers import CONFIGS, checkpoint_activations, naive_read, random_tokens, tiny_config, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -171,3 +171,113 @@ def test_float32_does_not_drift() -> None:
         pairs = zip(*helds.values(), strict=True)
         errors.append([((exact - single).norm() / exact.norm()).item() for exact, single in pairs])
     assert all(max(late) < 2e-6 for late in errors[100:])
+
+
+# What writing costs
+
+COSTS: dict[str, dict[str, Any]] = {
+    "memory": dict(associative_dim=3, associative_write_cost=0.5),
+    "tokens": dict(
+        **dict(associative_dim=3, associative_write="tokens", associative_layer_interval=2, num_hidden_layers=3),
+        **dict(associative_gate="hard_sigmoid", associative_write_cost=0.5),
+    ),
+    "random pauses": dict(
+        associative_dim=3, associative_write_cost=0.5, pause_placement="random", num_pause_tokens=3, bptt_chunks=1
+    ),
+}
+
+
+def costly_model(kind: str, **fields: Any) -> BakaForCausalLM:
+    model = tiny_model(tiny_config(**COSTS[kind] | fields), torch.float64).train()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            if layer.association is not None:
+                layer.association.beta_proj.weight.mul_(3)  # so that some gates are closed
+    return model
+
+
+@pytest.mark.parametrize("kind", ["memory", "tokens"])
+def test_the_strength_of_writes(kind: str) -> None:
+    """Of what full chunks have written in rows out of step, on from a state; and what it adds to a loss."""
+    model = costly_model(kind)
+    n = model.config.chunk_size
+    tokens = random_tokens(model.config, 2, 5 * n)
+    lengths = 3 * n + 1, 4 * n + 2
+    mask = torch.arange(5 * n) < torch.tensor(lengths)[:, None]
+    begun = n + n // 2
+    state = model.new_cache(2)
+    found = []
+    for part in (slice(0, begun), slice(begun, None)):
+        labels = tokens.masked_fill(~mask, -100)[:, part]
+        outputs = model(tokens[:, part], attention_mask=mask[:, part], labels=labels, cache=state)
+        plain = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        assert_close(outputs.loss, plain + 0.5 * outputs.write_strength, check_dtype=False, rtol=1e-6, atol=0)
+        found.append(outputs.write_strength.item())
+    readings = [naive_read(model, row[:length]) for row, length in zip(tokens, lengths, strict=True)]
+    every = model.config.num_hidden_layers // model.config.associative_layer_interval
+    first = [each for reading in readings for each in reading.strengths[:every]]
+    rest = [each for reading in readings for each in reading.strengths[every:]]
+    expected = [torch.stack([each.mean() for each in part]).mean().item() for part in (first, rest)]
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert kind == "memory" or any((each == 0).any() for each in rest)
+
+
+def test_no_cost_of_nothing() -> None:
+    """Chunks that are not full write nothing; evaluation pays nothing; nor does a model whose writes are free."""
+    model = costly_model("tokens")
+    tokens = random_tokens(model.config, 2, 2 * model.config.chunk_size)
+    few = tokens[:, : model.config.chunk_size - 1]
+    assert model(few, labels=few, use_cache=True).write_strength is None
+    assert model(tokens, labels=tokens, use_cache=True).write_strength is not None
+    plain = model.eval()(tokens, labels=tokens, use_cache=True)
+    assert plain.write_strength is None
+    assert_close(plain.loss, costly_model("tokens", associative_write_cost=0.0)(tokens, labels=tokens).loss)
+
+
+@pytest.mark.parametrize("number", [None, 7, torch.tensor(40)])
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_a_part_of_a_batch_pays_its_share(number: Any, skip_logits: bool) -> None:
+    """A loss that is divided by the targets of several calls grows in each by what the call has of them."""
+    model = costly_model("memory")
+    tokens = random_tokens(model.config, 2, 2 * model.config.chunk_size)
+    labels = tokens.clone()
+    labels[0, :3] = -100
+    options = dict(labels=labels, skip_logits=skip_logits, num_items_in_batch=number)
+    outputs, free = model(tokens, **options), costly_model("memory", associative_write_cost=0.0)(tokens, **options)
+    share = 1.0 if number is None else (labels[:, 1:] != -100).sum().item() / int(number)
+    assert_close(outputs.loss - free.loss, 0.5 * share * outputs.write_strength, check_dtype=False, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", COSTS)
+@pytest.mark.parametrize("granularity", ["layer", "chunk"])
+def test_recomputed_strengths(kind: str, granularity: str) -> None:
+    models = [costly_model(kind) for _ in range(2)]
+    checkpoint_activations(models[1], granularity)
+    tokens = random_tokens(models[0].config, 2, 3 * models[0].config.chunk_size)
+    found = []
+    for model in models:
+        torch.manual_seed(0)
+        strength = model(tokens, labels=tokens, use_cache=False).write_strength
+        weights = [layer.association.beta_proj.weight for layer in model.model.layers if layer.association is not None]
+        found.append([strength, *torch.autograd.grad(strength, [model.model.embed_tokens.weight, *weights])])
+    assert_close(found[1], found[0])
+    assert found[0][1].abs().max() > 0
+
+
+def test_strengths_reach_as_far_back_as_losses() -> None:
+    """With `bptt_chunks`: that of a chunk is a matter of one chunk before it, by gradients."""
+    free, cut = costly_model("tokens"), costly_model("tokens", bptt_chunks=1)
+    n, chunks = free.config.chunk_size, 3
+    embeds = torch.randn(2, chunks * n, free.config.hidden_size, dtype=torch.float64, requires_grad=True)
+
+    def total(model: BakaForCausalLM, inputs: Tensor) -> Tensor:
+        return model(inputs_embeds=inputs, use_cache=True).write_strength * (inputs.shape[1] // n)
+
+    expected = torch.zeros_like(embeds)
+    for chunk in range(chunks):
+        known = max(chunk - 1, 0) * n
+        inputs = torch.cat([embeds[:, :known].detach(), embeds[:, known : (chunk + 1) * n]], dim=1)
+        of_chunk = total(free, inputs) - (total(free, inputs[:, : chunk * n]) if chunk else 0)
+        expected += torch.autograd.grad(of_chunk, embeds)[0]
+    assert_close(torch.autograd.grad(total(cut, embeds), embeds)[0], expected)
+    assert not torch.allclose(torch.autograd.grad(total(free, embeds), embeds)[0], expected)

@@ -51,7 +51,8 @@ def train_on_lanes(model: BakaForCausalLM, run: Callable[..., Any], num_steps: i
 @pytest.mark.parametrize(("solidifier", "granularity"), [("gelephant", None), ("layer", "chunk")])
 def test_training_compiles_to_few_programs(solidifier: str, granularity: str | None) -> None:
     """Losses and gradients are those of the plain model, and later steps need no new program."""
-    associations = {} if granularity else dict(associative_dim=3, associative_write="tokens")
+    associations = dict(associative_dim=3, associative_write="tokens", associative_write_cost=0.1)
+    associations = {} if granularity else associations
     config = tiny_config(memory_solidifier=solidifier, num_hidden_layers=1, **associations)
     model = tiny_model(config, torch.float64).train()
     losses, gradients = train_on_lanes(model, model, 8)

@@ -181,6 +181,7 @@ OTHER_CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "memory_norm": (True, {}),
     "associative_dim": (4, {}),
     "associative_write": ("tokens", dict(associative_dim=4)),
+    "associative_gate": ("hard_sigmoid", dict(associative_dim=4)),
     "associative_layer_interval": (2, dict(associative_dim=4)),
     "num_attention_heads": (4, dict(associative_dim=4, associative_write="tokens", num_key_value_heads=2, head_dim=6)),
     "num_pause_tokens": (1, {}),

@@ -93,7 +93,13 @@ def test_losses_and_gradients(name: str, num_read: Callable[[], int]) -> None:
     assert num_read() == 3  # the first of a kind is read as ever
 
 
-@pytest.mark.parametrize("fields", [{}, dict(bptt_chunks=1), dict(use_xl_cache=False), dict(memory_solidifier="glu")])
+LANES: list[dict[str, Any]] = [
+    *({}, dict(bptt_chunks=1), dict(use_xl_cache=False), dict(memory_solidifier="glu")),
+    dict(associative_dim=3, associative_write="tokens", associative_gate="hard_sigmoid", associative_write_cost=2.0),
+]
+
+
+@pytest.mark.parametrize("fields", LANES)
 def test_lanes(fields: dict[str, Any], num_read: Callable[[], int]) -> None:
     """With the state carried from step to step, and rows that begin a text where others go on."""
     plain, graphed = twins(**fields)

@@ -18,6 +18,8 @@ from .parts_baka import Part, register
 
 NUM_SHIFTS = 3  # ν of DPFP-ν: a key of d numbers has 2νd features
 EPSILON = 1e-5
+# What makes the strength of a write, 0 to 1, of a product. A hard one is 0 below -3: nothing is written at all.
+GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 MAX_PIECE = 64  # tokens whose writes are solved for at once
 BLOCK = 8  # rows of a triangular matrix whose inverse is a product
 FEW = 2  # queries that compiled sums serve better than a product of matrices: norm, cast and sum are one pass
@@ -55,6 +57,7 @@ class BakaMemoryAssociation(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.associative_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.beta_proj = nn.Linear(config.hidden_size, 1)
+        self.gate = GATES[config.associative_gate]
         initialise(config.hidden_size**-0.5, self.q_proj, self.k_proj)
         initialise(0.0, self.v_proj, self.beta_proj)
 
@@ -73,7 +76,7 @@ class BakaMemoryAssociation(nn.Module):
         keys, values, strengths = self.project(inputs)
         with torch.autocast(association.device.type, enabled=False):
             keys, values, strengths = (x.to(association) for x in (keys, values, strengths))
-            return store(association, normalizer, dpfp(keys), values, strengths[..., 0].sigmoid())
+            return store(association, normalizer, dpfp(keys), values, self.gate(strengths[..., 0]))
 
 
 class BakaTokenAssociation(nn.Module):
@@ -95,6 +98,7 @@ class BakaTokenAssociation(nn.Module):
         self.o_proj = nn.Linear(values, config.hidden_size, bias=False)
         self.beta_proj = nn.Linear(config.hidden_size, self.num_heads)
         self.gamma_proj = nn.Linear(config.hidden_size, self.num_heads)
+        self.gate = GATES[config.associative_gate]
         initialise(config.hidden_size**-0.5, self.q_proj, self.k_proj, self.v_proj)
         initialise(0.0, self.o_proj, self.beta_proj, self.gamma_proj)
         # From a head that keeps 0.88 of its state over a chunk to one that keeps 0.99 of it over 1,600.
@@ -126,11 +130,18 @@ class BakaTokenAssociation(nn.Module):
         with torch.autocast(state.device.type, enabled=False):
             keys, values, strengths, decay = (self.of_heads(x.to(state)) for x in products)
             keys = F.pad(F.normalize(keys[:, :, :-1], dim=-1), (0, 0, 1, 0))
-            return (delta_rule(state, keys, values, strengths[..., 0].sigmoid(), decay[..., 0].mean(-1).sigmoid()),)
+            strengths, decay = self.gate(strengths[..., 0]), decay[..., 0].mean(-1).sigmoid()
+            return (delta_rule(state, keys, values, strengths, decay),)
 
     def of_heads(self, products: torch.Tensor) -> torch.Tensor:
         """[B, T, H · ·] as [B, H, T, ·]."""
         return products.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def write_strength(association: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """[B] float32: the mean strength with which `inputs`, what `write` of one of the above takes, are written."""
+    products = association.beta_proj(inputs)
+    return association.gate(products.to(at_least_float32(products.dtype))).mean((1, 2))
 
 
 # A few vectors at once

@@ -30,16 +30,20 @@ Memories = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # see `BakaModelOutput
 class BakaModelOutput(BaseModelOutputWithPast):
     """What a decoder gives. `memories` are there if asked for by `output_memories`: two tensors [B, R, D] for each time
     that chunks became full, the memory that these have read, before the solidifier, and the one that they have left. In
-    rows whose chunk did not become full then both are the same."""
+    rows whose chunk did not become full then both are the same. `write_strength`, a float32 scalar, is there in
+    training with an `associative_write_cost` if a chunk became full: the mean strength of what full chunks have
+    written, over tokens (or vectors), heads, blocks, chunks and rows."""
 
     memories: Memories | None = None
+    write_strength: torch.Tensor | None = None
 
 
 @dataclass
 class BakaCausalLMOutput(CausalLMOutputWithPast):
-    """What a language model gives; `memories` as in `BakaModelOutput`."""
+    """What a language model gives; `memories` and `write_strength` as in `BakaModelOutput`."""
 
     memories: Memories | None = None
+    write_strength: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ class Results(NamedTuple):
     keys_values: list[tuple[torch.Tensor, torch.Tensor]]  # likewise, of each block; none if they were written in place
     pauses: torch.Tensor  # [P] or [B, P] int64, where those of the chunk in progress stand
     memories: Memories = ()  # that chunks have read and left, if asked for
+    strength: torch.Tensor | None = None  # see `write_strength` of `BakaModelOutput`
 
 
 @on_host
@@ -267,6 +272,7 @@ def close(model: Any, call: Call, results: Results, beside: Results | None = Non
         hidden_states=_hidden_states(model, call, states) if call.with_states else None,
         attentions=weights,
         memories=results.memories if call.with_memories else None,
+        write_strength=results.strength,
     )
 
 

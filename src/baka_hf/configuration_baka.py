@@ -24,6 +24,7 @@ AUTO_MAP = {
 MEMORY_WRITES = ("carry", "tokens")
 MEMORY_SOLIDIFIERS = ("none", "glu", "gelephant", "mlp", "layer")
 ASSOCIATIVE_WRITES = ("memory", "tokens")
+ASSOCIATIVE_GATES = ("sigmoid", "hard_sigmoid")
 PAUSE_PLACEMENTS = ("fixed", "random")
 NORM_TYPES = ("layernorm", "rmsnorm")
 # The kinds of RoPE whose angles do not depend on a text's length, and what each is told beside `rope_theta`.
@@ -65,6 +66,8 @@ ORIGINALLY: dict[str, Any] = {
     "memory_norm": False,
     "associative_dim": 0,
     "associative_write": "memory",
+    "associative_gate": "sigmoid",
+    "associative_write_cost": 0.0,
     "associative_layer_interval": 1,
     "num_pause_tokens": 8,
     "pause_placement": "fixed",
@@ -142,6 +145,10 @@ class BakaConfig(PreTrainedConfig):
         associative_write (`str`, defaults to `"memory"`): What writes to it when a chunk is full: `"memory"`, the
             blocks' outputs at the write positions of the memory vectors (ARMT, arXiv 2407.04841), or `"tokens"`, every
             token of the text, in each of `num_attention_heads` heads (the gated delta rule, arXiv 2412.06464).
+        associative_gate (`str`, defaults to `"sigmoid"`): What makes the strength of a write of a product: `"sigmoid"`,
+            or `"hard_sigmoid"`, which can be exactly 0.
+        associative_write_cost (`float`, defaults to 0.0): In training a language model's loss grows by so much times
+            the mean strength of writes, `write_strength` of its output.
         associative_layer_interval (`int`, defaults to 1): Every so many blocks one has an associative memory: of 1, 2,
             3, … counted from 1, those that it divides.
         num_pause_tokens (`int`, defaults to 0): Pauses in a chunk (arXiv 2310.02226), at most `chunk_size`.
@@ -200,6 +207,8 @@ class BakaConfig(PreTrainedConfig):
     memory_norm: bool = True
     associative_dim: int = 0
     associative_write: str = "memory"
+    associative_gate: str = "sigmoid"
+    associative_write_cost: float = 0.0
     associative_layer_interval: int = 1
     num_pause_tokens: int = 0
     pause_placement: str = "fixed"
@@ -379,6 +388,9 @@ class BakaConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not _is_number(value) or value <= 0:
                 raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+        value = self.associative_write_cost
+        if not _is_number(value) or value < 0:
+            raise ValueError(f"`associative_write_cost` must be a number of at least 0, got {value!r}.")
         value = self.residual_initializer_range
         if value is not None and (not _is_number(value) or value < 0):
             raise ValueError(f"`residual_initializer_range` must be None or a number of at least 0, got {value!r}.")
@@ -402,6 +414,7 @@ class BakaConfig(PreTrainedConfig):
             ("memory_update", MEMORY_UPDATES),
             ("memory_solidifier", MEMORY_SOLIDIFIERS),
             ("associative_write", ASSOCIATIVE_WRITES),
+            ("associative_gate", ASSOCIATIVE_GATES),
             ("pause_placement", PAUSE_PLACEMENTS),
         ):
             names = tuple(dict.fromkeys([*allowed, *REGISTERED.get(name, ())]))
@@ -447,7 +460,12 @@ class BakaConfig(PreTrainedConfig):
                 f"`associative_layer_interval` must be at most `num_hidden_layers` ({self.num_hidden_layers}), got "
                 f"{self.associative_layer_interval}."
             )
-        for name in ("associative_write", "associative_layer_interval"):
+        for name in (
+            "associative_write",
+            "associative_gate",
+            "associative_write_cost",
+            "associative_layer_interval",
+        ):
             value, nothing = getattr(self, name), ORIGINALLY[name]
             if not self.associative_dim and value not in (nothing, getattr(type(self), name)):
                 raise ValueError(f"`{name}` must be {nothing!r} when `associative_dim` is 0, got {value!r}.")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .associative_baka import ASSOCIATIONS, BakaTokenAssociation
+from .associative_baka import ASSOCIATIONS, BakaTokenAssociation, write_strength
 from .attention_baka import BakaAttention
 from .cache_layer_baka import BakaCacheLayer
 from .compile_baka import recompute
@@ -52,6 +52,7 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
             initialise(config.residual_initializer_range, self.self_attn.o_proj, self.mlp.down_proj)
         self.association: Any = ASSOCIATIONS[config.associative_write](config) if has_association else None
         self.is_read_beside = has_association and config.associative_writers == "tokens"
+        self.writing_costs = config.associative_write_cost > 0
 
     def forward(
         self,
@@ -86,8 +87,12 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
                 inputs = writers.place(associated.inputs, inputs)
             else:
                 inputs = writers.place_(slots.inputs, inputs)
-            held = self.association.write(associated.held, inputs) if writers.completes else associated.held
-            associated = Associated(held, inputs)
+            held, strength = associated.held, None
+            if writers.completes:
+                held = self.association.write(held, inputs)
+                if self.writing_costs and self.training and torch.is_grad_enabled():
+                    strength = write_strength(self.association, inputs)
+            associated = Associated(held, inputs, strength)
         if self.training and torch.is_grad_enabled() and (writers is None or not writers.completes):
             # Each weight gets a gradient even if nothing is written yet: distributed training waits for it.
             output = output + 0 * sum(product.sum() for product in self.association.project(normed[:, :1]))

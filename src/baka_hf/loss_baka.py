@@ -180,6 +180,19 @@ def loss_by_pieces(
     return (loss / torch.as_tensor(num_items_in_batch, device=loss.device)).float()  # as transformers' own
 
 
+def share_of_batch(
+    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, num_items_in_batch: Any = None
+) -> Any:
+    """How much of a batch a call's targets are, for what is added to a loss that is divided by `num_items_in_batch`.
+
+    Arguments as a model's loss takes them, of which it takes `shift_labels` first. 1 without a number.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]  # one is there
+    return (targets != IGNORED).sum() / torch.as_tensor(num_items_in_batch, device=targets.device)
+
+
 def _loss_of_head(
     head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, loss_function: Callable
 ) -> torch.Tensor:

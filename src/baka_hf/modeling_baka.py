@@ -42,7 +42,7 @@ from .inputs_baka import (
     state_among,
 )
 from .layers_baka import BakaDecoderLayer, BakaPauseDropout
-from .loss_baka import IGNORED, BakaHead, loss_by_pieces
+from .loss_baka import IGNORED, BakaHead, loss_by_pieces, share_of_batch
 from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory, check_updated, memory_held
 from .parts_baka import is_registered
 from .reading_baka import Reading
@@ -435,7 +435,8 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
                 `labels`: so the last position of a call can have one.
 
         Returns:
-            `loss` (if there are labels), `logits` [B, L, vocab_size], the state.
+            `loss` (if there are labels; in training with `associative_write_cost` times `write_strength`), `logits`
+            [B, L, vocab_size], the state.
 
         Raises:
             ValueError: as `BakaModel.forward`; or labels have another shape than the text; or `skip_logits` has
@@ -499,6 +500,10 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
                 logits = self.lm_head(hidden_states)
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
                 logits = logits[:, kept]
+        strength = None if outputs is None else outputs.write_strength
+        if loss is not None and strength is not None:
+            share = share_of_batch(labels, shift_labels, kwargs.get("num_items_in_batch"))
+            loss = loss + share * self.config.associative_write_cost * strength
         return BakaCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -506,6 +511,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
             hidden_states=None if outputs is None else outputs.hidden_states,
             attentions=None if outputs is None else outputs.attentions,
             memories=None if outputs is None else outputs.memories,
+            write_strength=strength,
         )
 
     # `generate` asks for it in every step, and to find it out takes longer than all else that is done here on the host.

@@ -55,6 +55,7 @@ class Passed(NamedTuple):
     after: Stream  # the state after it
     states: list[torch.Tensor]  # its text's that were asked for, [B, T, D] each, and the last one, normed
     weights: list[torch.Tensor]  # its text's, [B, T, H · 2S] each
+    strength: torch.Tensor | None = None  # [B], of what its chunk has written, see `Associated`; 0 if that is not full
 
 
 class ChunkPass:
@@ -190,7 +191,15 @@ class ChunkPass:
         after = Stream(memory, [keys for keys, _ in kept], [values for _, values in kept], begin)
         *states, last = (self._text(layout, state) for state in states)
         weights = [self._text_weights(layout, placement, weight) for weight in weights if weight is not None]
-        return Passed(read, after, [*states, self.model.norm(last)], weights)
+        return Passed(read, after, [*states, self.model.norm(last)], weights, self._strength(layout, associated))
+
+    def _strength(self, layout: Layout, associated: list[Any]) -> torch.Tensor | None:
+        """The mean over blocks, for rows whose chunk is full."""
+        strengths = [each.strength for each in associated if each is not None and each.strength is not None]
+        if not strengths:
+            return None
+        strength = torch.stack(strengths).mean(0)
+        return where_rows(layout.completes, strength, torch.zeros_like(strength))
 
     def _assemble(
         self, layout: Layout, text: torch.Tensor, read: torch.Tensor | None, write: torch.Tensor | None
@@ -343,6 +352,8 @@ class Reading:
             self.pieces = call.text[:, :length].split([span.count for span in call.spans], dim=1)
         self.states: list[list[torch.Tensor]] = []
         self.weights: list[list[torch.Tensor]] = []
+        self.strengths: list[torch.Tensor] = []  # of each span that writes, [B]
+        self.num_written = 0  # chunks, over all rows
         self.memories: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @on_host
@@ -390,7 +401,7 @@ class Reading:
                 with allow_programs():
                     passed = self._run(span.first, layout, view, text, stream)
             if depth == reach:
-                self._collect(span, passed)
+                self._collect(span, layout, passed)
                 if self.call.with_memories and any_rows(layout.completes):
                     assert passed.memory is not None and passed.after.memory is not None
                     # Copies: a static state's tensors change where they are.
@@ -419,8 +430,11 @@ class Reading:
         return passed
 
     @on_host
-    def _collect(self, span: Span, passed: Passed) -> None:
+    def _collect(self, span: Span, layout: Layout | None, passed: Passed) -> None:
         states = passed.states
+        if passed.strength is not None and layout is not None:
+            self.strengths.append(passed.strength)
+            self.num_written += int(torch.as_tensor(layout.completes).expand(self.call.batch_size).sum())
         if self._is_skipped(span):
             states = [state[:, :0].clone() for state in states]  # a copy, lest an empty part keep the whole
         self.states.append(states)
@@ -458,7 +472,7 @@ class Reading:
         nothing: list[Any] = [None] * self.config.num_hidden_layers
         after = Stream(cache.carried, nothing, nothing)
         states = states if self._is_skipped(span) else states.clone()
-        self._collect(span, Passed(cache.carried, after, [states], []))
+        self._collect(span, None, Passed(cache.carried, after, [states], []))
         self.pauses, self.streams = self.fixed_pauses, {0: after}
 
     @on_host
@@ -604,7 +618,8 @@ class Reading:
             first[-1] = first[-1] + self.model.anchor(first[-1])
         pauses = torch.as_tensor(self.pauses, dtype=torch.int64)
         left = self.last.memory, self._keys_and_values(), pauses
-        return Results(self.states, self.weights, *left, tuple(self.memories))
+        strength = torch.cat(self.strengths).sum() / max(self.num_written, 1) if self.strengths else None
+        return Results(self.states, self.weights, *left, tuple(self.memories), strength)
 
     def _keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Each block's keys and values, [B, H_kv, slots, head_dim], that the cache is left with; none if in place."""

@@ -93,6 +93,7 @@ class Associated(NamedTuple):
 
     held: tuple[torch.Tensor, ...]  # its part of what `associations_held` names, [B, …] each
     inputs: torch.Tensor | None  # what will be written, see the classes in `associative_baka`
+    strength: torch.Tensor | None = None  # [B], the mean strength of what was written, where that has a cost
 
 
 class View(NamedTuple):

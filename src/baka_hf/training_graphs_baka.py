@@ -167,8 +167,8 @@ def _copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 class TrainingGraph:
     """A kind of call, recorded: what goes in, what comes out, and the graphs between.
 
-    Outputs are the normed states [B, L, D] and, if there is a state, what its memory holds and each block's keys and
-    values.
+    Outputs are the normed states [B, L, D], if writing has a cost the strength of writes, a scalar, and if there is a
+    state what its memory holds and each block's keys and values.
 
     While it runs, other leaves over the same numbers stand in the place of the model's parameters. Autograd ends at a
     leaf on the stream where it was first used, and whoever trains in parallel has used the parameters elsewhere.
@@ -179,6 +179,7 @@ class TrainingGraph:
     known_flags: torch.Tensor  # what they are, on the host
     inputs: list[torch.Tensor]  # the leaves
     outputs: list[torch.Tensor]
+    num_judged: int  # how many of them come first that gradients come back for
     names: list[str]  # of what memory holds among them
     gradients: list[torch.Tensor | None]  # of `inputs`
 
@@ -207,13 +208,14 @@ class TrainingGraph:
                 self._record(model)
             self.is_ready = True
         self._take_in(call)
-        states, *state = _Replay.apply(turn, model, call.text, *self.parameters)
+        outputs = _Replay.apply(turn, model, call.text, *self.parameters)
+        (states, *strengths), state = outputs[: self.num_judged], outputs[self.num_judged :]
         memory, keys_values = None, []
         if call.cache is not None:
             memory, rest = dict(zip(self.names, state, strict=False)), state[len(self.names) :]
             keys_values = list(zip(rest[::2], rest[1::2], strict=True))
         pauses = torch.tensor(fixed_pauses(model.config), dtype=torch.int64)
-        return Results([[states]], [[]], memory, keys_values, pauses)
+        return Results([[states]], [[]], memory, keys_values, pauses, strength=next(iter(strengths), None))
 
     @on_host
     def _prepare(self, model: Any, call: Call) -> None:
@@ -287,7 +289,9 @@ class TrainingGraph:
 
     @on_host
     def _keep(self, results: Results) -> None:
-        self.outputs = [torch.cat([states[-1] for states in results.states], dim=1)]
+        strengths = [] if results.strength is None else [results.strength]
+        self.outputs = [torch.cat([states[-1] for states in results.states], dim=1), *strengths]
+        self.num_judged = len(self.outputs)
         if self.call.cache is not None:
             assert results.memory is not None
             self.names = list(results.memory)
@@ -296,9 +300,10 @@ class TrainingGraph:
     @on_host
     def _run_backward(self) -> None:
         with torch.autocast(self.text.device.type, enabled=False):
-            # The gradient of the states comes in where they have been: they are not needed any more.
-            states = self.outputs[0]
-            self.gradients = list(torch.autograd.grad(states, self.inputs, states.detach(), allow_unused=True))
+            # The gradients of what is judged come in where that has been: it is not needed any more.
+            judged = self.outputs[: self.num_judged]
+            gradients = [each.detach() for each in judged]
+            self.gradients = list(torch.autograd.grad(judged, self.inputs, gradients, allow_unused=True))
 
     # What callers see. Tensors of the graphs are written anew with each call: they get copies.
 
@@ -311,9 +316,10 @@ class TrainingGraph:
             self.graphs[0].replay()
         return _copies([output.detach() for output in self.outputs])
 
-    def backward(self, grad_states: torch.Tensor) -> list[torch.Tensor | None]:
-        """The gradients of `inputs`."""
-        self.outputs[0].detach().copy_(grad_states)
+    def backward(self, gradients: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+        """The gradients of `inputs`, of those of what is judged."""
+        for output, gradient in zip(self.outputs, gradients, strict=False):
+            output.detach().copy_(torch.zeros_like(output) if gradient is None else gradient)
         if self.graphs is None:
             self._run_backward()
         else:
@@ -344,8 +350,9 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_states: Any, *grad_state: Any) -> tuple[torch.Tensor | None, ...]:
-        if grad_states is None or any(gradient is not None for gradient in grad_state):
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
+        judged, of_state = gradients[: ctx.turn.graph.num_judged], gradients[ctx.turn.graph.num_judged :]
+        if judged[0] is None or any(gradient is not None for gradient in of_state):
             raise ValueError(
                 "expected a state without gradients in the next call (`state.detach_()`): none flow from one call that "
                 "CUDA graphs have read into another. `cuda_graphs_enable(False)` reads calls without them."
@@ -355,5 +362,5 @@ class _Replay(torch.autograd.Function):
         ctx.turn.is_over = True
         if [parameter._version for parameter in ctx.turn.graph.parameters] != ctx.versions:
             raise ValueError("expected the weights that the call was read with in its backward pass, got changed ones.")
-        gradients = ctx.turn.graph.backward(grad_states)
-        return None, None, *([] if ctx.turn.graph.text.requires_grad else [None]), *gradients
+        of_inputs = ctx.turn.graph.backward(judged)
+        return None, None, *([] if ctx.turn.graph.text.requires_grad else [None]), *of_inputs
