@@ -11,12 +11,14 @@ are in the table.
 
 --model goes on from a checkpoint, whose tokenizer and sizes it takes; --max_steps 0 tests alone. On a GPU there are
 --bf16 true, --torch_compile true and --cuda_graphs true, and --hours ends training whatever is left of the steps.
+--associative_write_cost, with a gate that can close, makes associations outlast more books than were trained on.
 The table, babilong.csv and babilong.png are written to the output folder, with the figures that were published beside.
 """
 
 import csv
 import sys
 import time
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,14 +57,18 @@ class ModelArguments:
     associative_dim: int = field(default=0, metadata={"help": "From scratch: width of associations' keys; 0: none."})
     associative_write: str | None = field(default=None, metadata={"help": "From scratch: memory or tokens."})
     associative_gate: str | None = field(default=None, metadata={"help": "From scratch: sigmoid or hard_sigmoid."})
-    associative_write_cost: float | None = field(default=None, metadata={"help": "From scratch: of writes' strength."})
+    associative_write_cost: float | None = field(
+        default=None, metadata={"help": "Of the mean strength of writes, in the loss; a checkpoint's own if not given."}
+    )
     num_pause_tokens: int = field(default=0, metadata={"help": "From scratch: pause tokens in a chunk; 0: none."})
     use_xl_cache: bool = field(default=True, metadata={"help": "From scratch: attend to the previous chunk."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "From scratch: one matrix for both ends."})
 
     def load(self, vocab_size: int) -> BakaForCausalLM:
         if self.model is not None:
-            return BakaForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+            cost = self.associative_write_cost
+            options = {} if cost is None else {"associative_write_cost": cost}
+            return BakaForCausalLM.from_pretrained(self.model, dtype=torch.float32, **options)
         chosen = {name: value for name, value in asdict(self).items() if value is not None}
         return BakaForCausalLM(BakaConfig(vocab_size=vocab_size, **chosen))
 
@@ -78,6 +84,13 @@ class TaskArguments:
     tasks: list[str] = field(default_factory=lambda: ["qa1"], metadata={"help": "Trained together, tested one by one."})
     curriculum: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8], metadata={"help": "Chunks of a training sample, stage by stage."}
+    )
+    free_chunks: int = field(
+        default=3,
+        metadata={
+            "help": "While samples have no more chunks, writes cost nothing: what nobody reads yet would not be worth "
+            "its cost, and gates would close for good."
+        },
     )
     ask_all: bool = field(
         default=True, metadata={"help": "Train on all questions of a story in their places, not on the last one alone."}
@@ -127,6 +140,27 @@ class Deadline(TrainerCallback):
         control.should_training_stop |= time.monotonic() > self.end
 
 
+def stage_ends(curriculum: list[int], max_steps: int) -> list[int]:
+    """The step that each stage ends before; all have an equal share."""
+    return [max_steps * number // len(curriculum) for number in range(1, len(curriculum) + 1)]
+
+
+class FreeAtFirst(TrainerCallback):
+    """Writes to associations cost nothing while samples are short."""
+
+    def __init__(self, config: BakaConfig, task: TaskArguments, max_steps: int):
+        self.config, self.cost, self.task, self.max_steps = config, config.associative_write_cost, task, max_steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        curriculum = self.task.curriculum
+        stage = bisect_right(stage_ends(curriculum, self.max_steps), state.global_step)
+        chunks = curriculum[stage]
+        self.config.associative_write_cost = self.cost if chunks > self.task.free_chunks else 0.0
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.config.associative_write_cost = self.cost
+
+
 def load_tokenizer(path: str) -> Any:
     if path.removesuffix(".xz").endswith(".json"):
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(*read_documents(path)))
@@ -151,7 +185,7 @@ def training_samples(
     most = max(map(len, by_task))
     questions = [some[index % len(some)] for some in by_task for index in range(most)]
     questions = [questions[index] for index in generator.permutation(len(questions))]
-    ends = [max_steps * number // len(task.curriculum) for number in range(len(task.curriculum) + 1)]
+    ends = stage_ends(task.curriculum, max_steps)
     stages = [
         BabiInBooksDataset(
             tokenizer,
@@ -162,7 +196,7 @@ def training_samples(
             ask_all=task.ask_all,
             seed=seed + number,
         )
-        for number, (chunks, begin, end) in enumerate(zip(task.curriculum, ends[:-1], ends[1:], strict=True))
+        for number, (chunks, begin, end) in enumerate(zip(task.curriculum, [0, *ends], ends, strict=False))
         if end > begin
     ]
     return ConcatDataset(stages)
@@ -267,7 +301,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
     if args.max_steps > 0:
-        callbacks = [] if task.hours is None else [Deadline(task.hours)]
+        callbacks: list[TrainerCallback] = [FreeAtFirst(model.config, task, args.max_steps)]
+        callbacks += [] if task.hours is None else [Deadline(task.hours)]
         trainer = BakaTrainer(model, args, default_data_collator, samples, callbacks=callbacks)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         model.config.use_cache = True  # the Trainer switches it off

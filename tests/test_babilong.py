@@ -4,10 +4,12 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import byte_tokenizer
 
+from baka_hf import BakaConfig
 from baka_hf.tasks import BabiQuestion, tokenize_books
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -73,6 +75,26 @@ def test_stages_have_the_chunks_of_the_curriculum(folder: Path) -> None:
     answers = {tokenizer.decode(sample["labels"][sample["labels"] != -100]) for sample in samples}
     # Second questions come with the first ones, and both tasks are there.
     assert {" attic", " attic attic"} <= answers and answers - {" attic", " attic attic"}
+
+
+def test_writes_cost_nothing_at_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While samples have no more than --free_chunks; and a checkpoint is as it was asked for."""
+    costs = []
+
+    class Seen(babilong.FreeAtFirst):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            super().on_step_begin(*args, **kwargs)
+            costs.append(self.config.associative_write_cost)
+
+    monkeypatch.setattr(babilong, "FreeAtFirst", Seen)
+    memory = "--num_memory_tokens 0 --associative_dim 4 --associative_write tokens --associative_gate hard_sigmoid"
+    flags = f"--tokenizer {folder}/tokenizer.json {SIZES} {memory} --per_device_train_batch_size 2 --free_chunks 2"
+    run(folder, tmp_path, f"{flags} --associative_write_cost 0.5 --curriculum 1 2 3 --max_steps 5", monkeypatch)
+    assert costs == [0, 0, 0, 0.5, 0.5]
+    assert BakaConfig.from_pretrained(tmp_path).associative_write_cost == 0.5
+    flags = f"--model {tmp_path} --associative_write_cost 0 --curriculum 3 --max_steps 1"
+    run(folder, tmp_path / "again", flags, monkeypatch)
+    assert costs[5:] == [0]
 
 
 def test_a_guess_knows_the_last_place_or_the_most_frequent_answer() -> None:
