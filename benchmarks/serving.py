@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, help="mean length of prompts (default: 256)")
     parser.add_argument("--answer", type=int, help="mean length of answers (default: 512)")
     parser.add_argument("--steps", type=int, help="steps that are timed (default: 512)")
+    parser.add_argument("--num_prompts", type=int, help="prompts that are read at once (default: the batcher's)")
     args = settle(parser.parse_args())
     args.users = args.users or ([1, 3] if args.quick else [1, 16, 256])
     args.prompt = args.prompt or (8 if args.quick else 256)
@@ -71,7 +72,7 @@ class Users:
 
 
 def join_and_leave(model: BakaForCausalLM, num_users: int, args: argparse.Namespace) -> tuple[dict[str, float], Users]:
-    users = Users(Batcher(model, num_users), args)
+    users = Users(Batcher(model, num_users, args.num_prompts), args)
     while len(users.ended) < max(num_users, 4):  # until then programs are compiled, recorded, and phases mixed
         users.step()
     users.ended.clear()
@@ -88,7 +89,7 @@ def join_and_leave(model: BakaForCausalLM, num_users: int, args: argparse.Namesp
 
 
 def together(model: BakaForCausalLM, num_users: int, args: argparse.Namespace) -> Callable[[], None]:
-    batcher = Batcher(model, num_users)
+    batcher = Batcher(model, num_users, args.num_prompts)
     prompts = random_tokens(model, num_users, args.prompt).tolist()
 
     def run() -> None:

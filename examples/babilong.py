@@ -88,8 +88,8 @@ class TaskArguments:
     free_chunks: int = field(
         default=3,
         metadata={
-            "help": "While samples have no more chunks, writes cost nothing: what nobody reads yet would not be worth "
-            "its cost, and gates would close for good."
+            "help": "While samples have no more chunks, writes cost nothing, lest gates close before what they let in "
+            "is read."
         },
     )
     ask_all: bool = field(

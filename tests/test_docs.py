@@ -30,6 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from baka_hf import BakaCache, BakaConfig, BakaForCausalLM
+from baka_hf.associative_baka import GATES
 from baka_hf.training import BakaTrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +114,7 @@ def test_python_blocks_run_one_after_another(page: str, checkpoint: Path, llama:
         lines += [""] * (before - len(lines)) + block.splitlines()
     program = tmp_path / f"{Path(page).stem}.py"
     program.write_text("\n".join(lines), encoding="utf-8")
-    for folder in (checkpoint, llama):
+    for folder in (checkpoint, llama, ROOT / "checkpoints"):
         (tmp_path / folder.name).symlink_to(folder)
     (tmp_path / "book.txt").write_text("A book of some length. " * 60)
     run_program(program, tmp_path)
@@ -245,7 +246,7 @@ def known_names() -> set[str]:
     """Names that this package has or that it takes over from transformers and PyTorch."""
     names = {name for module in (builtins, transformers, torch.nn, torch.utils.data) for name in dir(module)}
     names |= {"baka_hf", *MODULES} | set(vars(GenerationConfig())) | set(ALL_ATTENTION_FUNCTIONS.valid_keys())
-    names |= {field.name for field in dataclasses.fields(BakaTrainingArguments)}
+    names |= {field.name for field in dataclasses.fields(BakaTrainingArguments)} | set(GATES)
     for module in (importlib.import_module(f"baka_hf.{name}") for name in MODULES):
         for name, thing in vars(module).items():
             if getattr(thing, "__module__", "") == module.__name__:

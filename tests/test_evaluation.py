@@ -1,10 +1,12 @@
 """evaluate_documents against every document read naively, alone and in float64."""
 
 import itertools
+import json
 import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from baka_hf import BakaForCausalLM
+from baka_hf import BakaForCausalLM, evaluation
 from baka_hf.evaluation import evaluate_documents, evaluate_windows, gain_by_depth
+from checkpoints import byte_tokenizer, save_checkpoint
 
 # Chunks of 5: none, one and several of them full, a token more and less, and nothing to score.
 LENGTHS = [1, 2, 5, 6, 7, 11, 26, 3, 1, 16, 31, 4, 10, 12, 2, 1, 8, 21]
@@ -451,3 +454,27 @@ def test_windows_that_there_are_not(llama: LlamaForCausalLM) -> None:
         evaluate_windows(llama, [[1], [2]], 6)
     with pytest.raises(ValueError, match="document 1: expected token ids from 0 to 18, got 19"):
         evaluate_windows(llama, [[1], [19]], 6)
+
+
+def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores of each file's documents, each behind the token that begins a text; and what cannot be scored."""
+    model = save_checkpoint(tmp_path / "model", chunk_size=16)
+    texts = ["What is read. " * 5, "And what is left. " * 3]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "one.txt").write_text(texts[0])
+    files = [str(tmp_path / name) for name in ("two.jsonl", "one.txt")]
+    arguments = [str(tmp_path / "model"), *files, "--num_chars", "40", "--device", "cpu"]
+    evaluation.main(arguments)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["text", "documents", "tokens", "nats", "per", "token", "perplexity", "bits", "per", "byte"]
+    for line, read in zip(lines, (texts, texts[:1]), strict=True):
+        documents = [[0, *(byte_tokenizer()(text[:40]).input_ids)] for text in read]  # a token is a byte
+        expected = evaluate_documents(model, documents, num_bytes=40 * len(read))
+        counts = [str(len(read)), str(40 * len(read))]
+        assert line.split()[1:3] == counts and line[:32].strip() in files[0] + files[1]
+        figures = [f"{expected[name]:.{digits}f}" for name, digits in (("loss", 4), ("perplexity", 2))]
+        assert line.split()[3:] == [*figures, f"{expected['bits_per_byte']:.4f}"]
+    evaluation.main([*arguments, "--memory", "learned", "--keys", "none"])
+    assert capsys.readouterr().out.splitlines()[1:] != lines
+    with pytest.raises(SystemExit, match=r"error: .*missing\.txt"):
+        evaluation.main([str(tmp_path / "model"), str(tmp_path / "missing.txt")])

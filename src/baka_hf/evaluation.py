@@ -14,9 +14,15 @@ What the past is worth shows when chunks read another one in its place:
     gain_by_depth(own, other)
 
 `evaluate_windows` scores the same tokens by a model without a state, which sees a window of text at a time.
+
+    python -m baka_hf.evaluation baka-small notes.txt articles.jsonl.xz
+
+prints the scores of a checkpoint on the documents of each file.
 """
 
+import argparse
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,9 +32,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .data import SECONDS_UNTIL_PROGRESS, check_document, check_positive
+from .parts import import_parts
+from .texts import read_documents
 
 MEMORIES = ("carried", "exchanged", "learned", "frozen")
 KEYS = ("carried", "exchanged", "none")
@@ -386,4 +395,54 @@ def _count_tokens(documents: Iterable[Any]) -> int | None:
         return None
 
 
-__all__ = ["evaluate_documents", "evaluate_windows", "gain_by_depth"]
+# python -m baka_hf.evaluation
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m baka_hf.evaluation", description="Scores of a checkpoint on whole documents, memory carried."
+    )
+    parser.add_argument("checkpoint", help="a folder or a name on the Hub")
+    parser.add_argument(
+        "texts", nargs="+", metavar="TEXT", help='.jsonl (a document a line, in "text") or a UTF-8 document; also .xz'
+    )
+    parser.add_argument("--num_chars", type=int, help="characters to read of each document; all if not given")
+    parser.add_argument("--batch_size", type=int, default=16, help="documents read side by side (default: %(default)s)")
+    parser.add_argument("--memory", choices=MEMORIES, default="carried", help="what chunks read as memory")
+    parser.add_argument("--keys", choices=KEYS, default="carried", help="what they see of the chunk before")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the parts that the checkpoint brings")
+    args = parser.parse_args(arguments)
+    try:
+        if args.trust_remote_code:
+            import_parts(args.checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(args.checkpoint).to(args.device)
+        tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+        first = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
+        print(
+            f"{'text':<32}{'documents':>10}{'tokens':>11}{'nats per token':>16}{'perplexity':>12}{'bits per byte':>15}"
+        )
+        for path in args.texts:
+            texts = [text[: args.num_chars] for text in read_documents(path)]
+            documents = [first + tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+            found = evaluate_documents(
+                model,
+                documents,
+                args.batch_size,
+                num_bytes=sum(len(text.encode()) for text in texts),
+                memory=args.memory,
+                keys=args.keys,
+            )
+            print(
+                f"{path[-30:]:<32}{found['num_documents']:>10,}{found['num_tokens']:>11,}{found['loss']:16.4f}"
+                f"{found['perplexity']:12.2f}{found['bits_per_byte']:15.4f}",
+                flush=True,
+            )
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+__all__ = ["evaluate_documents", "evaluate_windows", "gain_by_depth", "main"]
+
+if __name__ == "__main__":
+    main()

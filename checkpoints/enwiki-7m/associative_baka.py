@@ -1,0 +1,1 @@
+../../src/baka_hf/associative_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/attention_baka.py

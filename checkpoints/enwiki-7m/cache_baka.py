@@ -1,0 +1,1 @@
+../../src/baka_hf/cache_baka.py

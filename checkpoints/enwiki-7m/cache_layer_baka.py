@@ -1,0 +1,1 @@
+../../src/baka_hf/cache_layer_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/calls_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/checkpoint_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/compile_baka.py

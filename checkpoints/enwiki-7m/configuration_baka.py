@@ -1,0 +1,1 @@
+../../src/baka_hf/configuration_baka.py

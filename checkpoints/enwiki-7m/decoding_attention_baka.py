@@ -1,0 +1,1 @@
+../../src/baka_hf/decoding_attention_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/decoding_graphs_baka.py

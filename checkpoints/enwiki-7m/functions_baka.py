@@ -1,0 +1,1 @@
+../../src/baka_hf/functions_baka.py

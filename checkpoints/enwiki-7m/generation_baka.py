@@ -1,0 +1,1 @@
+../../src/baka_hf/generation_baka.py

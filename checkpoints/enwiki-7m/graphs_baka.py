@@ -1,0 +1,1 @@
+../../src/baka_hf/graphs_baka.py

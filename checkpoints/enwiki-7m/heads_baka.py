@@ -1,0 +1,1 @@
+../../src/baka_hf/heads_baka.py

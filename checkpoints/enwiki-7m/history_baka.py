@@ -1,0 +1,1 @@
+../../src/baka_hf/history_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/inputs_baka.py

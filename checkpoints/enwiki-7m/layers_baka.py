@@ -1,0 +1,1 @@
+../../src/baka_hf/layers_baka.py

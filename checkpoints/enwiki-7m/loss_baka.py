@@ -1,0 +1,1 @@
+../../src/baka_hf/loss_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/memory_baka.py

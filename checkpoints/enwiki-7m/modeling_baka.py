@@ -1,0 +1,1 @@
+../../src/baka_hf/modeling_baka.py

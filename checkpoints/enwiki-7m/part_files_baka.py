@@ -1,0 +1,1 @@
+../../src/baka_hf/part_files_baka.py

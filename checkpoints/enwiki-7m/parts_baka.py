@@ -1,0 +1,1 @@
+../../src/baka_hf/parts_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/reading_baka.py

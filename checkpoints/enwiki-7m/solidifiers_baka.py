@@ -1,0 +1,1 @@
+../../src/baka_hf/solidifiers_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/state_files_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/stopping_baka.py

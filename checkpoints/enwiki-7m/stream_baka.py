@@ -1,0 +1,1 @@
+../../src/baka_hf/stream_baka.py

@@ -1,0 +1,1 @@
+../../src/baka_hf/training_graphs_baka.py
