@@ -99,6 +99,7 @@ def train(model: Any, documents: list[Any], args: Arguments) -> None:
         BakaTrainer(model, arguments, lambda rows: collate(rows, n if args.skip_first_chunk else 0), lanes).train()
         for name in ("forward", "_original_forward"):  # accelerate's, in autocast: scores and the next stage do without
             model.__dict__.pop(name, None)
+        model.cuda_graphs_enable(False)  # what this stage has recorded makes room for the next
     model.config.use_cache = True  # the Trainer switches it off
 
 
