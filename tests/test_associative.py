@@ -8,7 +8,7 @@ from helpers import CONFIGS, checkpoint_activations, naive_read, random_tokens, 
 from torch import Tensor
 from torch.testing import assert_close
 
-from baka_hf import BakaForCausalLM, associative_baka
+from baka_hf import BakaForCausalLM, associative_baka, training_graphs_baka
 from baka_hf.associative_baka import UnitLowerSolve, delta_rule, dpfp, recall, store
 
 EXACT = dict(rtol=0, atol=1e-9)
@@ -281,3 +281,20 @@ def test_strengths_reach_as_far_back_as_losses() -> None:
         expected += torch.autograd.grad(of_chunk, embeds)[0]
     assert_close(torch.autograd.grad(total(cut, embeds), embeds)[0], expected)
     assert not torch.allclose(torch.autograd.grad(total(free, embeds), embeds)[0], expected)
+
+
+def test_a_cost_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts from the next call on, by graphs too."""
+    monkeypatch.setattr(training_graphs_baka, "DEVICES", ("cpu",))
+    for graphs in (False, True):
+        model = costly_model("tokens")
+        model.cuda_graphs_enable(graphs)
+        tokens = random_tokens(model.config, 2, 2 * model.config.chunk_size)
+        losses = []
+        for cost in (0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 0.0):
+            model.config.associative_write_cost = cost
+            outputs = model(tokens, labels=tokens, use_cache=False)
+            outputs.loss.backward()
+            assert (outputs.write_strength is None) == (cost == 0)
+            losses.append(outputs.loss.item())
+        assert losses[0] == losses[1] == losses[2] == losses[6] < losses[3] == losses[4] == losses[5]

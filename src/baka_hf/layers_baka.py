@@ -52,7 +52,6 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
             initialise(config.residual_initializer_range, self.self_attn.o_proj, self.mlp.down_proj)
         self.association: Any = ASSOCIATIONS[config.associative_write](config) if has_association else None
         self.is_read_beside = has_association and config.associative_writers == "tokens"
-        self.writing_costs = config.associative_write_cost > 0
 
     def forward(
         self,
@@ -90,7 +89,7 @@ class BakaDecoderLayer(GradientCheckpointingLayer):
             held, strength = associated.held, None
             if writers.completes:
                 held = self.association.write(held, inputs)
-                if self.writing_costs and self.training and torch.is_grad_enabled():
+                if view.writing_costs and self.training and torch.is_grad_enabled():
                     strength = write_strength(self.association, inputs)
             associated = Associated(held, inputs, strength)
         if self.training and torch.is_grad_enabled() and (writers is None or not writers.completes):

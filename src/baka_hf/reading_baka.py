@@ -520,12 +520,14 @@ class Reading:
         config, half, S = self.config, self.half, self.config.stream_length
         cos, sin = rotary_table_of(config, device, dtype)
         writers = writers_of(config, span, layout, self.in_place, device)
+        costs = config.associative_write_cost > 0
         if not layout.in_step:
             slots = layout.slots.to(device)
             index = (half + slots)[:, None, :, None]
             placement = Placement(slots=index, valid=layout.valid.to(device)[:, None, :, None])
             mask = self._mask(span, layout, placement, device, dtype)
-            return View((cos[S + slots], sin[S + slots]), mask, placement, writers=writers)
+            angles = cos[S + slots], sin[S + slots]
+            return View(angles, mask, placement, writers=writers, writing_costs=costs)
         own, previous = slice(S + layout.lo, S + layout.hi), slice(layout.lo, layout.hi)
         angles = cos[own], sin[own]
         previous_angles = (cos[previous], sin[previous]) if is_chunk(layout) and half and not self.in_place else None
@@ -536,7 +538,8 @@ class Reading:
         if key is None or key not in self.masks:
             self.masks[key] = self._mask(span, layout, placement, device, dtype)
         mask = self.masks[key]
-        return View(angles, mask, placement, self._parts(span, layout, dtype, device), previous_angles, writers)
+        parts = self._parts(span, layout, dtype, device)
+        return View(angles, mask, placement, parts, previous_angles, writers, writing_costs=costs)
 
     def _parts(self, span: Span, layout: Layout, dtype: torch.dtype, device: torch.device) -> Parts | None:
         """What compiled attention needs to know of a span in step to do without a mask; None if it cannot."""

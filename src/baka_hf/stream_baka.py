@@ -107,6 +107,7 @@ class View(NamedTuple):
     previous_angles: Angles | None = None
     writers: Writers | None = None  # None if there are no associations
     skips_hidden: bool = False  # what the mask hides is not even read, see `attend_seen`
+    writing_costs: bool = False  # in training the strength of what is written is asked for
 
 
 def fixed_pauses(config: BakaConfig) -> list[int]:

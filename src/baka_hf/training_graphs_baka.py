@@ -97,7 +97,8 @@ class Recorder:
         trained = [each for each in self.weights.tensors if each.requires_grad and each is not self.embedding]
         if not trained:
             return None
-        kind = _kind_of(call), model.config.bptt_chunks, tuple(map(id, trained))
+        config = model.config
+        kind = _kind_of(call), config.bptt_chunks, config.associative_write_cost > 0, tuple(map(id, trained))
         with self.lock:
             graph = self._graph_of(kind, trained, next(self.calls))
             turn = self.turn and self.turn()
