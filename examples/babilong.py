@@ -157,8 +157,8 @@ class FreeAtFirst(TrainerCallback):
         chunks = curriculum[stage]
         self.config.associative_write_cost = self.cost if chunks > self.task.free_chunks else 0.0
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.config.associative_write_cost = self.cost
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.config.associative_write_cost = self.cost  # as it is saved
 
 
 def load_tokenizer(path: str) -> Any:

@@ -180,7 +180,7 @@ def store(config: Any, weights: Weights, name: str, written: Tensor, association
         k = features(weights, f"{name}.k_proj", o)
         there = A.T @ k / (z @ k + 1e-5)
         beta = strength(config, linear(weights, f"{name}.beta_proj", o, True))
-        gamma = (1 - z @ k / (k @ k + 1e-5)).clamp(0, 1).detach()
+        gamma = (1 - z @ k / (k @ k + 1e-5)).clamp(0, 1).detach() * (beta > 0)
         change = beta * (weights[f"{name}.v_proj.weight"] @ o - there)
         after = after[0] + torch.outer(k, change), after[1] + gamma * k
     return after

@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from baka_hf import BakaForCausalLM, associative_baka, training_graphs_baka
-from baka_hf.associative_baka import UnitLowerSolve, delta_rule, dpfp, recall, store
+from baka_hf.associative_baka import (
+    ASSOCIATIONS,
+    BakaTokenAssociation,
+    UnitLowerSolve,
+    delta_rule,
+    dpfp,
+    recall,
+    register_association,
+    store,
+)
 
 EXACT = dict(rtol=0, atol=1e-9)
 FLOATS = (torch.float64, torch.float32)
@@ -298,3 +307,74 @@ def test_a_cost_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (outputs.write_strength is None) == (cost == 0)
             losses.append(outputs.loss.item())
         assert losses[0] == losses[1] == losses[2] == losses[6] < losses[3] == losses[4] == losses[5]
+
+
+@pytest.mark.parametrize("kind", ["memory", "tokens"])
+def test_what_is_not_written_leaves_no_trace(kind: str) -> None:
+    """Of closed gates neither associations nor normalizers know; what was there fades with γ alone."""
+    model = tiny_model(tiny_config(**KINDS[kind], associative_gate="hard_sigmoid"))
+    tokens = random_tokens(model.config, 2, 3 * model.config.chunk_size)
+    n = model.config.chunk_size
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.association.beta_proj.weight.zero_()
+            layer.association.beta_proj.bias.fill_(-3.1)
+        model(tokens, cache=(state := model.new_cache(2)))
+        assert not state.associations.any() and (kind == "tokens" or not state.normalizers.any())
+        for layer in model.model.layers:
+            layer.association.beta_proj.bias.fill_(3.1)
+        model(tokens[:, :n], cache=(state := model.new_cache(2)))
+        written = {name: x.clone() for name, x in state.tensors().items() if name in ("associations", "normalizers")}
+        for layer in model.model.layers:
+            layer.association.beta_proj.bias.fill_(-3.1)
+            if kind == "tokens":
+                layer.association.gamma_proj.weight.zero_()
+                layer.association.gamma_proj.bias.fill_(100)
+        model(tokens[:, n:], cache=state)
+    for name, x in written.items():
+        assert x.any()
+        assert_close(state.tensors()[name], x)
+
+
+def test_costs_of_other_associations() -> None:
+    """A class that makes strengths its own way is charged for these."""
+
+    @register_association("constant")
+    class Constant(BakaTokenAssociation):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            del self.beta_proj
+
+        def project(self, inputs: Tensor) -> tuple[Tensor, ...]:
+            strengths = inputs.new_full((*inputs.shape[:2], self.num_heads), 1.5)
+            return self.k_proj(inputs), self.v_proj(inputs), strengths, self.gamma_proj(inputs)
+
+    try:
+        fields = dict(associative_dim=3, associative_write="constant", associative_gate="hard_sigmoid")
+        config = tiny_config(**fields, associative_write_cost=0.5)
+        model = BakaForCausalLM(config).double().train()
+        tokens = random_tokens(config, 2, 2 * config.chunk_size)
+        outputs = model(tokens, labels=tokens, use_cache=True)
+        assert outputs.write_strength.item() == pytest.approx(0.75)
+    finally:
+        ASSOCIATIONS.pop("constant")
+
+
+def test_checkpointing_that_would_lose_gradients_is_refused() -> None:
+    model = costly_model("tokens")
+    with pytest.raises(ValueError, match="blocks with associations needs use_reentrant=False, got True"):
+        checkpoint_activations(model, use_reentrant=True)
+
+
+def test_the_gradient_of_strengths_alone_by_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_graphs_baka, "DEVICES", ("cpu",))
+    models = [costly_model("tokens") for _ in range(2)]
+    models[1].cuda_graphs_enable()
+    tokens = random_tokens(models[0].config, 2, 3 * models[0].config.chunk_size)
+    models[1](tokens, use_cache=False).write_strength.backward()
+    models[1].zero_grad()
+    for model in models:
+        model(tokens, use_cache=False).write_strength.backward()
+    for parameter, twin in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_close(torch.zeros_like(twin) if twin.grad is None else twin.grad, expected)

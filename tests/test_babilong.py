@@ -89,9 +89,11 @@ def test_writes_cost_nothing_at_first(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(babilong, "FreeAtFirst", Seen)
     memory = "--num_memory_tokens 0 --associative_dim 4 --associative_write tokens --associative_gate hard_sigmoid"
     flags = f"--tokenizer {folder}/tokenizer.json {SIZES} {memory} --per_device_train_batch_size 2 --free_chunks 2"
+    flags += " --save_strategy steps --save_steps 1"
     run(folder, tmp_path, f"{flags} --associative_write_cost 0.5 --curriculum 1 2 3 --max_steps 5", monkeypatch)
     assert costs == [0, 0, 0, 0.5, 0.5]
-    assert BakaConfig.from_pretrained(tmp_path).associative_write_cost == 0.5
+    for saved in (tmp_path, *tmp_path.glob("checkpoint-*")):
+        assert BakaConfig.from_pretrained(saved).associative_write_cost == 0.5
     flags = f"--model {tmp_path} --associative_write_cost 0 --curriculum 3 --max_steps 1"
     run(folder, tmp_path / "again", flags, monkeypatch)
     assert costs[5:] == [0]

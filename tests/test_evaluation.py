@@ -478,3 +478,18 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.splitlines()[1:] != lines
     with pytest.raises(SystemExit, match=r"error: .*missing\.txt"):
         evaluation.main([str(tmp_path / "model"), str(tmp_path / "missing.txt")])
+    (tmp_path / "empty.txt").write_text("")
+    for wrong, message in (
+        ([str(tmp_path / "empty.txt")], r"error: expected text in .*empty\.txt, got none"),
+        ([files[1], "--num_chars", "0"], "error: `num_chars` must be"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            evaluation.main([str(tmp_path / "model"), *wrong, "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        evaluation.main([*arguments[:-1], "nowhere"])
+    assert "--device" in capsys.readouterr().err
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path / "llama")
+    with pytest.raises(SystemExit, match="error: expected a BakaLLM, got a LlamaForCausalLM"):
+        evaluation.main([str(tmp_path / "llama"), *arguments[1:]])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,18 @@ def test_it_samples_by_itself() -> None:
     """Greedy search says the same over and over: `generate` samples if nothing else is asked for."""
     chosen = json.loads((FOLDER / "generation_config.json").read_text())
     assert chosen["do_sample"] is True and 0 < chosen["top_p"] < 1
+
+
+def test_saved_again_it_has_code_of_its_own(tmp_path: Path) -> None:
+    """Whoever trains a copy on writes into no file of the package."""
+    copy = tmp_path / "copy"
+    shutil.copytree(FOLDER, copy, symlinks=True)
+    for link in copy.glob("*.py"):
+        target = link.resolve() if link.exists() else CODE / link.name
+        link.unlink()
+        link.symlink_to(target)
+    model = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True)
+    model.save_pretrained(copy)
+    saved = {path.name for path in copy.glob("*.py")}
+    assert saved == {path.name for path in CODE.glob("*_baka.py")}
+    assert not any(path.is_symlink() for path in copy.glob("*.py"))

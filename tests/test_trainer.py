@@ -206,6 +206,22 @@ def test_label_smoothing_of_a_compiled_model(tmp_path: Path) -> None:
     assert loss.item() == pytest.approx(expected["eval_loss"], rel=1e-5)
 
 
+def test_what_writes_cost_is_in_the_loss_or_label_smoothing_is_refused(tmp_path: Path) -> None:
+    fields = dict(associative_dim=3, associative_write="tokens")
+    models = [new_model(**fields, associative_write_cost=cost) for cost in (0.0, 20.0)]
+    models[1].load_state_dict(models[0].state_dict())
+    found = []
+    for model in models:
+        trained = trainer(tmp_path, model, counting(), trainer_class=BakaTrainer, max_steps=2)
+        trained.train()
+        found.append(losses(trained)[0])
+    assert found[0] + 5 < found[1] < found[0] + 20  # a strength is about a half at first
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` 0 with `associative_write_cost`.* got 0\.1"):
+        trainer(
+            tmp_path, models[1], counting(), trainer_class=BakaTrainer, max_steps=1, label_smoothing_factor=0.1
+        ).train()
+
+
 def test_gradient_checkpointing(tmp_path: Path) -> None:
     """Recomputing the blocks changes nothing that is learned."""
     trained = []

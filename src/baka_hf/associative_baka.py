@@ -18,7 +18,7 @@ from .parts_baka import Part, register
 
 NUM_SHIFTS = 3  # ν of DPFP-ν: a key of d numbers has 2νd features
 EPSILON = 1e-5
-# What makes the strength of a write, 0 to 1, of a product. A hard one is 0 below -3: nothing is written at all.
+# What makes the strength of a write, 0 to 1, of a product. A hard one is 0 below -3: then nothing is written at all.
 GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 MAX_PIECE = 64  # tokens whose writes are solved for at once
 BLOCK = 8  # rows of a triangular matrix whose inverse is a product
@@ -139,8 +139,9 @@ class BakaTokenAssociation(nn.Module):
 
 
 def write_strength(association: Any, inputs: torch.Tensor) -> torch.Tensor:
-    """[B] float32: the mean strength with which `inputs`, what `write` of one of the above takes, are written."""
-    products = association.beta_proj(inputs)
+    """[B], in float32 at least: the mean strength with which `inputs`, what `write` of one of the above takes, are
+    written."""
+    products = association.project(inputs)[2]
     return association.gate(products.to(at_least_float32(products.dtype))).mean((1, 2))
 
 
@@ -185,6 +186,8 @@ def store(
         A ← A + Σ β_i k_i (v_i - v̄_i)ᵀ      v̄_i = Aᵀk_i / (z·k_i + ε), what was there
         z ← z + Σ γ_i k_i                     γ_i = clip(1 - z·k_i / (|k_i|² + ε), 0, 1), how new a key is; no gradient
 
+    Where β is exactly 0 so is γ: what is not written leaves no trace.
+
     Args:
         association: A, [B, F, D].
         normalizer: z, [B, F].
@@ -195,7 +198,7 @@ def store(
     change = strengths[..., None] * (values - recall(association, normalizer, features))
     with torch.no_grad():
         known = torch.einsum("brf,bf->br", features, normalizer) / (features.square().sum(-1) + EPSILON)
-        newness = (1 - known).clamp(0, 1)
+        newness = (1 - known).clamp(0, 1) * (strengths > 0)
     return association + features.mT @ change, normalizer + (newness[..., None] * features).sum(1)
 
 

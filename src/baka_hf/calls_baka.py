@@ -30,7 +30,7 @@ Memories = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # see `BakaModelOutput
 class BakaModelOutput(BaseModelOutputWithPast):
     """What a decoder gives. `memories` are there if asked for by `output_memories`: two tensors [B, R, D] for each time
     that chunks became full, the memory that these have read, before the solidifier, and the one that they have left. In
-    rows whose chunk did not become full then both are the same. `write_strength`, a float32 scalar, is there in
+    rows whose chunk did not become full then both are the same. `write_strength`, a scalar, is there in
     training with an `associative_write_cost` if a chunk became full: the mean strength of what full chunks have
     written, over tokens (or vectors), heads, blocks, chunks and rows."""
 

@@ -75,6 +75,11 @@ class BakaCheckpointMixin:
             # For whoever loads it without knowing this class: its base refuses, and says what it is.
             os.makedirs(save_directory, exist_ok=True)
             custom_object_save(next(base for base in type(self).__mro__ if base.__name__ in CLASSES), save_directory)
+        if is_main_process:
+            for name in os.listdir(save_directory) if os.path.isdir(save_directory) else ():
+                path = os.path.join(save_directory, name)
+                if name.endswith(".py") and os.path.islink(path):
+                    os.remove(path)  # code that is somebody else's: a copy takes its place
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
 
     def _check_parts(self) -> None:

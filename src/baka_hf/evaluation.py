@@ -414,9 +414,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run the parts that the checkpoint brings")
     args = parser.parse_args(arguments)
     try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device: {error}")
+    try:
+        check_positive(batch_size=args.batch_size, **({} if args.num_chars is None else {"num_chars": args.num_chars}))
         if args.trust_remote_code:
             import_parts(args.checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(args.checkpoint).to(args.device)
+        model = AutoModelForCausalLM.from_pretrained(args.checkpoint)
+        if model.config.model_type != "baka":
+            raise ValueError(f"expected a BakaLLM, got a {type(model).__name__} in {args.checkpoint}.")
+        model = model.to(args.device)
         tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
         first = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
         print(
@@ -424,6 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for path in args.texts:
             texts = [text[: args.num_chars] for text in read_documents(path)]
+            if not any(texts):
+                raise ValueError(f"expected text in {path}, got none.")
             documents = [first + tokenizer(text, add_special_tokens=False).input_ids for text in texts]
             found = evaluate_documents(
                 model,

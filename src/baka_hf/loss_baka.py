@@ -181,7 +181,12 @@ def loss_by_pieces(
 
 
 def share_of_batch(
-    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, num_items_in_batch: Any = None
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    device: torch.device,
+    num_items_in_batch: Any = None,
+    ignore_index: int = IGNORED,
+    **kwargs: Any,
 ) -> Any:
     """How much of a batch a call's targets are, for what is added to a loss that is divided by `num_items_in_batch`.
 
@@ -190,7 +195,7 @@ def share_of_batch(
     if num_items_in_batch is None:
         return 1.0
     targets = shift_labels if shift_labels is not None else labels[:, 1:]  # type: ignore[index]  # one is there
-    return (targets != IGNORED).sum() / torch.as_tensor(num_items_in_batch, device=targets.device)
+    return (targets != ignore_index).sum().to(device) / torch.as_tensor(num_items_in_batch, device=device)
 
 
 def _loss_of_head(

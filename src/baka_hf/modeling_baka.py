@@ -106,6 +106,8 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
         by_chunk = granularity == "chunk"
         if arguments.setdefault("use_reentrant", False) and by_chunk:
             raise ValueError("checkpointing with granularity='chunk' needs use_reentrant=False, got True.")
+        if arguments["use_reentrant"] and self.config.associative_dim:  # no gradients would come back through them
+            raise ValueError("checkpointing of blocks with associations needs use_reentrant=False, got True.")
         if isinstance(gradient_checkpointing_func, partial):
             gradient_checkpointing_func = partial(gradient_checkpointing_func.func, **arguments)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
@@ -502,8 +504,8 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
                 logits = logits[:, kept]
         strength = None if outputs is None else outputs.write_strength
         if loss is not None and strength is not None:
-            share = share_of_batch(labels, shift_labels, kwargs.get("num_items_in_batch"))
-            loss = loss + share * self.config.associative_write_cost * strength
+            cost = self.config.associative_write_cost * strength.to(loss.device)
+            loss = loss + cost * share_of_batch(labels, shift_labels, cost.device, **kwargs)
         return BakaCausalLMOutput(
             loss=loss,
             logits=logits,

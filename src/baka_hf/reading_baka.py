@@ -198,7 +198,7 @@ class ChunkPass:
         strengths = [each.strength for each in associated if each is not None and each.strength is not None]
         if not strengths:
             return None
-        strength = torch.stack(strengths).mean(0)
+        strength = torch.stack([each.to(strengths[0].device) for each in strengths]).mean(0)
         return where_rows(layout.completes, strength, torch.zeros_like(strength))
 
     def _assemble(

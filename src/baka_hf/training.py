@@ -312,6 +312,12 @@ class BakaTrainer(MuonTrainer):
                 if "shift_labels" in inputs:  # as such a function shifts labels, these come after the first token's
                     inputs["labels"] = nn.functional.pad(inputs.pop("shift_labels"), (1, 0), value=IGNORED)
             elif isinstance(self.label_smoother, _SmootherOfTargets):
+                cost: float = getattr(self.model.config, "associative_write_cost", 0.0)
+                if model.training and cost > 0:
+                    raise ValueError(
+                        "expected `label_smoothing_factor` 0 with `associative_write_cost`, which would have no part "
+                        f"in the loss, got {self.args.label_smoothing_factor}."
+                    )
                 inputs["labels"] = _targets(inputs)
                 inputs.pop("shift_labels", None)
             elif self.label_smoother is None and self._skips_logits and "skip_logits" in self._signature_columns:

@@ -353,7 +353,7 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, ...]:
         judged, of_state = gradients[: ctx.turn.graph.num_judged], gradients[ctx.turn.graph.num_judged :]
-        if judged[0] is None or any(gradient is not None for gradient in of_state):
+        if all(gradient is None for gradient in judged) or any(gradient is not None for gradient in of_state):
             raise ValueError(
                 "expected a state without gradients in the next call (`state.detach_()`): none flow from one call that "
                 "CUDA graphs have read into another. `cuda_graphs_enable(False)` reads calls without them."
