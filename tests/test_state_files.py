@@ -162,6 +162,7 @@ def test_what_a_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         memory_norm=False,
         associative_dim=0,
         associative_write="memory",
+        associative_gate="sigmoid",
         associative_layer_interval=1,
         num_associative_heads=0,
         num_pause_tokens=2,

@@ -18,11 +18,18 @@ from .parts_baka import Part, register
 
 NUM_SHIFTS = 3  # ν of DPFP-ν: a key of d numbers has 2νd features
 EPSILON = 1e-5
-# What makes the strength of a write, 0 to 1, of a product. A hard one is 0 below -3: then nothing is written at all.
-GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 MAX_PIECE = 64  # tokens whose writes are solved for at once
 BLOCK = 8  # rows of a triangular matrix whose inverse is a product
 FEW = 2  # queries that compiled sums serve better than a product of matrices: norm, cast and sum are one pass
+
+
+def hard_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """min(1, max(0, 1/2 + x/6)), whose gradient PyTorch's own has in float32 alone."""
+    return (x / 6 + 0.5).clamp(0, 1)
+
+
+# What makes the strength of a write, 0 to 1, of a product. A hard one is 0 below -3: then nothing is written at all.
+GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": hard_sigmoid}
 
 
 def associative_layers(config: Any) -> list[int]:
