@@ -78,8 +78,8 @@ class BakaCheckpointMixin:
         if is_main_process:
             for name in os.listdir(save_directory) if os.path.isdir(save_directory) else ():
                 path = os.path.join(save_directory, name)
-                if name.endswith(".py") and os.path.islink(path):
-                    os.remove(path)  # code that is somebody else's: a copy takes its place
+                if name.endswith("_baka.py") and os.path.islink(path):
+                    os.remove(path)  # code of the package: a copy takes its place
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
 
     def _check_parts(self) -> None:
