@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import END_OF_TEXT, byte_tokenizer, save_checkpoint
 from safetensors.torch import load_file
+from saving import END_OF_TEXT, byte_tokenizer, save_checkpoint
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
+from saving import byte_tokenizer, save_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,7 +21,6 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from baka_hf import BakaForCausalLM, evaluation
 from baka_hf.evaluation import evaluate_documents, evaluate_windows, gain_by_depth
-from checkpoints import byte_tokenizer, save_checkpoint
 
 # Chunks of 5: none, one and several of them full, a token more and less, and nothing to score.
 LENGTHS = [1, 2, 5, 6, 7, 11, 26, 3, 1, 16, 31, 4, 10, 12, 2, 1, 8, 21]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_checkpoint
 from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
+from saving import save_checkpoint
 from torch.testing import assert_close
 
 from baka_hf import BakaModel, decoding_graphs_baka, inspect

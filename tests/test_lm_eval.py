@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import byte_tokenizer, save_checkpoint
+from saving import byte_tokenizer, save_checkpoint
 
 from baka_hf import BakaForCausalLM
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from checkpoints import byte_tokenizer, save_checkpoint
+from saving import byte_tokenizer, save_checkpoint
 
 from baka_hf.state_store import StateStore
 

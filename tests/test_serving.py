@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from checkpoints import byte_tokenizer, save_checkpoint
+from saving import byte_tokenizer, save_checkpoint
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoints import byte_tokenizer, save_checkpoint
+from saving import byte_tokenizer, save_checkpoint
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -34,7 +34,7 @@ from baka_hf.tasks import BabiInBooksDataset
 TRAIN = """
 import json, sys
 from pathlib import Path
-from checkpoints import save_checkpoint
+from saving import save_checkpoint
 from baka_hf.data import LaneDataset
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 folder = Path(sys.argv[1])
