@@ -14,6 +14,7 @@ per token against the tokens read.
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     add("--batches", type=int, nargs="+", help="rows that take a step together")
     add("--peer_tokens", type=int, default=2**17, help="most tokens for Llama to read (default: %(default)s)")
     add("--peer_steps", type=int, help="steps of Llama's to time (default: 32)")
+    add("--plain_block", action="store_true", help="step without QK-norm and value residuals too, as Llama's block is")
     args = settle(parser.parse_args())
     kind = "quick" if args.quick else args.device.partition(":")[0]
     args.reads = READS[kind] if args.reads is None else args.reads
@@ -103,7 +105,10 @@ class Stepping:
 
 
 def measure_steps(comparison: Comparison, args: argparse.Namespace) -> None:
-    for name, new_model in comparison.chosen({"BakaLLM": new_baka, "Llama": new_llama}).items():
+    sides: dict[str, Callable] = {"BakaLLM": new_baka}
+    if args.plain_block:
+        sides["BakaLLM, plain block"] = partial(new_baka, qk_norm=False, value_residual=False)
+    for name, new_model in comparison.chosen(sides | {"Llama": new_llama}).items():
         model, most = new_model(args), args.peer_tokens if name == "Llama" else float("inf")
         steps = args.peer_steps if name == "Llama" else model.config.chunk_size
         states = states_after(model, [context for context in args.contexts if context <= most])

@@ -165,14 +165,13 @@ def plan(
         restarts = restarts & ~alone
 
     # Without a state every row begins here and nothing needs to be known on the host. With one, count.
-    lengths: torch.Tensor | None = None
-    whole_columns = torch.ones(length, dtype=torch.bool)
-    if cache is not None or restarts is not None:
-        lengths = torch.full((batch_size,), length)
-        if real is not None:
-            on_cpu = (real if alone is not None or given is None else given).cpu()
-            lengths, whole_columns = on_cpu.sum(1), on_cpu.all(0)
-            real = None if bool(whole_columns.all()) else real
+    begins_here = cache is None and restarts is None
+    lengths, num_aligned = torch.full((batch_size,), length), length
+    if real is not None and not begins_here:
+        on_cpu = (real if alone is not None or given is None else given).cpu()
+        lengths, whole_columns = on_cpu.sum(1), on_cpu.all(0)
+        num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
+        real = None if bool(whole_columns.all()) else real
     text = input_ids if inputs_embeds is None else inputs_embeds
     assert text is not None
     if real is not None:
@@ -180,12 +179,12 @@ def plan(
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
         text = text.gather(1, order) if text.ndim == 2 else gather_positions(text, order)
         restarts = None if restarts is None else restarts.gather(1, order)
-    seeded = None
-    if lengths is None:
-        spans = plan_aligned(length, config.chunk_size)
+    num_tokens = torch.zeros(batch_size, dtype=torch.int64) if cache is None else cache._num_tokens
+    seeded = torch.zeros(batch_size, dtype=torch.bool) if cache is None else cache._seeded
+    before = {(0, False)} if cache is None else {*zip(num_tokens.tolist(), seeded.tolist(), strict=True)}
+    if begins_here or (len(before) == 1 and real is None and restarts is None):
+        spans = plan_aligned(length, config.chunk_size, *before.pop())
     else:
-        num_tokens = torch.zeros_like(lengths) if cache is None else cache._num_tokens
-        seeded = torch.zeros(batch_size, dtype=torch.bool) if cache is None else cache._seeded
         restarts = None if restarts is None else restarts.cpu()
         keeps = cache is not None
         spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
@@ -208,7 +207,7 @@ def plan(
         input_ids=input_ids,
         heard=heard,
         seeded=seeded,
-        num_aligned=0 if cache is None else int(whole_columns.flip(0).cumprod(0).sum()),
+        num_aligned=num_aligned,
         restarts=restarts is not None,
         within_beam_search=within_beam_search,
         beside=beside,
@@ -289,7 +288,9 @@ def _leave_state(cache: BakaCache, call: Call, results: Results) -> None:
         cache.carried = results.memory
     for layer, both in zip(cache.layers, results.keys_values, strict=False):  # none in place
         (layer.keys, layer.values), layer.is_shared = both, True
-    num_tokens = call.spans[-1].num_tokens if call.spans else cache._num_tokens
+    num_tokens = cache._num_tokens
+    if call.spans:
+        num_tokens = torch.as_tensor(call.spans[-1].num_tokens).expand(call.batch_size).clone()
     pauses = results.pauses.expand(call.batch_size, -1).clone()
     assert call.seeded is not None
     counts = call.num_aligned, call.restarts, call.within_beam_search

@@ -292,12 +292,12 @@ class StaticReader:
     def read_piece(self, model: Any, span: Span, seeded: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, T], of each row a piece of a chunk, `seeded` [B] or not: its normed states [B, T, D], to be
         used before the next piece or chunk."""
-        counts = torch.as_tensor(span.count).expand(self.batch_size)
-        self._tell(span.num_tokens - counts, seeded, counts)
+        counts, num_tokens = (torch.as_tensor(x).expand(self.batch_size) for x in (span.count, span.num_tokens))
+        self._tell(num_tokens - counts, seeded, counts)
         self.ids[self.chunk_size][:, : span.length].copy_(text)
         self.known[0] = self.known[0].new_empty(0)  # unknown, should this be interrupted
         self._run(("piece",), lambda: self._piece(model))
-        self.known[0] = span.num_tokens
+        self.known[0] = num_tokens
         return self.states[self.chunk_size][:, : span.length]
 
     def read_chunk(self, model: Any, span: Span, text: torch.Tensor) -> torch.Tensor:

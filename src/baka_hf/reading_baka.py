@@ -88,7 +88,6 @@ class ChunkPass:
         self.in_place, self.with_states, self.with_weights = in_place, with_states, with_weights
         self.half = self.config.stream_length if self.config.use_xl_cache else 0  # slots of the previous stream
         self.associative_layers = associative_layers(self.config)
-        self.vectors = memory_held(self.config)
 
     def run(self, first: Any, layout: Layout, view: View, text: torch.Tensor, stream: Stream) -> Passed:
         """Read one span.
@@ -183,7 +182,7 @@ class ChunkPass:
         begin = placement.first if layout.completes is False and not self.in_place else 0
         if R and memory is not None and any_rows(layout.completes):
             written = states[-1][:, -R:] if layout.in_step else gather_positions(states[-1], layout.write)
-            vectors = {name: x for name, x in memory.items() if name in self.vectors}
+            vectors = {name: memory[name] for name in memory_held(self.config)}
             updated = self.model.update_memory(vectors, written)
             memory = memory | {name: where_rows(layout.completes, x, memory[name]) for name, x in updated.items()}
         if self.associative_layers and memory is not None:
@@ -601,9 +600,9 @@ class Reading:
         """The own stream of the rows whose chunk is full becomes their previous one, in tensors of its own."""
         batch_size = self.call.batch_size
         if cache._is_recording:
-            completes = torch.as_tensor(layout.completes).expand(batch_size)
+            num_tokens, completes = (torch.as_tensor(x).expand(batch_size) for x in (span.num_tokens, layout.completes))
             pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(batch_size, -1)
-            cache._record_boundary(span.num_tokens, completes, pauses)
+            cache._record_boundary(num_tokens, completes, pauses)
         for layer in cache.layers:
             # Without the XL cache: to be copied before the next chunk is written over this one.
             layer.is_shared = not self.half

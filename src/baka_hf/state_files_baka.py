@@ -126,7 +126,8 @@ def signature_of(config: Any) -> dict[str, Any]:
 
     Biases are not among them: a bias of zero changes nothing, and what weights a state is of, its signature never says.
     """
-    values = {name: getattr(config, name, None) for name in SIGNATURE_FIELDS}
+    fields = vars(config)  # a config is slow to ask, and every token asks
+    values = {name: fields[name] if name in fields else getattr(config, name, None) for name in SIGNATURE_FIELDS}
     rope_type, values["rope_theta"], scaling = config.rope
     return values | {"rope_scaling": {"rope_type": rope_type, **scaling}}
 

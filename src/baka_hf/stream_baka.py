@@ -157,12 +157,16 @@ class Span(NamedTuple):
         return isinstance(self.column, int) and isinstance(self.count, int)
 
 
-def plan_aligned(length: int, chunk_size: int) -> list[Span]:
-    """Spans of a call in which every row begins its text and reads `length` tokens: whole chunks and a rest."""
+def plan_aligned(length: int, chunk_size: int, num_tokens: int = 0, seeded: bool = False) -> list[Span]:
+    """Spans of a call in which every row has read `num_tokens` before, `seeded` or not, and reads `length` more."""
     spans = []
-    for column in range(0, length, chunk_size):
-        count = min(chunk_size, length - column)
-        spans.append(Span(column, 0, count, count, column == 0, column > 0, column + count))
+    column = 0
+    while column < length:
+        start, has_previous = num_tokens % chunk_size, num_tokens >= chunk_size
+        count = min(chunk_size - start, length - column)
+        num_tokens += count
+        spans.append(Span(column, start, count, count, not (has_previous or seeded), has_previous, num_tokens))
+        column += count
     return spans
 
 
@@ -174,7 +178,7 @@ def plan_spans(
     chunk_size: int,
     keeps: bool,
 ) -> tuple[list[Span], torch.Tensor]:
-    """Spans of a call in which rows may be anywhere in their chunks; all tensors on the CPU.
+    """As `plan_aligned`, of a call in which rows may be anywhere in their chunks; all tensors on the CPU.
 
     Args:
         lengths: [B] int64, tokens each row reads in this call.
