@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import STATES, contents, random_tokens, tiny_config, tiny_model
+from helpers import STATES, contents, random_tokens, recorded_calls, tiny_config, tiny_model
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from baka_hf import BakaForCausalLM, decoding_graphs_baka, serving
+from baka_hf import BakaCache, BakaForCausalLM, decoding_graphs_baka, serving
 from baka_hf.serving import Batcher, Request
 
 
@@ -281,6 +281,23 @@ def test_prompts_hold_nobody_up() -> None:
         batcher.step()
         steps += 1
     assert steps == 4 + 3 * 2
+
+
+def test_prompts_begin_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait for others are put into their rows when they are read, all at once."""
+    model = tiny_model(tiny_config())
+    batcher = Batcher(model, 5, num_prompts=3)
+    batcher.add([4], 40, eos_token_id=())
+    batcher.step()
+    put = recorded_calls(monkeypatch, BakaCache, "put_rows")
+    prompts = [random_tokens(model.config, 3, seed=seed) for seed in range(3)]
+    for prompt in prompts:
+        assert not put
+        last = batcher.add(prompt, 4, eos_token_id=())
+        batcher.step()
+    assert [rows for _, rows, *_ in put] == [[0, 1, 2], [1, 2, 3]] and len(last.tokens) == 2
+    list(batcher.run())
+    assert last.tokens == alone(model, prompts[-1], max_new_tokens=4)
 
 
 def test_who_is_cancelled_leaves(way: str) -> None:

@@ -247,7 +247,7 @@ def test_what_changes_a_state_between_steps() -> None:
 
 @torch.no_grad()
 def test_states_side_by_side_and_one_after_another() -> None:
-    """Two states alive at once share nothing; what one leaves is taken by the next, and forgotten before."""
+    """Two states alive at once share copies of weights alone; what one leaves is taken by the next, and forgotten."""
     model = tiny_model(tiny_config())
     tokens = random_tokens(model.config, 4, 40)
     expected = model(tokens).logits
@@ -257,7 +257,7 @@ def test_states_side_by_side_and_one_after_another() -> None:
             logits = model(tokens[row : row + 1, column : column + 1], cache=state).logits
             assert_close(logits[:, 0], expected[row : row + 1, column], **EXACT)
     reader = states[1]._reader
-    assert states[0]._reader is not reader
+    assert states[0]._reader is not reader and states[0]._reader.weights is reader.weights
     del states[1], state
     new = model.new_cache(1, static=True)
     for column in range(20):
@@ -328,8 +328,8 @@ def test_weights_that_change_without_a_trace(change: str, same_state: bool) -> N
             logits = [model(part, cache=state).logits for part in tokens.split([6, 1, 1, 1], 1)]
         return torch.cat(logits, 1)
 
-    state = model.new_cache(static=True)
-    read(state)
+    state, beside = model.new_cache(static=True), model.new_cache(static=True)
+    read(state), read(beside)
     if change == "data":
         for parameter in model.parameters():
             parameter.data.mul_(1.5)
@@ -341,7 +341,9 @@ def test_weights_that_change_without_a_trace(change: str, same_state: bool) -> N
         state.reset()
     else:
         state = model.new_cache(static=True)
-    assert_close(read(state), model(tokens).logits, **EXACT)
+    beside.reset()
+    for each in (state, beside):
+        assert_close(read(each), model(tokens).logits, **EXACT)
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ NUM_APART = 8
 LARGEST_PART_APART = 1 / 8
 
 _idle: "weakref.WeakKeyDictionary[nn.Module, StaticReader]" = weakref.WeakKeyDictionary()
+_weights: "weakref.WeakKeyDictionary[nn.Module, DecodingWeights]" = weakref.WeakKeyDictionary()
 
 
 def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
@@ -74,19 +75,28 @@ def reader_of(model: Any, cache: BakaCache) -> "StaticReader | None":
         # A state that is gone leaves its tensors and their graphs to the next of its shape.
         reader = _idle.pop(model, None)
         if reader is None or not reader.fits(cache, model):
-            weights = PlainWeights(model)
-            joined = (linear for layer in model.layers for linear in layer.input_projections)
-            if not weights.are_plain or any(type(linear) is not nn.Linear for linear in joined):
+            weights = _weights_of(model)
+            if weights is None:
                 cache.is_static = False
                 return None
             reader = StaticReader(model, cache, weights)
         cache._release()
         reader.serve(cache)
     reader.take_in(cache)
-    if reader.num_plans != model.num_plans:
-        reader.refresh()
-        reader.num_plans = model.num_plans
+    reader.weights.refresh(model)
     return reader
+
+
+def _weights_of(model: Any) -> "DecodingWeights | None":
+    """The weights of `model` for all that reads by it; None if they are not those of plain modules."""
+    weights = _weights.get(model)
+    if weights is None or not weights.plain.are_as_they_were():
+        plain = PlainWeights(model)
+        joined = (linear for layer in model.layers for linear in layer.input_projections)
+        if not plain.are_plain or any(type(linear) is not nn.Linear for linear in joined):
+            return None
+        weights = _weights[model] = DecodingWeights(model, plain)
+    return weights
 
 
 def _leave(model: Any, reader: "StaticReader") -> None:
@@ -102,10 +112,9 @@ class StaticReader:
     `is_shared` says that an autograd graph may hold on to them: nobody may write into them any more.
     """
 
-    def __init__(self, model: Any, cache: BakaCache, weights: PlainWeights):
+    def __init__(self, model: Any, cache: BakaCache, weights: "DecodingWeights"):
         config: BakaConfig = model.config
         self.config, self.weights, self.model = config, weights, weakref.ref(model)
-        self.num_plans = model.num_plans  # of the model, when the copies of its weights were last made
         self.chunk_size, self.stream_length = config.chunk_size, config.stream_length  # a config is slow to ask
         self.device, self.batch_size = cache.layers[0].keys.device, cache.batch_size
         self.is_shared = False
@@ -138,7 +147,8 @@ class StaticReader:
                     self.slots[-1]["inputs"] = torch.zeros_like(layer.inputs)
             programs = compiled(enter), compiled(leave), compiled(write)
             self.blocks = [
-                DecodingBlock(layer, slots, *programs) for layer, slots in zip(model.layers, self.slots, strict=True)
+                DecodingBlock(joined, slots, *programs)
+                for joined, slots in zip(weights.blocks, self.slots, strict=True)
             ]
             self.locate, self.roll = compiled(locate), compiled(roll_over)
             self.pauses = torch.tensor(fixed_pauses(config), dtype=torch.int64, device=self.device)[None]
@@ -172,20 +182,13 @@ class StaticReader:
         if self.end_of_owner is not None:
             self.end_of_owner.detach()
 
-    def refresh(self) -> None:
-        """Copy the model's weights again, since not every optimizer leaves a trace of having changed them."""
-        for block in self.blocks:
-            block.refresh()
-        if self.apart is not None:
-            self.apart.refresh()
-
     def fits(self, cache: BakaCache, model: Any) -> bool:
         """Whether this is, or may become, the reader of `cache` by `model`."""
         keys = cache.layers[0].keys
         same = (keys.shape, keys.dtype, keys.device) == (self.keys.shape[1:], self.keys.dtype, self.keys.device)
         is_free = self.owner is None or self.owner() is cache
         is_usable = self.model() is model and is_free and not self.is_shared
-        return same and is_usable and self.weights.are_as_they_were()
+        return same and is_usable and self.weights.plain.are_as_they_were()
 
     def take_in(self, cache: BakaCache) -> None:
         """Make these tensors those of `cache`. Whatever has replaced them there since is copied."""
@@ -265,9 +268,9 @@ class StaticReader:
         pairs = list(zip(self._held(), apart._held(), strict=True))
         stacked = (self.keys, apart.keys), (self.values, apart.values)
         for own, other in pairs:
-            other[:count] = own[index]
+            torch.index_select(own, 0, padded, out=other)
         for own, other in stacked:
-            other[:, :count] = own[:, index]
+            torch.index_select(own, 1, padded, out=other)
         reads = torch.arange(NUM_APART) < count
         apart._read_together(model, num_tokens[rows], seeded[rows], input_ids[padded], reads)
         for own, other in pairs:
@@ -381,25 +384,57 @@ class StaticReader:
         return passed.states[-1]
 
 
-class DecodingBlock:
-    """A `BakaDecoderLayer` in another order of work, for callers that take it for one: what multiplies the same input
-    is one product, and keys and values are written in place."""
+class DecodingWeights:
+    """What all readers of a model share: copies of its blocks' weights, those that multiply the same input joined."""
 
-    def __init__(self, layer: Any, slots: dict[str, torch.Tensor], enter: Callable, leave: Callable, write: Callable):
-        self.layer, self.slots = layer, slots
+    def __init__(self, model: Any, plain: PlainWeights):
+        self.plain = plain
+        self.num_plans = model.num_plans  # when the copies were last made
+        with torch.inference_mode(False):
+            self.blocks = [BlockWeights(layer) for layer in model.layers]
+
+    def refresh(self, model: Any) -> None:
+        """Copy them again after other calls than tokens: not every optimizer leaves a trace of having changed them."""
+        if self.num_plans == model.num_plans:
+            return
+        with torch.no_grad(), torch.inference_mode(False):
+            for block in self.blocks:
+                block.refresh()
+        self.num_plans = model.num_plans
+
+
+class BlockWeights:
+    """Those of one block."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
         self.of_input = Joined.of(layer.input_projections)
         self.of_mlp = None if layer.is_parallel else Joined.of(layer.mlp_projections)
         beside = layer.projections_beside
         self.of_attended = _side_by_side(beside) if len(beside) > 1 else None
-        self.enter, self.leave, self.write = enter, leave, write
 
     def refresh(self) -> None:
-        with torch.no_grad(), torch.inference_mode(False):
-            self.of_input.copy_(self.layer.input_projections)
-            if self.of_mlp is not None:
-                self.of_mlp.copy_(self.layer.mlp_projections)
-            if self.of_attended is not None:
-                self.of_attended.copy_(_side_by_side(self.layer.projections_beside))
+        self.of_input.copy_(self.layer.input_projections)
+        if self.of_mlp is not None:
+            self.of_mlp.copy_(self.layer.mlp_projections)
+        if self.of_attended is not None:
+            self.of_attended.copy_(_side_by_side(self.layer.projections_beside))
+
+
+class DecodingBlock:
+    """A `BakaDecoderLayer` in another order of work, for callers that take it for one: what multiplies the same input
+    is one product, and keys and values are written in place."""
+
+    def __init__(
+        self,
+        weights: BlockWeights,
+        slots: dict[str, torch.Tensor],
+        enter: Callable,
+        leave: Callable,
+        write: Callable,
+    ):
+        self.layer, self.weights, self.slots = weights.layer, weights, slots
+        self.enter, self.leave, self.write = enter, leave, write
 
     def __call__(
         self,
@@ -413,7 +448,8 @@ class DecodingBlock:
     ) -> tuple[torch.Tensor, None, torch.Tensor | None, None, Associated | None]:
         held = None if associated is None else associated.held
         view_of_keys = view._replace(mask=None, skips_hidden=False)
-        entered = self.enter(self.layer, hidden_states, self.of_input, view_of_keys, held, self.slots, first_value)
+        of_input, of_mlp, of_attended = self.weights.of_input, self.weights.of_mlp, self.weights.of_attended
+        entered = self.enter(self.layer, hidden_states, of_input, view_of_keys, held, self.slots, first_value)
         attention = self.layer.self_attn
         visible = slice(view.placement.first, view.placement.stop)
         keys, values = (self.slots[name][:, :, visible] for name in ("keys", "values"))
@@ -429,7 +465,7 @@ class DecodingBlock:
                 scale=attention.scaling,
                 enable_gqa=attention.num_key_value_groups > 1,
             )
-        output = self.leave(self.layer, entered, attended, self.of_attended, self.of_mlp, held)
+        output = self.leave(self.layer, entered, attended, of_attended, of_mlp, held)
         if associated is not None and view.writers is not None and view.writers.completes:
             inputs = view.writers.take(output) if entered.inputs is None else entered.inputs
             associated = associated._replace(held=self.write(self.layer, held, inputs))
