@@ -290,7 +290,7 @@ def _leave_state(cache: BakaCache, call: Call, results: Results) -> None:
         (layer.keys, layer.values), layer.is_shared = both, True
     num_tokens = cache._num_tokens
     if call.spans:
-        num_tokens = torch.as_tensor(call.spans[-1].num_tokens).expand(call.batch_size).clone()
+        num_tokens = torch.zeros(call.batch_size, dtype=torch.int64) + call.spans[-1].num_tokens
     pauses = results.pauses.expand(call.batch_size, -1).clone()
     assert call.seeded is not None
     counts = call.num_aligned, call.restarts, call.within_beam_search

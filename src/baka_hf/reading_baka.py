@@ -600,7 +600,8 @@ class Reading:
         """The own stream of the rows whose chunk is full becomes their previous one, in tensors of its own."""
         batch_size = self.call.batch_size
         if cache._is_recording:
-            num_tokens, completes = (torch.as_tensor(x).expand(batch_size) for x in (span.num_tokens, layout.completes))
+            num_tokens = torch.zeros(batch_size, dtype=torch.int64) + span.num_tokens
+            completes = torch.as_tensor(layout.completes).expand(batch_size)
             pauses = torch.as_tensor(self.pauses, dtype=torch.int64).expand(batch_size, -1)
             cache._record_boundary(num_tokens, completes, pauses)
         for layer in cache.layers:
