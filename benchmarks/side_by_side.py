@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from baka_hf import BakaConfig, BakaForCausalLM
 from baka_hf.calls_baka import CACHE_NAME
+from baka_hf.configuration_baka import RUNGS
 from baka_hf.convert import add_memory
 
 # 190 million parameters, of which 77 are embedding and head; 9 million; and something that runs in a moment.
@@ -40,6 +41,7 @@ def arguments(description: str | None, takes_source: bool = False) -> argparse.A
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu (default: %(default)s)")
     add("--size", choices=list(SIZES), help="default: reference on a GPU, small on a CPU")
+    add("--rung", choices=list(RUNGS), help="ours is a rung of the diary's ladder, not today's default")
     if takes_source:
         add("--source", help="a decoder, folder or name: it is Llama, ours is made of it, chunks of 512, no vectors")
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
@@ -64,8 +66,10 @@ def new_baka(args: argparse.Namespace, **fields: Any) -> BakaForCausalLM:
     if getattr(args, "source", None):
         source = AutoModelForCausalLM.from_pretrained(args.source)
         return _placed(add_memory(source, chunk_size=512, num_memory_tokens=0, **fields), args)
-    chunk = QUICK_CHUNK if args.size == "quick" else {}
-    return _placed(BakaForCausalLM(BakaConfig(**SIZES[args.size] | chunk | fields)), args)
+    rung = RUNGS[args.rung] if args.rung else {}
+    chunk = {name: number for name, number in QUICK_CHUNK.items() if args.size == "quick" and name not in rung}
+    fields = SIZES[args.size] | chunk | fields
+    return _placed(BakaForCausalLM(BakaConfig.rung(args.rung, **fields) if rung else BakaConfig(**fields)), args)
 
 
 def new_llama(args: argparse.Namespace) -> Any:

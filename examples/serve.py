@@ -6,7 +6,7 @@
 
 Texts join and leave a running batch (`baka_hf.serving`). A chat is read anew with every request, as OpenAI's is. With
 `--states` a completion that names a `user` goes on from all that this user's completions have read and said before: its
-prompt is what is new. It takes `pip install "baka-hf[serving]"`.
+prompt is what is new. It takes `pip install -e ".[serving]"`.
 """
 
 import argparse

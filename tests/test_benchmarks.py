@@ -163,3 +163,13 @@ def test_what_a_conversion_costs_is_measured(tmp_path: Path) -> None:
     assert "| step, batch 1, after 600 | ms/step |" in output
     sizes = [json.loads(line) for line in output.splitlines() if '"by_formula"' in line]
     assert sizes and all(line["state_bytes_a_row"] == line["by_formula"] for line in sizes)
+
+
+def test_steps_of_other_blocks(tmp_path: Path) -> None:
+    """A rung of the diary's ladder in the default's place, and ours without what Llama's block lacks."""
+    options = ["--device", "cpu", "--quick", "--reads", "--contexts", 20, "--batches", 1, "--plain_block"]
+    output = run_program(BENCHMARKS / "long_context.py", tmp_path, *options, "--rung", "xl")
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert {line["side"] for line in lines if "work" in line} == {"BakaLLM", "BakaLLM, plain block", "Llama"}
+    state = 2 * 2 * 2 * 8 * 16 * 4  # keys and values of 2 blocks and 2 chunks of 8 tokens, of width 16 in float32
+    assert [line["state_bytes_a_row"] for line in lines if "by_formula" in line] == [state]
