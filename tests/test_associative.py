@@ -245,13 +245,16 @@ def test_no_cost_of_nothing() -> None:
 
 @pytest.mark.parametrize("number", [None, 7, torch.tensor(40)])
 @pytest.mark.parametrize("skip_logits", [False, True])
-def test_a_part_of_a_batch_pays_its_share(number: Any, skip_logits: bool) -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_part_of_a_batch_pays_its_share(number: Any, skip_logits: bool, shifted: bool) -> None:
     """A loss that is divided by the targets of several calls grows in each by what the call has of them."""
     model = costly_model("memory")
     tokens = random_tokens(model.config, 2, 2 * model.config.chunk_size)
     labels = tokens.clone()
     labels[0, :3] = -100
-    options = dict(labels=labels, skip_logits=skip_logits, num_items_in_batch=number)
+    targets = dict(shift_labels=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)) if shifted else {}
+    options: dict[str, Any] = dict(skip_logits=skip_logits, num_items_in_batch=number)
+    options |= targets or dict(labels=labels)
     outputs, free = model(tokens, **options), costly_model("memory", associative_write_cost=0.0)(tokens, **options)
     share = 1.0 if number is None else (labels[:, 1:] != -100).sum().item() / int(number)
     assert_close(outputs.loss - free.loss, 0.5 * share * outputs.write_strength, check_dtype=False, rtol=1e-6, atol=0)

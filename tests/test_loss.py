@@ -13,6 +13,17 @@ from baka_hf import loss_baka
 EXACT = dict(rtol=1e-5, atol=1e-6)  # of float64: transformers takes losses in float32
 
 
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("ignored", [-1, 5])
+@pytest.mark.parametrize("number", [None, 7])
+def test_losses_without_logits_ignore_another_index(name: str, ignored: int, number: Any) -> None:
+    model = tiny_model(tiny_config())
+    tokens = random_tokens(model.config, 2, 11)
+    options = {name: random_tokens(model.config, 2, 11, seed=1).masked_fill(tokens > 12, ignored)}
+    options |= dict(ignore_index=ignored, num_items_in_batch=number)
+    assert_close(model(tokens, **options, skip_logits=True).loss, model(tokens, **options).loss, **EXACT)
+
+
 @pytest.mark.parametrize("piece", [3, 7, 4096])
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 @pytest.mark.parametrize("number", [None, 5, torch.tensor(11.0)], ids=str)

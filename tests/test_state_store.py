@@ -56,6 +56,13 @@ def test_states_of_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected chunk_size=7, got 5"):
         StateStore(tmp_path, tiny_model(tiny_config(chunk_size=7))).load("ada")
     store.save("ada", read(model, 1))
+    other = tiny_model(tiny_config(chunk_size=7), torch.float32)
+    for state, message in (
+        (read(other, 1), "expected chunk_size=5, got 7"),
+        (None, "expected a BakaCache, got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store.save("ada", state)
     assert store.load("ada").num_tokens.tolist() == [9]
     read(model, 1).save_pretrained(store._place("ada"))
     with pytest.raises(ValueError, match="does not say which weights"):

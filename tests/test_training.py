@@ -33,7 +33,7 @@ from train_worker import (
     trainer,
     weights_of,
 )
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.testing_utils import CaptureLogger
 
 from baka_hf import BakaCache, BakaForCausalLM, BakaForSequenceClassification, training
@@ -729,3 +729,33 @@ def test_a_checkpoint_written_over_is_not_complete(tmp_path: Path) -> None:
         trainer(tmp_path, Record(), trainer_class=Stopped, **settings).train()
     with pytest.raises(ValueError, match=r"expected a complete checkpoint in .*, found none"):
         trainer(tmp_path, Record(), **settings).train(resume_from_checkpoint=True)
+
+
+def test_lanes_where_writing_costs(tmp_path: Path) -> None:
+    """The first step's loss is that of lanes where it costs nothing, and the cost of what was written."""
+    losses = []
+    for cost in (0.0, 0.5):
+        model = tiny_model(tiny_config(associative_dim=3, associative_write_cost=cost), torch.float32)
+        lanes = LaneDataset([random_tokens(model.config, 40, seed=seed).tolist() for seed in range(4)], 2, 5, 2)
+        args = BakaTrainingArguments(str(tmp_path), 2, max_steps=1, logging_steps=1, report_to="none", use_cpu=True)
+        trained = BakaTrainer(model, args, train_dataset=lanes)
+        strengths: list[Tensor] = []
+        model.register_forward_hook(lambda module, inputs, outputs, kept=strengths: kept.append(outputs.write_strength))
+        trained.train()
+        losses.append(trained.state.log_history[0]["loss"])
+    assert losses[1] - losses[0] == pytest.approx(0.5 * strengths[0].item(), abs=1e-3)
+
+
+def test_rows_of_embeddings(tmp_path: Path) -> None:
+    """Rows without a state are the stock Trainer's, ids or not."""
+    losses = []
+    for kind, arguments in ((Trainer, TrainingArguments), (BakaTrainer, BakaTrainingArguments)):
+        model = tiny_model(tiny_config(), torch.float32)
+        torch.manual_seed(0)
+        tokens = random_tokens(model.config, 4, 9)
+        rows = [dict(inputs_embeds=torch.randn(9, model.config.hidden_size), labels=row) for row in tokens]
+        args = arguments(str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True)
+        trained = kind(model, args, train_dataset=rows)
+        trained.train()
+        losses.append([entry["loss"] for entry in trained.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2

@@ -1,6 +1,6 @@
 """What torch.compile needs to be told: what stays on the host, what is recomputed, how many programs there may be.
 
-Under torch.compile the blocks are compiled, a few programs for all blocks and chunks, see `ReadingByBlocks`.
+Under torch.compile the blocks are compiled, a few programs for all blocks and chunks, see `BlockwisePass`.
 """
 
 from collections.abc import Callable

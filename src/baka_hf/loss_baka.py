@@ -182,8 +182,8 @@ def loss_by_pieces(
 
 def share_of_batch(
     labels: torch.Tensor | None,
-    shift_labels: torch.Tensor | None,
     device: torch.device,
+    shift_labels: torch.Tensor | None = None,
     num_items_in_batch: Any = None,
     ignore_index: int = IGNORED,
     **kwargs: Any,

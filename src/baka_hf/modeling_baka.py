@@ -491,6 +491,8 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
             targets = shift_labels
             if targets is None and labels is not None:
                 targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+            if targets is not None and "ignore_index" in kwargs:
+                targets = targets.masked_fill(targets == kwargs["ignore_index"], IGNORED)
             loss = loss_by_pieces(
                 self.lm_head, hidden_states, targets, self.loss_function, kwargs.get("num_items_in_batch")
             )
@@ -505,7 +507,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
         strength = None if outputs is None else outputs.write_strength
         if loss is not None and strength is not None:
             cost = self.config.associative_write_cost * strength.to(loss.device)
-            loss = loss + cost * share_of_batch(labels, shift_labels, cost.device, **kwargs)
+            loss = loss + cost * share_of_batch(labels, device=cost.device, **kwargs)
         return BakaCausalLMOutput(
             loss=loss,
             logits=logits,

@@ -7,7 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from .state_files_baka import CACHE_FILE, fingerprint_of
+from .state_files_baka import CACHE_FILE, check_signature, fingerprint_of, signature_of
 
 TRIES = 10  # to save a state whose folder others take away
 
@@ -53,9 +53,14 @@ class StateStore:
         """Keep a state (`BakaCache`) in the place of the user's last one, and delete what is beyond the limits.
 
         Raises:
-            ValueError: the state cannot be saved (`BakaCache.save_pretrained`).
+            ValueError: it is no state, or of another configuration, or cannot be saved (`BakaCache.save_pretrained`).
             FileNotFoundError: there is no place for its folder, or others go on taking it away.
         """
+        if getattr(state, "signature", None) is None:
+            raise ValueError(
+                f"expected a BakaCache, got {type(state).__name__} (a request has one if added with `keep_state=True`)."
+            )
+        check_signature(state.signature, signature_of(self.model.config))
         for attempt in range(TRIES):
             try:
                 state.save_pretrained(self._place(user), fingerprint=self.fingerprint)

@@ -338,16 +338,19 @@ class BakaTrainer(MuonTrainer):
 
         `positions` is `position_ids` on the host, if known there.
         """
-        group, batch_size = self._groups[0], len(inputs["input_ids"])
-        if group.state is None and self._carries:
+        group = self._groups[0]
+        if group.state is None and not self._carries:
+            return None
+        batch_size = len(inputs["input_ids"])
+        if group.state is None:
             group.state = self.model.new_cache(batch_size)
         peft_config = getattr(self.model, "active_peft_config", None)
-        if group.state is not None and getattr(peft_config, "is_prompt_learning", False):
+        if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(
                 "expected samples that are read in one call: PEFT's prompt learning puts its virtual tokens before "
                 "every call, so memory cannot be carried to the next. Train it with rows for the stock Trainer."
             )
-        if group.state is not None and "position_ids" in inputs:
+        if "position_ids" in inputs:
             positions = inputs["position_ids"][:, :1].cpu() if positions is None else torch.from_numpy(positions)
             starts = positions[:, 0].expand(batch_size)
             if self._carries and (wrong := (starts > 0) & (starts != group.state.num_tokens)).any():
