@@ -131,3 +131,19 @@ def test_reading_with_a_state_needs_no_programs() -> None:
             part = compiled(tokens[:, column : column + 1], cache=state)
             assert_close(part.logits, expected[:, column : column + 1])
         assert num_programs() <= 3
+
+
+@pytest.mark.parametrize("name", ["labels", "logits_to_keep"])
+def test_a_compiled_call_that_fails_leaves_its_state(name: str) -> None:
+    """Also where it fails after the decoder, in what is compiled."""
+    model = tiny_model(tiny_config(num_hidden_layers=1))
+    compiled = torch.compile(model, backend="eager")
+    tokens, state = random_tokens(model.config, 2, 9), model.new_cache(2)
+    wrong = tokens.clone().fill_(model.config.vocab_size + 5) if name == "labels" else torch.tensor([99])
+    with torch.no_grad():
+        compiled(tokens, cache=state)
+        expected = model(tokens, cache=state.clone()).logits
+        with pytest.raises((IndexError, ValueError, RuntimeError)):
+            compiled(tokens, cache=state, **{name: wrong})
+        assert state.num_tokens.tolist() == [9, 9]
+        assert_close(compiled(tokens, cache=state).logits, expected)

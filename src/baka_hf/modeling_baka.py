@@ -133,10 +133,10 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
                 if not enable:
                     forget(module)
 
+    @runs_compiled_parts  # compilers do not look into what catches errors
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A call is all or nothing, hooks included: whatever is raised, the state goes back to what it was before."""
-        # Compilers do not look into what catches errors; a compiled call is all or nothing by its draft alone.
-        state = None if torch.compiler.is_compiling() else state_among(args, kwargs)
+        state = state_among(args, kwargs)
         if state is None:
             return super().__call__(*args, **kwargs)
         before = state.__dict__
