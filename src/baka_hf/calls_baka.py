@@ -64,7 +64,7 @@ class Call:
     # What a state will know of itself:
     input_ids: torch.Tensor | None  # as they came
     heard: torch.Tensor | None  # [B, L] bool, which of them are in the stream; None: all
-    seeded: torch.Tensor | None  # [B] bool, rows whose text began with another stream's memory
+    seeded: torch.Tensor  # [B] bool, rows whose text began with another stream's memory
     num_aligned: int  # the last positions in which no row had padding
     restarts: bool  # a text has begun within a row
     within_beam_search: bool
@@ -292,7 +292,6 @@ def _leave_state(cache: BakaCache, call: Call, results: Results) -> None:
     if call.spans:
         num_tokens = torch.zeros(call.batch_size, dtype=torch.int64) + call.spans[-1].num_tokens
     pauses = results.pauses.expand(call.batch_size, -1).clone()
-    assert call.seeded is not None
     counts = call.num_aligned, call.restarts, call.within_beam_search
     cache._advance(call.length, num_tokens, call.seeded, pauses, *counts)
     if call.input_ids is None:
