@@ -286,6 +286,21 @@ def test_a_reset_state_still_records() -> None:
     forget_and_go_on(model, list(tokens), cache, 8)
 
 
+def test_recording_ends() -> None:
+    """What was kept is let go, and boundaries that come later are not kept."""
+    model = tiny_model(tiny_config())
+    cache, plain = model.new_cache(), model.new_cache()
+    cache.activate_past_recording()
+    tokens = random_tokens(model.config, 1, 13)
+    for state in (cache, plain):
+        logits_of(model, tokens, state)
+    cache.deactivate_past_recording()
+    assert contents(cache) == contents(plain)
+    logits_of(model, tokens, cache)
+    with pytest.raises(ValueError, match="that was not recorded"):
+        cache.crop(-7)
+
+
 @every_state
 def test_reset_rows(overrides: dict[str, Any]) -> None:
     """The rows named begin anew, the others go on as if nothing had happened."""

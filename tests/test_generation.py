@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CLOSE, CONFIGS, contents, logits_of, random_tokens, rows_out_of_phase, tiny_config, tiny_model
+from helpers import (
+    CLOSE,
+    CONFIGS,
+    contents,
+    forget_and_go_on,
+    logits_of,
+    random_tokens,
+    rows_out_of_phase,
+    tiny_config,
+    tiny_model,
+)
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, TextIteratorStreamer, TextStreamer, set_seed
@@ -934,6 +944,18 @@ def test_speculation_from_a_state(speculating: BakaForCausalLM, name: str, given
         text = expected
         assert state.get_seq_length() == text.shape[1] - 1
         assert_has_read(speculating, state, [text[0, :-1]])
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_speculation_records_for_itself(speculating: BakaForCausalLM, records: bool) -> None:
+    """Afterwards a state keeps what boundaries overwrite only if it did before."""
+    state = speculating.new_cache()
+    if records:
+        state.activate_past_recording()
+    found = speculating.generate(prompt(1, 9), cache=state, prompt_lookup_num_tokens=4, **SPOKEN)
+    assert (state._is_recording, bool(state._boundaries), state._recent_ids is not None) == (records,) * 3
+    if records:
+        forget_and_go_on(speculating, [found[0, :-1]], state, speculating.config.chunk_size)
 
 
 @pytest.mark.parametrize("name", ["lookup", "wrong assistant", "right assistant"])

@@ -515,6 +515,10 @@ class BakaCache(Cache):
         """
         self._is_recording = True
 
+    def deactivate_past_recording(self) -> None:
+        """Stop doing so, and forget what was kept."""
+        self._is_recording, self._boundaries, self._recent_ids = False, [], None
+
     def _record_boundary(self, num_tokens: torch.Tensor, completes: torch.Tensor, pauses: torch.Tensor) -> None:
         """Keep the state just before the chunk of the rows `completes` [B] gives way to the next.
 
@@ -674,12 +678,8 @@ class BakaCache(Cache):
         state = cls.__new__(cls)
         state._begin(saved.signature, saved.tensors)
         state._seq_length = saved.seq_length
-        state._num_tokens, state._seeded, state._pauses = (
-            saved.rows[name] for name in ("num_tokens", "seeded", "pauses")
-        )
-        state._history, state._opening, state._finished = (
-            saved.rows.get(name) for name in ("history", "opening", "finished")
-        )
+        for name in ("num_tokens", "seeded", "pauses", "history", "opening", "finished"):
+            setattr(state, f"_{name}", saved.rows.get(name))
         state._aligned, state._is_beam_search = saved.aligned, bool(saved.is_beam_search)
         return state.to(device, dtype)
 

@@ -125,10 +125,13 @@ class BakaGenerationMixin(GenerationMixin):
         draft, before = state.draft(), state.__dict__
         try:
             state.go_on(draft)
-            return super().generate(*args, **kwargs)
+            output = super().generate(*args, **kwargs)
         except BaseException:
             state.go_back(before)
             raise
+        if not before["_is_recording"]:
+            state.deactivate_past_recording()  # speculation, which crops, has activated it
+        return output
 
     _sample = remembered(padded_left(stopping_late(GenerationMixin._sample)))
     _beam_search = remembered(padded_left(GenerationMixin._beam_search))
