@@ -135,11 +135,12 @@ def test_a_text_ends(way: str) -> None:
     model = tiny_model(tiny_config())
     prompt = random_tokens(model.config, 7)
     expected = alone(model, prompt)
+    unsaid = min({*range(model.config.vocab_size)} - {*expected})
     batcher = Batcher(model, 2)
     for end in (expected[0], expected[-1]):
         stop = expected[: expected.index(end) + 1]
         requests = [batcher.add(prompt, 20, eos_token_id=end, keep_state=keep) for keep in (False, True)]
-        requests.append(batcher.add(prompt, len(stop), eos_token_id=[end, 30]))
+        requests.append(batcher.add(prompt, len(stop), eos_token_id=[end, unsaid]))
         assert collected(batcher, requests) == [stop] * 3
         assert [request.finish_reason for request in requests] == ["stop"] * 3
         assert requests[0].state is None and requests[1].state.num_tokens.tolist() == [7 + len(stop)]
@@ -344,23 +345,53 @@ def test_texts_from_another_thread(way: str) -> None:
     assert all(len(request.tokens) == 6 for request in requests if request.finish_reason == "length")
 
 
+@pytest.mark.parametrize("num_good", [0, 1, 3])
+def test_processors_that_fail(way: str, num_good: int) -> None:
+    """They end their own text, once, wherever it is; it keeps what it has said, and its row goes to others."""
+    model = tiny_model(tiny_config())
+    prompts = [random_tokens(model.config, length, seed=length) for length in (6, 9, 4)]
+    calls: list[int] = []
+
+    def fail(ids: Tensor, scores: Tensor) -> Tensor:
+        calls.append(ids.shape[1])
+        return scores if len(calls) <= num_good else scores / [0]
+
+    batcher, options = Batcher(model, 2), dict(max_new_tokens=20, eos_token_id=())
+    failing = batcher.add(prompts[0], logits_processor=[fail], keep_state=True, **options)
+    others = [batcher.add(prompt, **options) for prompt in prompts[1:]]
+    assert collected(batcher, [failing, *others])[1:] == [alone(model, prompt) for prompt in prompts[1:]]
+    assert calls == list(range(6, 7 + num_good))
+    assert failing.tokens == alone(model, prompts[0])[:num_good] and failing.state is None
+    assert failing.finish_reason == "error" and isinstance(failing.error, TypeError)
+    assert [(request.finish_reason, request.error) for request in others] == [("length", None)] * 2
+
+
 def test_a_step_that_fails() -> None:
+    """All that were not over are by then, and so is what is added afterwards by the next step."""
     model = tiny_model(tiny_config())
     batcher = Batcher(model, 2)
-    batcher.add([1], 5)
+    over, *requests = [batcher.add([1], 5) for _ in range(4)]
+    batcher.cancel(over)
     handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError) as failure:
         batcher.step()
     handle.remove()
-    with pytest.raises(ValueError, match="one whose last step was interrupted or failed"):
+    assert [(request.finish_reason, request.error) for request in requests] == [("error", failure.value)] * 3
+    assert (over.finish_reason, over.error) == ("cancelled", None)
+    late = batcher.add([1], 5)
+    with pytest.raises(ValueError, match="one whose last step was interrupted or failed") as failure:
         batcher.step()
+    assert (late.finish_reason, late.error) == ("error", failure.value)
 
 
 def test_what_a_batcher_refuses() -> None:
     model = tiny_model(tiny_config())
     for numbers in (dict(num_rows=0), dict(num_rows=True), dict(num_rows=2, num_prompts=0), dict(num_rows=1.5)):
-        with pytest.raises(ValueError, match="to be an integer of at least 1, got"):
+        with pytest.raises(ValueError, match="must be an integer of at least 1, got"):
             Batcher(model, **numbers)
+    with pytest.raises(ValueError, match="a language modelling head, got BakaModel"):
+        Batcher(model.train().model)
+    assert model.model.training
     batcher = Batcher(model, 2)
     torn, other = model.new_cache(), tiny_model(tiny_config(chunk_size=7)).new_cache()
     torn._is_torn = True
@@ -368,15 +399,24 @@ def test_what_a_batcher_refuses() -> None:
         (dict(input_ids=[]), "at least one token id"),
         (dict(input_ids=[[1, 2]]), r"of shape \[length\], got torch.int64 of shape \[1, 2\]"),
         (dict(input_ids=[0.5]), "got torch.float32"),
+        (dict(input_ids=[1j]), "got torch.complex64"),
+        (dict(input_ids="def f("), r"`input_ids` to be token ids, got 'def f\('"),
+        (dict(input_ids=None), "`input_ids` to be token ids, got None"),
+        (dict(input_ids=[[1], [2, 3]]), r"`input_ids` to be token ids, got \[\[1\], \[2, 3\]\]"),
         (dict(input_ids=[3, 19]), "token ids from 0 to 18, got 19"),
         (dict(input_ids=[3, -1]), "token ids from 0 to 18, got -1"),
-        (dict(max_new_tokens=0), "`max_new_tokens` to be an integer of at least 1, got 0"),
+        (dict(max_new_tokens=0), "`max_new_tokens` must be an integer of at least 1, got 0"),
         (dict(temperature=-1), "temperature"),
+        (dict(temperature=[1]), r"`temperature` to be a number, got \[1\]"),
+        (dict(temperature=None), "`temperature` to be a number, got None"),
         (dict(top_k=0), "top_k"),
         (dict(top_p=1.5), "top_p"),
+        (dict(top_p=[1]), r"`top_p` to be a number, got \[1\]"),
         (dict(seed=-1), r"`seed` to be an integer from 0 to 2\*\*63 - 1, got -1"),
-        (dict(eos_token_id="2"), "`eos_token_id` to be a token id or a sequence of some, got '2'"),
-        (dict(eos_token_id=torch.tensor([1, 2])), "`eos_token_id` to be a token id or a sequence of some, got tensor"),
+        (dict(eos_token_id="2"), "`eos_token_id` to be a token id from 0 to 18 or a sequence of some, got '2'"),
+        (dict(eos_token_id=torch.tensor([1, 2])), "from 0 to 18 or a sequence of some, got tensor"),
+        (dict(eos_token_id=19), "from 0 to 18 or a sequence of some, got 19"),
+        (dict(eos_token_id=[2, -1]), r"from 0 to 18 or a sequence of some, got \[2, -1\]"),
         (dict(logits_processor=[3]), r"`logits_processor` to be a sequence of functions, got \[3\]"),
         (dict(state=model.new_cache(2)), "expected a state of batch size 1, got one of 2"),
         (dict(state=other), "expected chunk_size=5, got 7"),

@@ -122,7 +122,7 @@ def test_sampling_has_a_seed(server: SimpleNamespace) -> None:
 def test_bad_requests_are_told(server: SimpleNamespace) -> None:
     for more, message in (
         (dict(temperature=-1), "temperature"),
-        (dict(max_tokens=0), "`max_new_tokens` to be an integer of at least 1, got 0"),
+        (dict(max_tokens=0), "`max_new_tokens` must be an integer of at least 1, got 0"),
         (dict(prompt=""), "at least one token id"),
         (dict(extra_body=dict(best_of_all=3)), "best_of_all: Extra inputs are not permitted"),
     ):

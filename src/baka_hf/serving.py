@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from .data import check_positive
 from .functions_baka import put_on
 from .inputs_baka import check_cache
 
@@ -29,12 +31,6 @@ ROWS_PER_PROMPT = 32
 PATIENCE = 2
 DRAWS = 64  # that a text makes at once
 LATE = ("cuda",)  # devices whose tokens are looked at a step late
-
-
-def check_count(name: str, number: Any) -> None:
-    """Raise a `ValueError` unless `number` is an integer of at least 1."""
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"expected `{name}` to be an integer of at least 1, got {number!r}.")
 
 
 class Sampling(NamedTuple):
@@ -48,8 +44,11 @@ class Sampling(NamedTuple):
         """transformers' own, in its order.
 
         Raises:
-            ValueError: a value is out of its range.
+            ValueError: a value is no number, or out of its range.
         """
+        for name, value in (("temperature", self.temperature), ("top_p", 0 if self.top_p is None else self.top_p)):
+            if not isinstance(value, Real):
+                raise ValueError(f"expected `{name}` to be a number, got {value!r}.")
         found: list[LogitsProcessor] = []
         if self.temperature:
             found.append(TemperatureLogitsWarper(float(self.temperature)))
@@ -65,7 +64,8 @@ class Request:
     """A text that is read and said on, as `Batcher.add` makes it.
 
     `tokens` grows with every step. When all is over `finish_reason` is "stop" (an EOS token, which is the last of
-    `tokens`), "length" or "cancelled"; and `state`, if it was asked for, has read all of the prompt and of `tokens`.
+    `tokens`), "length", "cancelled" or "error"; and `state`, if it was asked for, has read all of the prompt and of
+    `tokens` after "stop" and "length". `error` is what one of its processors has raised, or the step that it was in.
     """
 
     input_ids: list[int]
@@ -78,6 +78,7 @@ class Request:
     given: Any = field(repr=False)  # the state it goes on from
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    error: BaseException | None = None
     state: Any = field(default=None, repr=False)  # a `BakaCache` of one row
     num_read: int = 0  # tokens that were read, of the prompt and of its own
     num_chosen: int = 0  # tokens that were chosen, though the device alone may know them yet
@@ -94,6 +95,11 @@ class Request:
     def draw(self) -> float:
         """The next of its random numbers, from 0 to 1 exclusive."""
         return next(self._draws)
+
+    def fail(self, error: BaseException) -> None:
+        """End it, unless it is over."""
+        if self.finish_reason is None:
+            self.finish_reason, self.error = "error", error
 
 
 class Sent(NamedTuple):
@@ -138,12 +144,13 @@ class Batcher:
             last tokens of chunks while texts are said.
 
     Raises:
-        ValueError: a number is less than 1.
+        ValueError: a number is less than 1, or the model has no language modelling head.
     """
 
     def __init__(self, model: Any, num_rows: int = 16, num_prompts: int | None = None):
-        for name, number in (("num_rows", num_rows), ("num_prompts", 1 if num_prompts is None else num_prompts)):
-            check_count(name, number)
+        check_positive(num_rows=num_rows, num_prompts=1 if num_prompts is None else num_prompts)
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"expected a model with a language modelling head, got {type(model).__name__}.")
         num_prompts = num_prompts or max(1, num_rows // ROWS_PER_PROMPT)
         self.model, self.decoder, self.head = model.eval(), model.get_decoder(), model.get_output_embeddings()
         self.num_rows, self.num_prompts, self.chunk_size = num_rows, num_prompts, model.config.chunk_size
@@ -189,8 +196,11 @@ class Batcher:
             ValueError: any of this is not what it should be.
         """
         config = self.model.config
-        ids = torch.as_tensor(input_ids)
-        if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        try:
+            ids = torch.as_tensor(input_ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"expected `input_ids` to be token ids, got {input_ids!r}.") from None
+        if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(
                 f"expected `input_ids` to be at least one token id, integers of shape [length], got {ids.dtype} of "
                 f"shape {list(ids.shape)}."
@@ -199,7 +209,7 @@ class Batcher:
         if least < 0 or most >= config.vocab_size:
             wrong = least if least < 0 else most
             raise ValueError(f"expected token ids from 0 to {config.vocab_size - 1}, got {wrong}.")
-        check_count("max_new_tokens", max_new_tokens)
+        check_positive(max_new_tokens=max_new_tokens)
         seed = secrets.randbits(63) if seed is None else seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"expected `seed` to be an integer from 0 to 2**63 - 1, got {seed!r}.")
@@ -208,8 +218,12 @@ class Batcher:
         if eos_token_id is None:
             eos_token_id = self.model.generation_config.eos_token_id
         ends = [eos_token_id] if isinstance(eos_token_id, int) else () if eos_token_id is None else eos_token_id
-        if not isinstance(ends, Sequence) or not all(isinstance(end, int) for end in ends):
-            raise ValueError(f"expected `eos_token_id` to be a token id or a sequence of some, got {eos_token_id!r}.")
+        is_end = lambda end: isinstance(end, int) and 0 <= end < config.vocab_size  # noqa: E731
+        if not isinstance(ends, Sequence) or not all(map(is_end, ends)):
+            raise ValueError(
+                f"expected `eos_token_id` to be a token id from 0 to {config.vocab_size - 1} or a sequence of some, "
+                f"got {eos_token_id!r}."
+            )
         if not isinstance(logits_processor, Sequence) or not all(map(callable, logits_processor)):
             raise ValueError(f"expected `logits_processor` to be a sequence of functions, got {logits_processor!r}.")
         is_known = True
@@ -245,11 +259,23 @@ class Batcher:
 
         Raises:
             ValueError: a step before was interrupted or has failed. What its rows have read is not known then: add
-                their texts to another batcher.
+                their texts to another batcher. All that were not over are by then, with what was raised as `error`.
         """
-        if self._is_torn:
-            raise ValueError("expected a batcher between two steps, got one whose last step was interrupted or failed.")
-        self._is_torn = True
+        try:
+            if self._is_torn:
+                raise ValueError(
+                    "expected a batcher between two steps, got one whose last step was interrupted or failed."
+                )
+            self._is_torn = True
+            said = self._step()
+            self._is_torn = False
+            return said
+        except BaseException as error:
+            for request in filter(None, [*self.waiting, *self.reading, *self.saying]):
+                request.fail(error)
+            raise
+
+    def _step(self) -> list[tuple[Request, int | None]]:
         # `before` are tokens that were chosen in the step before, `self.sent` those of this one. Late, a first token
         # after a prompt is not read in the same step: of its own tokens a text knows all but the last when it reads.
         said, before = self._let_go(), self._take_sent()
@@ -261,19 +287,17 @@ class Batcher:
         said += self._say()
         if not self.is_late:
             before += self._take_sent()
-        said += self._look_at(before)
-        self._is_torn = False
-        return said
+        return said + self._look_at(before)
 
     def _take_sent(self) -> list[Sent]:
         sent, self.sent = self.sent, []
         return sent
 
     def _let_go(self) -> list[tuple[Request, int | None]]:
-        """Who was cancelled leaves."""
+        """Who was cancelled, or whose processors have failed, leaves."""
         left = [request for request in list(self.waiting) if request.finish_reason]
-        for cancelled in left:
-            self.waiting.remove(cancelled)
+        for gone in left:
+            self.waiting.remove(gone)
         for places in (self.reading, self.saying):
             for place, request in enumerate(places):
                 if request is not None and request.finish_reason:
@@ -391,6 +415,8 @@ class Batcher:
     @staticmethod
     def _has_to_read(request: Request) -> bool:
         """Whether there is a token that it has not read, and that it needs to read: to say more, or for its state."""
+        if request.finish_reason:
+            return False
         if not request.is_said and request.num_chosen < request.max_new_tokens:
             return True
         return request.keep_state and request.num_read < len(request.input_ids) + request.num_chosen
@@ -430,8 +456,11 @@ class Batcher:
             request.num_chosen += 1
             if request.logits_processor:
                 ids = torch.tensor([request.input_ids + request.tokens], device=scores.device)
-                for processor in request.logits_processor:
-                    scores[index : index + 1] = processor(ids, scores[index : index + 1])
+                try:
+                    for processor in request.logits_processor:
+                        scores[index : index + 1] = processor(ids, scores[index : index + 1])
+                except Exception as error:  # it ends this text, and nobody else's
+                    request.fail(error)
             if request.sampling.temperature:
                 groups.setdefault(request.sampling, []).append(index)
         chosen = scores.argmax(dim=-1)
