@@ -107,6 +107,17 @@ def test_rows_put_at_once(overrides: dict[str, Any]) -> None:
     assert contents(rows) == contents(expected)
 
 
+@pytest.mark.parametrize("other", [None, "state", torch.zeros(2)], ids=str)
+def test_what_is_no_state(other: Any) -> None:
+    model = tiny_model(tiny_config())
+    _, rows = rows_out_of_phase(model, 4, 11)
+    before, kind = contents(rows), type(other).__name__
+    for use, name in ((lambda: rows.put_rows([0], other), "`state`"), (lambda: BakaCache.cat([rows, other]), "each")):
+        with pytest.raises(ValueError, match=f"expected {name}.* to be a BakaCache .*, got {kind}"):
+            use()
+    assert contents(rows) == before
+
+
 def test_a_row_of_its_own() -> None:
     """A copy, which `generate` takes for the state of its text; and where a row is put nothing else changes."""
     model = tiny_model(tiny_config())

@@ -24,6 +24,7 @@ from .state_files_baka import (
     OPENING,
     SavedState,
     check_signature,
+    check_state,
     fingerprint_of,
     read_state,
     signature_of,
@@ -232,11 +233,12 @@ class BakaCache(Cache):
         as they are. What they recorded of chunk boundaries, and that they were static, does not come over.
 
         Raises:
-            ValueError: no state, or states that differ in configuration, device or dtype.
+            ValueError: no state, something else, or states that differ in configuration, device or dtype.
         """
         if not states:
             raise ValueError("expected at least one state, got none.")
         for state in states:
+            check_state("each state", state)
             state.check_whole()
         kinds = [(state.signature, state.device, state.layers[0].keys.dtype) for state in states]
         for kind in kinds:
@@ -297,9 +299,10 @@ class BakaCache(Cache):
             of: for each of `rows` the row of `state` that it becomes; by default all of them in their order.
 
         Raises:
-            ValueError: no row, one that is named twice, another number of them in `of`, or another configuration.
+            ValueError: no row, one named twice, another number of them in `of`, no state, or another configuration's.
             IndexError: there is no such row, here or there.
         """
+        check_state("`state`", state)
         rows = [range(self.batch_size)[row] for row in rows]
         of = [range(state.batch_size)[row] for row in (range(state.batch_size) if of is None else of)]
         self.check_whole()
@@ -588,8 +591,7 @@ class BakaCache(Cache):
         cropped._forget_what_was_not_read()
         cropped._aligned -= count
         cropped._seq_length -= count
-        is_kept = lambda b: bool((b["completes"] & (b["num_tokens"] <= target)).any())  # noqa: E731
-        cropped._boundaries = list(filter(is_kept, self._boundaries))
+        cropped._boundaries = [b for b in self._boundaries if (b["completes"] & (b["num_tokens"] <= target)).any()]
         cropped._unread_ids(count)
         self.go_on(cropped)
 

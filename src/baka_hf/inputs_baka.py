@@ -7,6 +7,7 @@ from torch import nn
 
 from .cache_baka import BakaCache, check_signature, signature_of
 from .configuration_baka import BakaConfig
+from .state_files_baka import check_state
 
 
 def either_name(past_key_values: BakaCache | None, cache: BakaCache | None) -> BakaCache | None:
@@ -122,9 +123,7 @@ def check_kind(cache: BakaCache | None, use_cache: bool | None) -> None:
     """That a state is one, and wanted."""
     if cache is None:
         return
-    # By its own account, not by isinstance: a checkpoint's remote code has a class of its own.
-    if getattr(cache, "signature", None) is None or not hasattr(cache, "memory"):
-        raise ValueError(f"expected `past_key_values` to be a BakaCache (see `new_cache`), got {type(cache).__name__}.")
+    check_state("`past_key_values`", cache)
     if use_cache is False:
         raise ValueError("expected no state with `use_cache=False`: a state can only go forward.")
 

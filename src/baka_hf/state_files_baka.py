@@ -132,6 +132,15 @@ def signature_of(config: Any) -> dict[str, Any]:
     return values | {"rope_scaling": {"rope_type": rope_type, **scaling}}
 
 
+def check_state(name: str, state: Any) -> None:
+    """Raise a `ValueError` if what is named so is no state.
+
+    By its own account, not by isinstance: a checkpoint's remote code has a class of its own.
+    """
+    if getattr(state, "signature", None) is None or not hasattr(state, "memory"):
+        raise ValueError(f"expected {name} to be a BakaCache (see `new_cache`), got {type(state).__name__}.")
+
+
 def check_signature(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise a `ValueError` that names the first field in which a state differs from what a model expects."""
     for name in SIGNATURE_FIELDS:
