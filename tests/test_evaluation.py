@@ -1,5 +1,6 @@
 """evaluate_documents against every document read naively, alone and in float64."""
 
+import copy
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
 from saving import byte_tokenizer, save_checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -257,6 +258,9 @@ def states_of(model: BakaForCausalLM, document: list[int]) -> list[Any]:
 def losses_with(model: BakaForCausalLM, documents: list[list[int]], memory: str, keys: str) -> list[list[float | None]]:
     """By document and chunk the mean loss, each chunk read alone, from a state put together by hand."""
     n, states = model.config.chunk_size, [states_of(model, document) for document in documents]
+    plain = copy.deepcopy(model)  # its solidifier does nothing, as to what a first chunk reads
+    if model.config.memory_solidifier == "glu":
+        nn.init.zeros_(plain.model.solidifier.proj.weight)
     losses: list[list[float | None]] = []
     for number, document in enumerate(documents):
         losses.append([])
@@ -286,7 +290,7 @@ def losses_with(model: BakaForCausalLM, documents: list[list[int]], memory: str,
                         mine.keys, mine.values = its.keys, its.values
             tokens = torch.tensor(document[chunk * n : (chunk + 1) * n + 1])
             with torch.no_grad():
-                logits = model(tokens[None, :-1], cache=state).logits[0]
+                logits = (plain if memory == "learned" else model)(tokens[None, :-1], cache=state).logits[0]
             losses[-1].append(float(F.cross_entropy(logits, tokens[1:])))
     return losses
 

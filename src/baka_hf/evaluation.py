@@ -24,7 +24,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from typing import Any
@@ -84,7 +84,7 @@ def evaluate_documents(
         progress: show a progress bar when it takes long.
         memory: what a chunk, other than a document's first, reads as memory: "carried", what its document has left;
             "exchanged", what another one has left after as many chunks; "learned", the vectors that a first chunk
-            reads; "frozen", what its document's first chunk has left.
+            reads, without a solidifier as there; "frozen", what its document's first chunk has left.
         keys: what it sees of a previous chunk: "carried", that of its document; "exchanged", that of the other one;
             "none".
         by_document: also return `documents`, for each of them a list of (nats, number of tokens) by chunk.
@@ -322,7 +322,8 @@ def _score(model: Any, documents: Iterator[Lane], batch_size: int, memory: str, 
         other = _with_another_past(model, cache, lanes, memory, keys) if is_changed and has_past else None
         logits = model(input_ids=input_ids, cache=cache, use_cache=True).logits
         if other is not None:
-            logits = model(input_ids=input_ids, cache=other, use_cache=True).logits
+            with _reading_as_it_is(model) if memory == "learned" else nullcontext():
+                logits = model(input_ids=input_ids, cache=other, use_cache=True).logits
         # Row by row: what is copied on the way to the losses is never more than the logits of one row.
         rows = [_cross_entropies(row, piece[1:]) for row, piece in zip(logits, pieces, strict=True)]
         del logits
@@ -376,6 +377,17 @@ def _with_another_past(model: Any, cache: Any, lanes: list[Lane], memory: str, k
             layer.keys, layer.values = layer.keys.roll(-1, 0), layer.values.roll(-1, 0)
     other.reset_rows(begins)
     return other
+
+
+@contextmanager
+def _reading_as_it_is(model: Any) -> Iterator[None]:
+    """What is read as memory passes through no solidifier, as in a first chunk."""
+    decoder = model.get_decoder()
+    decoder.solidify = lambda memory, to: memory
+    try:
+        yield
+    finally:
+        del decoder.solidify
 
 
 def _cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
