@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from baka_hf import BakaCache, BakaForCausalLM, BakaForSequenceClassification
+from baka_hf.inputs_baka import check_mask
 from baka_hf.memory_baka import MEMORY_UPDATES, BakaMemoryUpdate
 
 
@@ -131,6 +132,29 @@ def test_packed_texts_without_position_ids(model: BakaForCausalLM, cache: BakaCa
     """What other collators say of where texts begin is not read: alone it would be passed over in silence."""
     packed = {name: torch.tensor([0, 2, 3])}
     refused(lambda: model(ones(2, 3), cache=cache, **packed), "expected `position_ids`", f"got `{name}` alone")
+
+
+@pytest.mark.parametrize("wrong", [2, -1, 0.5, float("-inf"), torch.finfo(torch.float32).min, float("nan")])
+def test_values_of_a_mask(model: BakaForCausalLM, cache: BakaCache, wrong: Any) -> None:
+    """Numbers of documents, weights and what is added to scores are no masks of ours."""
+    classifier = BakaForSequenceClassification(model.config).eval()
+    for length in (1, 3):
+        mask = torch.ones(2, length, dtype=torch.tensor(wrong).dtype)
+        mask[1, 0] = wrong
+        said = f"expected an `attention_mask` of 0 and 1, got {wrong}"
+        refused(lambda mask=mask: model(ones(*mask.shape), attention_mask=mask, cache=cache), said)
+        refused(lambda mask=mask: classifier(ones(*mask.shape), attention_mask=mask), said)
+    refused(generation(model, cache, ones(2, 3), attention_mask=mask), said)
+
+
+def test_values_of_a_mask_that_is_read(model: BakaForCausalLM) -> None:
+    """0 and 1 of any dtype; on an accelerator a step does not wait to see them."""
+    tokens, mask = random_tokens(model.config, 2, 9), ones(2, 9)
+    mask[1, 2:5] = 0
+    expected = model(tokens, attention_mask=mask).logits
+    for dtype in (torch.bool, torch.uint8, torch.bfloat16, torch.float64):
+        assert torch.equal(model(tokens, attention_mask=mask.to(dtype)).logits, expected)
+    assert check_mask(torch.empty(2, 12, device="meta"), 2, 1, 11).shape == (2, 1)
 
 
 @pytest.mark.parametrize("shape", [(2, 2), (2, 4), (1, 3), (6,)], ids=str)

@@ -149,13 +149,19 @@ def check_cache(model: Any, cache: BakaCache | None, batch_size: int, within_bea
 
 
 def check_mask(mask: torch.Tensor | None, batch_size: int, length: int, fed: int) -> torch.Tensor | None:
-    """The mask [B, L] of this call's tokens that are in the stream."""
+    """The mask [B, L] of this call's tokens that are in the stream; its values are looked at as those of ids are."""
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] not in (length, fed + length):
         expected = f"[{batch_size}, {length}]" + (f" or [{batch_size}, {fed + length}]" if fed else "")
         raise ValueError(f"expected an `attention_mask` of shape {expected}, got {list(mask.shape)}.")
-    return mask[:, -length:] != 0
+    mask = mask[:, -length:]
+    real = mask != 0
+    if mask.dtype != torch.bool and can_look_at(mask):
+        wrong = mask[real & (mask != 1)]
+        if len(wrong):
+            raise ValueError(f"expected an `attention_mask` of 0 and 1, got {wrong[0].item()}.")
+    return real
 
 
 def find_restarts(
