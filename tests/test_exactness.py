@@ -11,6 +11,7 @@ from helpers import CONFIGS, every_config, naive_read, random_tokens, tiny_confi
 from naive import read
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from baka_hf import BakaCache, BakaForCausalLM
 
@@ -238,6 +239,17 @@ def test_hidden_states_that_are_asked_for(asked: Any) -> None:
     for index in kept:
         assert torch.equal(found.hidden_states[index], every.hidden_states[index])
     assert torch.equal(found.logits, every.logits)
+
+
+@pytest.mark.parametrize("asked", [0, [], False, True, 1, -1, [0], (0, 2)], ids=repr)
+def test_hidden_states_as_llama_gives_them(asked: Any) -> None:
+    """0 alone is no index there, but False."""
+    sizes = dict(vocab_size=19, hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+    found = []
+    for model in (LlamaForCausalLM(LlamaConfig(**sizes)), tiny_model(tiny_config(num_hidden_layers=2))):
+        states = model(torch.tensor([[1, 2]]), output_hidden_states=asked).hidden_states
+        found.append(states and [state is not None for state in states])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(("asked", "wrong"), [([0, 4], 4), (-5, -5), ("12", "'1'")])

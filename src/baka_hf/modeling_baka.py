@@ -238,6 +238,7 @@ class BakaModel(BakaPreTrainedModel):
                 refused: it goes forward.
             output_hidden_states: also return the embeddings and each block's output over the text, [B, L, D] each,
                 the last one normed; or only those that an index or a list of indices names, and None for the others.
+                (0 alone is False, as in transformers; `[0]` names the embeddings.)
             output_attentions: also return each block's weights (eager attention only), [B, heads, L, 2S]: over
                 the slots of the previous chunk's stream, then over those of the own one.
             output_memories: also return the memories that full chunks have read and left, see `BakaModelOutput`.
