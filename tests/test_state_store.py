@@ -145,6 +145,54 @@ def test_deleted_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         store.save("ada", state)
 
 
+@pytest.mark.parametrize("use", ["save", "load"])
+def test_used_while_others_evict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str) -> None:
+    """What was old when the files were listed, but is not any more, stays."""
+    model = tiny_model(tiny_config())
+    store, other, stat = StateStore(tmp_path, model, max_age=100), StateStore(tmp_path, model), Path.stat
+    states = [read(model, seed) for seed in (0, 1)]
+    other.save("ada", states[0])
+    last_used(other, 200)
+
+    def stat_and_use(path: Path, **options: Any) -> os.stat_result:
+        status = stat(path, **options)
+        if path.suffix == ".safetensors":
+            monkeypatch.setattr(Path, "stat", stat)
+            other.save("ada", states[1]) if use == "save" else other.load("ada")
+        return status
+
+    monkeypatch.setattr(Path, "stat", stat_and_use)
+    store.evict()
+    assert Path.stat is stat and contents(store.load("ada")) == contents(states[use == "save"])
+
+
+def test_partial_files_of_killed_writers_go(tmp_path: Path) -> None:
+    """An hour later, and the folder if nothing else is in it; those of writers that may be alive stay."""
+    model = tiny_model(tiny_config())
+    store, state = StateStore(tmp_path, model, max_bytes=10**9), read(model, 0)
+    store.save("ada", state)
+    for name, minutes in (("ada", 61), ("bob", 61), ("eve", 59)):
+        store._place(name).mkdir(exist_ok=True)
+        partial = store._place(name) / ".baka_cache.safetensors.0123456789abcdef"
+        partial.write_bytes(b"a part")
+        os.utime(partial, times=(time.time() - 60 * minutes,) * 2)
+    store.evict()
+    assert {path.parent for path in tmp_path.glob("*/.*")} == {store._place("eve")}
+    assert {*tmp_path.iterdir()} == {store._place("ada"), store._place("eve")}
+    assert contents(store.load("ada")) == contents(state)
+
+
+def test_a_state_larger_than_the_limit(tmp_path: Path) -> None:
+    """It is refused, not saved and evicted at once, and the user's last one stays."""
+    model = tiny_model(tiny_config())
+    state = read(model, 0)
+    StateStore(tmp_path, model).save("ada", state)
+    store = StateStore(tmp_path, model, max_bytes=state.nbytes - 1)
+    with pytest.raises(ValueError, match=f"`max_bytes`={state.nbytes - 1}, got one of {state.nbytes} bytes"):
+        store.save("ada", read(model, 1))
+    assert contents(StateStore(tmp_path, model).load("ada")) == contents(state)
+
+
 def test_limits_are_above_zero(tmp_path: Path) -> None:
     model = tiny_model(tiny_config())
     for limit in (dict(max_age=0), dict(max_bytes=-1), dict(max_age=float("nan"))):

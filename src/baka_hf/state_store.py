@@ -10,6 +10,7 @@ from typing import Any
 from .state_files_baka import CACHE_FILE, check_signature, fingerprint_of, signature_of
 
 TRIES = 10  # to save a state whose folder others take away
+PARTIAL_AGE = 3600  # seconds after which a partial file is no writer's any more
 
 
 class StateStore:
@@ -29,7 +30,9 @@ class StateStore:
         model (`BakaForCausalLM`): the model that reads them.
         max_age (*optional*): seconds after which a state that was neither saved nor loaded is deleted.
         max_bytes (*optional*): how much all files may take: beyond that those go that were not used for the longest
-            time.
+            time. A state that takes more by itself is refused.
+
+    With either limit partial files go too, an hour after their writers were killed.
 
     Raises:
         ValueError: a limit is not above 0, or the model's weights are not whole and plain (`fingerprint_of`).
@@ -53,7 +56,8 @@ class StateStore:
         """Keep a state (`BakaCache`) in the place of the user's last one, and delete what is beyond the limits.
 
         Raises:
-            ValueError: it is no state, or of another configuration, or cannot be saved (`BakaCache.save_pretrained`).
+            ValueError: it is no state, or of another configuration, takes more than `max_bytes`, or cannot be saved
+                (`BakaCache.save_pretrained`). The user's last one is still there.
             FileNotFoundError: there is no place for its folder, or others go on taking it away.
         """
         if getattr(state, "signature", None) is None:
@@ -61,6 +65,10 @@ class StateStore:
                 f"expected a BakaCache, got {type(state).__name__} (a request has one if added with `keep_state=True`)."
             )
         check_signature(state.signature, signature_of(self.model.config))
+        if self.max_bytes is not None and state.nbytes > self.max_bytes:
+            raise ValueError(
+                f"expected a state of at most `max_bytes`={self.max_bytes}, got one of {state.nbytes} bytes."
+            )
         for attempt in range(TRIES):
             try:
                 state.save_pretrained(self._place(user), fingerprint=self.fingerprint)
@@ -100,18 +108,24 @@ class StateStore:
         """Delete what is beyond the limits."""
         if self.max_age is None and self.max_bytes is None:
             return
-        found = []
-        for path in self.folder.glob(f"*/{CACHE_FILE}"):
-            with suppress(FileNotFoundError):  # another process was faster
+        now, found = time.time(), []
+        for path in self.folder.glob(f"*/*{CACHE_FILE}*"):
+            with suppress(OSError):  # another process was faster
                 status = path.stat()
-                found.append((status.st_mtime, status.st_size, path.parent))
-        total, now = 0, time.time()
-        for used, size, place in sorted(found, reverse=True):
+                if path.name == CACHE_FILE:
+                    found.append((status.st_mtime, status.st_size, path))
+                elif now - status.st_mtime > PARTIAL_AGE:
+                    path.unlink()
+                    path.parent.rmdir()  # if nothing else is there
+        total = 0
+        for used, size, path in sorted(found, reverse=True):
             total += size
             is_old = self.max_age is not None and now - used > self.max_age
             if is_old or (self.max_bytes is not None and total > self.max_bytes):
                 total -= size
-                self._remove(place)
+                with suppress(FileNotFoundError):
+                    if path.stat().st_mtime == used:  # or else it has been saved or loaded meanwhile
+                        self._remove(path.parent)
 
 
 __all__ = ["StateStore"]
