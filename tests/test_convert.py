@@ -156,6 +156,20 @@ def test_what_is_new_begins_quietly() -> None:
     assert 0.5 < converted.memory_tokens.weight[1:].std().item() / (scale / 100) < 1.5
 
 
+def test_of_a_source_that_is_trained() -> None:
+    """What is new begins as in eval mode, whatever is dropped in training; each module is in its mode afterwards."""
+    found = []
+    for training in (False, True):
+        model = source("llama", attention_dropout=0.5).train(training)
+        model.model.norm.eval()
+        modes = [module.training for module in model.modules()]
+        torch.manual_seed(0)
+        converted = add_memory(model, chunk_size=N, num_memory_tokens=4)
+        assert [module.training for module in model.modules()] == modes and converted.training is training
+        found.append(converted.state_dict())
+    assert all(torch.equal(found[1][name], weight) for name, weight in found[0].items())
+
+
 def test_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = source("qwen2")

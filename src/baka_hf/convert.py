@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .configuration_baka import BakaConfig
+from .evaluation import in_eval_mode
 from .modeling_baka import BakaForCausalLM
 
 # The decoders of transformers that are this block and nothing else.
@@ -149,7 +150,8 @@ def _weights_of(model: Any) -> dict[str, torch.Tensor]:
 def _begin(decoder: Any, source: Any) -> None:
     """First values for what is new, by which it disturbs a trained source as little as may be."""
     config = decoder.config
-    sink = _sink_of(source)
+    with in_eval_mode(source):
+        sink = _sink_of(source)
     if config.num_pause_tokens:
         decoder.pause_token.weight.copy_(sink.expand_as(decoder.pause_token.weight))
     if config.num_memory_tokens:
