@@ -166,10 +166,10 @@ def plan(
 
     # Without a state every row begins here and nothing needs to be known on the host. With one, count.
     begins_here = cache is None and restarts is None
-    lengths, num_aligned = torch.full((batch_size,), length), length
+    on_cpu, num_aligned = None, length
     if real is not None and not begins_here:
         on_cpu = (real if alone is not None or given is None else given).cpu()
-        lengths, whole_columns = on_cpu.sum(1), on_cpu.all(0)
+        whole_columns = on_cpu.all(0)
         num_aligned = int(whole_columns.flip(0).cumprod(0).sum())
         real = None if bool(whole_columns.all()) else real
     text = input_ids if inputs_embeds is None else inputs_embeds
@@ -179,13 +179,14 @@ def plan(
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
         text = text.gather(1, order) if text.ndim == 2 else gather_positions(text, order)
         restarts = None if restarts is None else restarts.gather(1, order)
-    num_tokens = torch.zeros(batch_size, dtype=torch.int64) if cache is None else cache._num_tokens
     seeded = torch.zeros(batch_size, dtype=torch.bool) if cache is None else cache._seeded
-    before = {(0, False)} if cache is None else {*zip(num_tokens.tolist(), seeded.tolist(), strict=True)}
+    before = {(0, False)} if cache is None else {*zip(cache._num_tokens.tolist(), seeded.tolist(), strict=True)}
     if begins_here or (len(before) == 1 and real is None and restarts is None):
         spans = plan_aligned(length, config.chunk_size, *before.pop())
     else:
         restarts = None if restarts is None else restarts.cpu()
+        lengths = torch.full((batch_size,), length) if on_cpu is None else on_cpu.sum(1)
+        num_tokens = torch.zeros_like(lengths) if cache is None else cache._num_tokens
         keeps = cache is not None
         spans, seeded = plan_spans(lengths, num_tokens, seeded, restarts, config.chunk_size, keeps)
     if embeds and inputs_embeds is None:

@@ -191,9 +191,6 @@ def rotary_table_of(config: BakaConfig, device: torch.device, dtype: torch.dtype
     return rotary_table(rope, 2 * config.stream_length, device, dtype_of_products(dtype, device))
 
 
-# Spans: which piece of its chunk each row reads in one pass
-
-
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     # Not by `torch.promote_types`, which would be an operation of exported programs.
     return dtype if dtype == torch.float64 else torch.float32
