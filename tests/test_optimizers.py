@@ -25,7 +25,7 @@ from train_worker import (
 from transformers import TrainingArguments
 
 from baka_hf import BakaForSequenceClassification
-from baka_hf.optimizers import Muon, MuonAndAdamW, muon_and_adamw, remembers
+from baka_hf.optimizers import RATES, Muon, MuonAndAdamW, muon_and_adamw, remembers
 from baka_hf.training import BakaTrainer, BakaTrainingArguments
 
 MUON: dict[str, Any] = dict(muon_learning_rate=0.02, learning_rate=1e-2, weight_decay=0.5)
@@ -48,10 +48,17 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class NaiveSteps:
-    """Both formulas, in float64. With a rate for it, what remembers is AdamW's."""
+    """Both formulas, in float64. With a rate for it, what remembers is AdamW's, but for matrices that have another."""
 
-    def __init__(self, memory_rate: float | None = None, decay: float = 0.5, has_muon: bool = True) -> None:
+    def __init__(
+        self,
+        memory_rate: float | None = None,
+        decay: float = 0.5,
+        has_muon: bool = True,
+        memory_muon_rate: float | None = None,
+    ) -> None:
         self.memory_rate, self.decay, self.has_muon = memory_rate, decay, has_muon
+        self.memory_muon_rate = memory_muon_rate
         self.first: Weights = {}
         self.second: Weights = {}
         self.number = 0
@@ -62,9 +69,12 @@ class NaiveSteps:
         return {name: self.update(name, weight, gradients[name], share) for name, weight in weights.items()}
 
     def update(self, name: str, weight: Tensor, gradient: Tensor, share: float) -> Tensor:
-        is_memory = self.memory_rate is not None and re.search("memory|solidifier|pause", name)
-        if self.has_muon and is_matrix(name) and not is_memory:
-            rate, (rows, columns) = share * 0.02, weight.shape
+        is_memory = self.memory_rate is not None and re.search("memory|solidifier|pause|association", name)
+        muon_rate = 0.02 if self.has_muon else None
+        if is_memory:
+            muon_rate = None if re.search("beta_proj|gamma_proj", name) else self.memory_muon_rate
+        if muon_rate is not None and is_matrix(name):
+            rate, (rows, columns) = share * muon_rate, weight.shape
             momentum = 0.95 * self.first.get(name, torch.zeros_like(weight)) + 0.05 * gradient
             self.first[name] = momentum
             update = orthogonal(0.05 * gradient + 0.95 * momentum) * max(1, rows / columns) ** 0.5
@@ -117,6 +127,32 @@ def test_what_remembers_has_a_rate_of_its_own(tmp_path: Path, muon_rate: float |
         share = entry["learning_rate"] / 1e-2
         assert entry["memory_learning_rate"] == pytest.approx(0.1 * share)
         assert entry.get("muon_learning_rate") == (pytest.approx(0.02 * share) if muon_rate else None)
+
+
+@pytest.mark.parametrize("muon_rate", [0.02, None])
+def test_matrices_of_what_remembers_have_a_rate_of_their_own(tmp_path: Path, muon_rate: float | None) -> None:
+    """Muon's, whoever has those of blocks; strengths and decays of associations stay AdamW's."""
+    rates = dict(memory_learning_rate=0.1, memory_muon_learning_rate=0.05)
+    model = dict(memory_update="gate", memory_norm=True, associative_dim=2, associative_write="tokens")
+    settings = dict(weight_decay=0.0, max_steps=3, lr_scheduler_type="linear", optim="adamw_torch", model=model)
+    settings |= dict(muon_learning_rate=muon_rate, learning_rate=1e-2)
+    trained = trainer(tmp_path, record := Record(), **rates, **settings)
+    trained.train()
+    naive = NaiveSteps(0.1, 0.0, muon_rate is not None, 0.05)
+    for step, (weights, gradients) in enumerate(zip(record.weights, record.gradients, strict=True)):
+        found = [*record.weights[1:], weights_of(trained.model)][step]
+        assert_same(found, naive.step(weights, gradients, 1 - step / 3), rtol=1e-4, atol=1e-6)
+    for entry in (entry for entry in trained.state.log_history if "loss" in entry):
+        share = entry["learning_rate"] / 1e-2
+        assert {name: entry[name] for name in rates} == pytest.approx({n: rate * share for n, rate in rates.items()})
+        assert entry.get("muon_learning_rate") == (pytest.approx(0.02 * share) if muon_rate else None)
+
+
+def test_matrices_of_a_memory_that_has_none(tmp_path: Path) -> None:
+    model = dict(memory_solidifier="none", memory_update="replace")
+    trained = trainer(tmp_path, Record(), memory_muon_learning_rate=0.05, muon_learning_rate=None, model=model)
+    with pytest.raises(ValueError, match=r"for memory_muon_learning_rate=0\.05, found none in BakaForCausalLM"):
+        trained.train()
 
 
 # Who trains what
@@ -294,7 +330,7 @@ def test_a_checkpoint_without_a_rate_for_what_remembers(tmp_path: Path) -> None:
                 trained.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("name", ["muon_learning_rate", "memory_learning_rate"])
+@pytest.mark.parametrize("name", RATES)
 @pytest.mark.parametrize("rate", [0, 0.0, -0.02, math.nan, math.inf, True, "0.02"])
 def test_rates_that_are_none(tmp_path: Path, name: str, rate: Any) -> None:
     with pytest.raises(ValueError, match=rf"`{name}` must be a positive number, got {rate!r}\."):
@@ -315,7 +351,7 @@ def test_other_optimizers_are_refused(tmp_path: Path) -> None:
     BakaTrainingArguments(str(tmp_path), optim="adafactor")
     model = tiny_model(tiny_config())
     adamw = torch.optim.AdamW(model.parameters())
-    for name in ("muon_learning_rate", "memory_learning_rate"):
+    for name in RATES:
         args = BakaTrainingArguments(str(tmp_path), **{name: 0.02})
         given: Any
         for given in (dict(optimizers=(adamw, None)), dict(optimizer_cls_and_kwargs=(torch.optim.AdamW, dict(lr=1)))):

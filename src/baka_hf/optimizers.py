@@ -15,6 +15,7 @@ SOLIDIFIERS = {"solidifier", "read_solidifier", "write_solidifier"}
 # Parts of a model whose matrices multiply what flows through it, by their names in it.
 BLOCKS = {"layers", "memory_update"} | SOLIDIFIERS
 ADAMW = ("adamw_torch", "adamw_torch_fused")  # what may stand beside Muon
+GATES = {"beta_proj", "gamma_proj"}  # of associations: their matrices have a row for each head
 # Parts of a model that remember, by their names in it.
 MEMORY = {"memory_tokens", "memory_norm", "memory_update", "pause_token", "association"} | SOLIDIFIERS
 
@@ -81,7 +82,7 @@ def orthogonal(matrices: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
 class MuonAndAdamW(torch.optim.Optimizer):
     """`torch.optim.AdamW` and `Muon`, each stepping its own groups of parameters.
 
-    Groups and state are held here, where schedulers, loggers and checkpoints look for them. The last group is Muon's.
+    Groups and state are held here, where schedulers, loggers and checkpoints look for them. The last are Muon's.
     """
 
     def __init__(self, adamw: torch.optim.AdamW, muon: Muon):
@@ -96,7 +97,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 loss = closure()
         # A checkpoint that is loaded replaces groups and state.
         self.adamw.state = self.muon.state = self.state
-        self.adamw.param_groups, self.muon.param_groups = self.param_groups[:-1], self.param_groups[-1:]
+        count = len(self.adamw.param_groups)
+        self.adamw.param_groups, self.muon.param_groups = self.param_groups[:count], self.param_groups[count:]
         self.adamw.step()
         self.muon.step()
         return loss
@@ -111,11 +113,11 @@ def with_memory_rate(groups: list[dict[str, Any]], model: nn.Module, rate: float
     memory = {id(parameter) for name, parameter in model.named_parameters() if remembers(name)}
     parts = []  # those that remember last: loggers look at the first
     for is_memory in (False, True):
-        options = {"lr": rate, "is_memory": True} if is_memory else {}
+        options = {"lr": rate, "rate": "memory_learning_rate"} if is_memory else {}
         for group in groups:
             chosen = [parameter for parameter in group["params"] if (id(parameter) in memory) == is_memory]
             parts += [{**group, **options, "params": chosen}] if chosen else []
-    if not any("is_memory" in part for part in parts):
+    if not any("rate" in part for part in parts):
         raise ValueError(
             f"expected memory, pauses or associations to train with memory_learning_rate={rate}, found none in "
             f"{type(model).__name__}."
@@ -125,9 +127,10 @@ def with_memory_rate(groups: list[dict[str, Any]], model: nn.Module, rate: float
 
 def muon_and_adamw(
     model: nn.Module,
-    muon_learning_rate: float,
+    muon_learning_rate: float | None,
     weight_decay: float,
     memory_learning_rate: float | None = None,
+    memory_muon_learning_rate: float | None = None,
     **adamw_options: Any,
 ) -> MuonAndAdamW:
     """One optimizer of all parameters of `model` that are trained.
@@ -147,43 +150,56 @@ def muon_and_adamw(
     arXiv 2501.00656, has none for embeddings either).
 
     Args:
-        muon_learning_rate: the peak rate of Muon's matrices.
+        muon_learning_rate: the peak rate of Muon's matrices; None leaves those that do not `remember` to AdamW.
         weight_decay: of both, each times its own rate.
-        memory_learning_rate: the peak rate of what `remembers`, all of which AdamW has then.
+        memory_learning_rate: the peak rate of what `remembers`, which AdamW has then, but for the next argument.
+        memory_muon_learning_rate: the peak rate of the matrices of what `remembers`, which Muon has then, but for those
+            of strengths and decays (`GATES`).
         adamw_options: arguments of `torch.optim.AdamW`, its peak rate `lr` among them.
 
     Raises:
         ValueError: there is no such matrix to train, or nothing that remembers.
     """
+    rates = {"muon_learning_rate": muon_learning_rate, "memory_muon_learning_rate": memory_muon_learning_rate}
+    given = {name: rate for name, rate in rates.items() if rate is not None}
+    remembers_apart = memory_learning_rate is not None or memory_muon_learning_rate is not None
     adapters = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
-    matrices, decayed, spared = [], [], []
+    matrices: dict[str, list[nn.Parameter]] = {name: [] for name in given}
+    decayed, spared = [], []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_apart = memory_learning_rate is not None and remembers(name)
         module, _, kind = name.rpartition(".")
         is_added = parameter.ndim < 2 or kind.endswith("bias")  # a gate's bias is one row for each memory vector
+        is_matrix = parameter.ndim == 2 and not name.startswith(adapters) and not BLOCKS.isdisjoint(name.split("."))
+        rate = "muon_learning_rate"
+        if remembers_apart and remembers(name):
+            rate = "memory_muon_learning_rate"
+            is_matrix = is_matrix and GATES.isdisjoint(name.split("."))
         if is_added or isinstance(model.get_submodule(module), nn.Embedding):
             spared.append(parameter)
-        elif is_apart or parameter.ndim > 2 or name.startswith(adapters) or BLOCKS.isdisjoint(name.split(".")):
-            decayed.append(parameter)
         else:
-            matrices.append(parameter)
-    if not matrices:
-        raise ValueError(
-            f"expected matrices to train in {', '.join(sorted(BLOCKS))} for muon_learning_rate={muon_learning_rate}, "
-            f"found none in {type(model).__name__}: train it with AdamW alone."
-        )
+            (matrices[rate] if is_matrix and rate in given else decayed).append(parameter)
+    for name, found in matrices.items():
+        if not found:
+            raise ValueError(
+                f"expected matrices to train in {', '.join(sorted(BLOCKS))} for {name}={given[name]}, found none in "
+                f"{type(model).__name__}: train it with AdamW alone."
+            )
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
     if memory_learning_rate is not None:
         groups = with_memory_rate(groups, model, memory_learning_rate)
-    muon = Muon(matrices, muon_learning_rate, weight_decay, momentum=0.95, adjust_lr_fn="original")
+    apart = [dict(params=found, lr=given[name], rate=name) for name, found in matrices.items()]
+    muon = Muon(apart, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="original")
     return MuonAndAdamW(torch.optim.AdamW(groups, **adamw_options), muon)
+
+
+RATES = ("muon_learning_rate", "memory_learning_rate", "memory_muon_learning_rate")
 
 
 @dataclass(repr=False)  # Trainer's own hides tokens
 class MuonArguments(TrainingArguments):
-    """`TrainingArguments` with a learning rate for Muon, and one for what remembers.
+    """`TrainingArguments` with learning rates for Muon and for what remembers.
 
     Raises:
         ValueError: a rate is not a positive number, or `optim` is no AdamW of PyTorch's beside Muon.
@@ -205,81 +221,90 @@ class MuonArguments(TrainingArguments):
         },
     )
 
+    memory_muon_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of Muon (0.02, say) for the matrices of what remembers, as those of "
+            "associations, whoever has all else: for a trained model that was given a memory."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("muon_learning_rate", "memory_learning_rate"):
+        for name in RATES:
             rate = getattr(self, name)
             is_number = isinstance(rate, int | float) and not isinstance(rate, bool)
             if rate is not None and not (is_number and 0 < rate < math.inf):
                 raise ValueError(f"`{name}` must be a positive number, got {rate!r}.")
-        if self.muon_learning_rate is not None and self.optim not in ADAMW:
+        has_muon = self.muon_learning_rate is not None or self.memory_muon_learning_rate is not None
+        if has_muon and self.optim not in ADAMW:
             raise ValueError(
-                f"`muon_learning_rate` leaves to AdamW what is no matrix: `optim` must be one of {', '.join(ADAMW)}, "
-                f"got {self.optim.value!r}."
+                f"Muon leaves to AdamW what is no matrix: `optim` must be one of {', '.join(ADAMW)}, got "
+                f"{self.optim.value!r}."
             )
 
 
 class MuonTrainer(Trainer):
-    """A `Trainer` that does as `muon_learning_rate` and `memory_learning_rate` of its arguments say, if it has them.
+    """A `Trainer` that does as the rates of its arguments say (see `MuonArguments`), if it has them.
 
-    All rates follow the schedule, each from its own peak, and all are logged: Muon's and memory's by these names.
+    All rates follow the schedule, each from its own peak, and all are logged by these names.
 
     Raises:
-        ValueError: beside such a rate there is an optimizer; beside `muon_learning_rate` one of DeepSpeed and FSDP1,
-            which train flat pieces of matrices; or, when training begins, there is nothing to train with it.
+        ValueError: beside such a rate there is an optimizer; beside one of Muon's there is DeepSpeed or FSDP1, which
+            train flat pieces of matrices; or, when training begins, there is nothing to train with it.
     """
 
     optimizer: Any
     optimizer_cls_and_kwargs: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._rates: dict[str, float] = {}  # at the last step that was logged
+        self._logged_rates: dict[str, float] = {}  # at the last step that was logged
         super().__init__(*args, **kwargs)
-        given = {name: rate for name in ("muon", "memory") if (rate := self._peak_of(name)) is not None}
+        given = self._peaks()
+        rates = " and ".join(f"{name}={rate}" for name, rate in given.items())
         if given and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
-            rates = " and ".join(f"{name}_learning_rate={rate}" for name, rate in given.items())
             raise ValueError(
                 f"expected {rates} or an optimizer, got both: `optimizers` or `optimizer_cls_and_kwargs` is given."
             )
         flat = "DeepSpeed" if self.is_deepspeed_enabled else None
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
             flat = "FSDP1"
-        if flat is not None and "muon" in given:
+        if flat is not None and any("muon" in name for name in given):
             raise ValueError(
-                f"expected DDP or FSDP2 with muon_learning_rate={given['muon']}, got {flat}: it trains flat pieces of "
-                "matrices, of which Muon cannot be computed."
+                f"expected DDP or FSDP2 with {rates}, got {flat}: it trains flat pieces of matrices, of which Muon "
+                "cannot be computed."
             )
 
-    def _peak_of(self, name: str) -> float | None:
-        return getattr(self.args, f"{name}_learning_rate", None)
+    def _peaks(self) -> dict[str, float]:
+        rates = {name: getattr(self.args, name, None) for name in RATES}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        is_new, trained = self.optimizer is None, self.model if model is None else model
-        muon, memory = self._peak_of("muon"), self._peak_of("memory")
-        if is_new and muon is not None:
+        is_new, trained, peaks = self.optimizer is None, self.model if model is None else model, self._peaks()
+        has_muon = any("muon" in name for name in peaks)
+        if is_new and has_muon:
             _, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer = muon_and_adamw(trained, muon, self.args.weight_decay, memory, **options)
+            rates = {"muon_learning_rate": None} | peaks
+            self.optimizer = muon_and_adamw(trained, weight_decay=self.args.weight_decay, **rates, **options)
         optimizer = super().create_optimizer(model)
-        if is_new and muon is None and memory is not None:
-            optimizer.param_groups[:] = with_memory_rate(optimizer.param_groups, trained, memory)
+        if is_new and not has_muon and peaks:
+            groups = with_memory_rate(optimizer.param_groups, trained, peaks["memory_learning_rate"])
+            optimizer.param_groups[:] = groups
         return optimizer
 
     def _get_learning_rate(self) -> float:
         # Before the schedule goes on.
-        groups = self.optimizer.param_groups
-        if self._peak_of("memory") is not None:
-            rates = [group["lr"] for group in groups if "is_memory" in group]
-            if not rates:
+        now = {group["rate"]: group["lr"] for group in self.optimizer.param_groups if "rate" in group}
+        for name, peak in self._peaks().items():
+            if name not in now:
                 raise ValueError(
-                    f"expected a checkpoint saved with memory_learning_rate, to go on with {self._peak_of('memory')}, "
-                    "got one saved without: its optimizer has one rate for all."
+                    f"expected a checkpoint saved with {name}, to go on with {peak}, got one saved without: its "
+                    "optimizer has another rate for this."
                 )
-            self._rates["memory_learning_rate"] = rates[0]
-        if self._peak_of("muon") is not None:
-            self._rates["muon_learning_rate"] = groups[-1]["lr"]
+            self._logged_rates[name] = now[name]
         return super()._get_learning_rate()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "learning_rate" in logs:
-            logs |= self._rates
+            logs |= self._logged_rates
         super().log(logs, *args, **kwargs)
