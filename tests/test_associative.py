@@ -1,5 +1,6 @@
 """The formulas of associations, against loops over tokens and features."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,23 @@ def test_new_models(kind: str) -> None:
     plain.load_state_dict(model.state_dict(), strict=False)
     tokens = random_tokens(model.config, 1, 12)
     assert torch.equal(model(tokens).logits, plain(tokens).logits)
+
+
+@torch.no_grad()
+def test_a_new_model_finds_what_followed_a_token(tmp_path: Path) -> None:
+    """By the token itself, before anything is learned; and what was loaded stays as it is."""
+    model = BakaForCausalLM(tiny_config(hidden_size=64, head_dim=32, **KINDS["tokens"] | dict(associative_dim=32)))
+    association: Any = model.model.layers[0].association
+    inputs = torch.randn(1, 9, 64)
+    (state,) = association.write((torch.zeros(1, association.num_heads, 32, 32),), inputs)
+    found = association.look_up(association.q_proj(inputs[:, :-1]), (state,))[0]
+    values = association.v_proj(inputs)[0]
+    likeness = torch.nn.functional.cosine_similarity(found[:, None], values[None], dim=-1)
+    assert likeness.argmax(dim=1).tolist() == list(range(1, 9))
+    association.q_proj.weight.mul_(-1)
+    model.save_pretrained(tmp_path)
+    again: Any = BakaForCausalLM.from_pretrained(tmp_path).model.layers[0]
+    assert torch.equal(again.association.q_proj.weight, -again.association.k_proj.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .configuration_baka import BakaConfig
 from .functions_baka import at_least_float32, initialise
@@ -110,6 +111,10 @@ class BakaTokenAssociation(nn.Module):
         initialise(0.0, self.o_proj, self.beta_proj, self.gamma_proj)
         # From a head that keeps 0.88 of its state over a chunk to one that keeps 0.99 of it over 1,600.
         self.gamma_proj.initial_bias = (2.0, 12.0)  # type: ignore[assignment]
+
+    def reset_parameters(self) -> None:
+        """Queries begin as keys do: a token finds what followed it before, and what followed others like it."""
+        init.copy_(self.q_proj.weight, self.k_proj.weight)
 
     def read(self, query: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What is stored under `query`, a product of `q_proj` [B, Q, H · d]: [B, Q, D]."""

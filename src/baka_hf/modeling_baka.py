@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .associative_baka import associations_held, associative_layers
+from .associative_baka import BakaTokenAssociation, associations_held, associative_layers
 from .cache_baka import BakaCache
 from .calls_baka import CACHE_NAME, BakaCausalLMOutput, BakaModelOutput, Call, Results, close, plan
 from .checkpoint_baka import BakaCheckpointMixin
@@ -65,7 +65,7 @@ class BakaPreTrainedModel(BakaCheckpointMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         reset = getattr(module, "reset_parameters", None)
-        if callable(reset) and (isinstance(module, BakaMemoryUpdate) or is_registered(module)):
+        if callable(reset) and (isinstance(module, BakaMemoryUpdate | BakaTokenAssociation) or is_registered(module)):
             reset()
         std = getattr(module, "initial_std", None)
         if std is None:
