@@ -45,6 +45,12 @@ class Arguments:
     lora_rank: int = field(default=0, metadata={"help": "Rank of adapters; 0: all weights are trained."})
     learning_rate: float = field(default=1e-5, metadata={"help": "Peak rate of AdamW; adapters like 2e-4."})
     memory_learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate of what remembers."})
+    memory_muon_learning_rate: float = field(
+        default=0.0, metadata={"help": "Peak rate of Muon (0.02, say) for matrices of what remembers; 0: without it."}
+    )
+    strength_bias: float = field(
+        default=0.0, metadata={"help": "Of associations' writes at first: -2 writes with 0.12, 0 with 0.5."}
+    )
     warmup_steps: int = field(default=10, metadata={"help": "Steps of linear warm-up, in each stage."})
     skip_first_chunk: bool = field(
         default=False, metadata={"help": "No loss on a document's first chunk, which has nothing to remember."}
@@ -82,6 +88,7 @@ def train(model: Any, documents: list[Any], args: Arguments) -> None:
             max_steps=args.steps,
             learning_rate=args.learning_rate,
             memory_learning_rate=args.memory_learning_rate if has_memory else None,
+            memory_muon_learning_rate=args.memory_muon_learning_rate or None,
             adam_beta2=0.95,
             warmup_steps=args.warmup_steps,
             lr_scheduler_type="cosine",
@@ -124,6 +131,9 @@ def main() -> None:
     try:
         if not args.memory_learning_rate > 0:
             raise ValueError(f"memory_learning_rate: expected a positive number, got {args.memory_learning_rate}.")
+        if not args.memory_muon_learning_rate >= 0:
+            rate = args.memory_muon_learning_rate
+            raise ValueError(f"memory_muon_learning_rate: expected a positive number, or 0, got {rate}.")
         model = BakaForCausalLM.from_pretrained(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokens = load_tokens(
@@ -135,6 +145,9 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(str(error))
+    for name, parameter in model.named_parameters():
+        if args.strength_bias and name.endswith("association.beta_proj.bias"):
+            torch.nn.init.constant_(parameter, args.strength_bias)
     model = put_adapters_on(model, args.lora_rank) if args.lora_rank else model
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     held_out = tokens.documents["valid"]

@@ -86,6 +86,27 @@ def test_what_is_trained_is_what_is_saved(rank: int, folder: Path, monkeypatch: 
     assert (folder / "out" / "gain_by_depth.png").is_file()
 
 
+def test_matrices_of_what_remembers_by_muon(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From writes that are weak at first."""
+    rates: list[dict[str, float]] = []
+    strengths: list[list[float]] = []
+    make = give_memory.BakaTrainer.create_optimizer
+
+    def watched(trainer: Any, model: Any = None) -> Any:
+        optimizer, names = make(trainer, model), {id(p): name for name, p in trainer.model.named_parameters()}
+        rates.append({names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
+        strengths.append(trainer.model.model.layers[0].association.beta_proj.bias.tolist())
+        return optimizer
+
+    monkeypatch.setattr(give_memory.BakaTrainer, "create_optimizer", watched)
+    rate = ["--memory_learning_rate", "0.05", "--memory_muon_learning_rate", "0.3"]
+    run(monkeypatch, folder, *rate, "--strength_bias", "-2")
+    matrices = {f"layers.0.association.{name}_proj.weight" for name in "qkvo"} | {"memory_update.gate_proj.weight"}
+    assert {name.removeprefix("model.") for name, rate in rates[0].items() if rate == 0.3} == matrices
+    assert sum(rate == 0.05 for rate in rates[0].values()) > len(matrices)
+    assert strengths[0] == [-2, -2]
+
+
 def test_no_loss_where_there_is_nothing_to_remember() -> None:
     documents = [list(range(1, 40)), list(range(50, 75))]
     lanes = LaneDataset(documents, 1, N, 5, shuffle=False)
@@ -111,6 +132,8 @@ def test_a_decoder_that_remembers_nothing(folder: Path, monkeypatch: pytest.Monk
 def test_bad_arguments_end_with_a_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"memory_learning_rate: expected a positive number, got 0\.0"):
         run(monkeypatch, folder, "--memory_learning_rate", "0")
+    with pytest.raises(SystemExit, match=r"memory_muon_learning_rate: expected a positive number, or 0, got -1\.0"):
+        run(monkeypatch, folder, "--memory_muon_learning_rate", "-1")
     (folder / "valid.jsonl").unlink()
     with pytest.raises(SystemExit, match=r"valid\.jsonl"):
         run(monkeypatch, folder)
