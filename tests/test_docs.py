@@ -286,7 +286,7 @@ ELSEWHERE |= {
     "batch_size",
 }
 ELSEWHERE |= {"max_position_embeddings"}  # of other configurations
-ELSEWHERE |= {"lora_rank", "memory_learning_rate", "skip_first_chunk", "strength_bias"}  # options of examples/give_memory.py
+ELSEWHERE |= {"lora_rank", "skip_first_chunk", "strength_bias"}  # options of examples/give_memory.py
 ELSEWHERE |= {"zero_init"}  # an option of examples/ladder.py
 ELSEWHERE |= {"aoti_compile_and_package", "cache_implementation", "layer_norm_epsilon"}
 ELSEWHERE |= {  # transformers' shared tests
