@@ -165,7 +165,8 @@ def muon_and_adamw(
     remembers_apart = memory_learning_rate is not None or memory_muon_learning_rate is not None
     adapters = tuple(f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer"))
     matrices: dict[str, list[nn.Parameter]] = {name: [] for name in given}
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
