@@ -49,7 +49,7 @@ class Arguments:
         default=0.0, metadata={"help": "Peak rate of Muon (0.02, say) for matrices of what remembers; 0: without it."}
     )
     strength_bias: float = field(
-        default=0.0, metadata={"help": "Of associations' writes at first: -2 writes with 0.12, 0 with 0.5."}
+        default=0.0, metadata={"help": "Of new associations' writes: by a sigmoid -2 writes with 0.12, 0 with 0.5."}
     )
     warmup_steps: int = field(default=10, metadata={"help": "Steps of linear warm-up, in each stage."})
     skip_first_chunk: bool = field(
@@ -135,6 +135,8 @@ def main() -> None:
             rate = args.memory_muon_learning_rate
             raise ValueError(f"memory_muon_learning_rate: expected a positive number, or 0, got {rate}.")
         model = BakaForCausalLM.from_pretrained(args.model)
+        if (args.memory_muon_learning_rate or args.strength_bias) and not model.config.associative_dim:
+            raise ValueError("memory_muon_learning_rate, strength_bias: expected a model with associations.")
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokens = load_tokens(
             output / "tokens.npz",
@@ -146,7 +148,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     for name, parameter in model.named_parameters():
-        if args.strength_bias and name.endswith("association.beta_proj.bias"):
+        if args.strength_bias != 0 and name.endswith("association.beta_proj.bias"):
             torch.nn.init.constant_(parameter, args.strength_bias)
     model = put_adapters_on(model, args.lora_rank) if args.lora_rank else model
     model.to("cuda" if torch.cuda.is_available() else "cpu")

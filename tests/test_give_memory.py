@@ -127,6 +127,9 @@ def test_a_decoder_that_remembers_nothing(folder: Path, monkeypatch: pytest.Monk
     run(monkeypatch, folder)
     scores = json.loads((folder / "out" / "scores.json").read_text())
     assert list(scores) == ["loss", "bits_per_byte", "over itself before training"]
+    for option in ("--memory_muon_learning_rate", "--strength_bias"):
+        with pytest.raises(SystemExit, match="strength_bias: expected a model with associations"):
+            run(monkeypatch, folder, option, "0.02")
 
 
 def test_bad_arguments_end_with_a_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,14 @@ def train_samples(folder: Path, resume: Path | None = None, **arguments: Any) ->
 
 
 @pytest.mark.parametrize(
-    "rates", [{}, dict(memory_learning_rate=0.1), dict(memory_learning_rate=0.1, muon_learning_rate=None)]
+    "rates",
+    [
+        {},
+        dict(memory_learning_rate=0.1),
+        dict(memory_learning_rate=0.1, muon_learning_rate=None),
+        dict(memory_learning_rate=0.1, memory_muon_learning_rate=0.05, muon_learning_rate=None),
+        dict(memory_muon_learning_rate=0.05),
+    ],
 )
 @pytest.mark.parametrize("run", [train_samples, train])
 def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, run: Any, rates: dict[str, Any]) -> None:
@@ -310,6 +317,16 @@ def test_a_scaler_skips_steps_that_overflow() -> None:
 
 def names_of(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def test_checkpoints_that_do_not_say_whose_a_group_is() -> None:
+    """Those of Muon did not."""
+    model = tiny_model(tiny_config())
+    state = optimizer_of(model).state_dict()
+    del state["param_groups"][-1]["rate"]
+    optimizer = optimizer_of(model)
+    optimizer.load_state_dict(state)
+    assert [group.get("rate") for group in optimizer.param_groups] == [None, None, "muon_learning_rate"]
 
 
 # What does not fit

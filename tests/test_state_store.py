@@ -191,6 +191,10 @@ def test_a_state_larger_than_the_limit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"`max_bytes`={state.nbytes - 1}, got one of {state.nbytes} bytes"):
         store.save("ada", read(model, 1))
     assert contents(StateStore(tmp_path, model).load("ada")) == contents(state)
+    # A file has a header beside the state's bytes: one that takes more with it is the last one used, and stays.
+    store = StateStore(tmp_path, model, max_bytes=state.nbytes)
+    store.save("ada", second := read(model, 1))
+    assert contents(store.load("ada")) == contents(second)
 
 
 def test_limits_are_above_zero(tmp_path: Path) -> None:

@@ -113,8 +113,13 @@ class BakaTokenAssociation(nn.Module):
         self.gamma_proj.initial_bias = (2.0, 12.0)  # type: ignore[assignment]
 
     def reset_parameters(self) -> None:
-        """Queries begin as keys do: a token finds what followed it before, and what followed others like it."""
-        init.copy_(self.q_proj.weight, self.k_proj.weight)
+        """Queries begin as keys do: a token finds what followed it before, and what followed others like it.
+
+        Where another's class has them made in another way, they stay as they are.
+        """
+        query, key = ((type(x), getattr(x, "initial_std", None), x.extra_repr()) for x in (self.q_proj, self.k_proj))
+        if query == key and type(self.q_proj) is nn.Linear:
+            init.copy_(self.q_proj.weight, self.k_proj.weight)
 
     def read(self, query: torch.Tensor, held: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """What is stored under `query`, a product of `q_proj` [B, Q, H · d]: [B, Q, D]."""

@@ -34,6 +34,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_datasets_available, logging
 
+from .inputs_baka import check_positive
 from .loss_baka import IGNORED
 
 if is_datasets_available():
@@ -525,12 +526,6 @@ def check_document(piece: Any, number: int, vocab_size: int | None) -> torch.Ten
         expected = "of at least 0" if vocab_size is None else f"from 0 to {vocab_size - 1}"
         raise ValueError(f"{name}: expected token ids {expected}, got {least if least < 0 else most}.")
     return tokens
-
-
-def check_positive(**values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
 
 __all__ = ["LaneDataset", "LaneStats", "StreamingLanes"]

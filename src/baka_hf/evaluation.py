@@ -35,7 +35,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .data import SECONDS_UNTIL_PROGRESS, check_document, check_positive
+from .data import SECONDS_UNTIL_PROGRESS, check_document
+from .inputs_baka import check_positive
 from .parts import import_parts
 from .texts import read_documents
 
@@ -84,7 +85,8 @@ def evaluate_documents(
         progress: show a progress bar when it takes long.
         memory: what a chunk, other than a document's first, reads as memory: "carried", what its document has left;
             "exchanged", what another one has left after as many chunks; "learned", the vectors that a first chunk
-            reads, without a solidifier as there; "frozen", what its document's first chunk has left.
+            reads, without a solidifier as there (nobody else may read the model meanwhile); "frozen", what its
+            document's first chunk has left.
         keys: what it sees of a previous chunk: "carried", that of its document; "exchanged", that of the other one;
             "none".
         by_document: also return `documents`, for each of them a list of (nats, number of tokens) by chunk.

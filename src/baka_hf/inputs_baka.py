@@ -10,6 +10,12 @@ from .configuration_baka import BakaConfig
 from .state_files_baka import check_state
 
 
+def check_positive(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+
+
 def either_name(past_key_values: BakaCache | None, cache: BakaCache | None) -> BakaCache | None:
     """The state that a call was given under one of its names."""
     if past_key_values is not None and cache is not None and cache is not past_key_values:
@@ -149,7 +155,8 @@ def check_cache(model: Any, cache: BakaCache | None, batch_size: int, within_bea
 
 
 def check_mask(mask: torch.Tensor | None, batch_size: int, length: int, fed: int) -> torch.Tensor | None:
-    """The mask [B, L] of this call's tokens that are in the stream; its values are looked at as those of ids are."""
+    """The mask [B, L] of this call's tokens that are in the stream; of several tokens its values are looked at, where
+    looking costs little."""
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != batch_size or mask.shape[1] not in (length, fed + length):
@@ -157,7 +164,7 @@ def check_mask(mask: torch.Tensor | None, batch_size: int, length: int, fed: int
         raise ValueError(f"expected an `attention_mask` of shape {expected}, got {list(mask.shape)}.")
     mask = mask[:, -length:]
     real = mask != 0
-    if mask.dtype != torch.bool and can_look_at(mask):
+    if mask.dtype != torch.bool and length > 1 and can_look_at(mask):
         wrong = mask[real & (mask != 1)]
         if len(wrong):
             raise ValueError(f"expected an `attention_mask` of 0 and 1, got {wrong[0].item()}.")

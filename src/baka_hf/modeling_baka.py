@@ -230,7 +230,8 @@ class BakaModel(BakaPreTrainedModel):
             input_ids: [B, L] int64 token ids; or `inputs_embeds`, [B, L, D]. With a state ids, and always the mask, may
                 also lie on the host.
             attention_mask: [B, L], or [B, P + L] after P positions fed to the state, of 1 and 0; 0 means "not in the
-                stream", wherever it stands.
+                stream", wherever it stands. Other values are refused where they are looked at, not in training on a
+                GPU, where they are 1.
             position_ids: [B, L]. A real token whose position does not go on from the one before, and 0 never does,
                 begins a new text there; a row's first one in this call does not.
             past_key_values, cache: the state to go on from, under either of its names. It is changed in place.

@@ -90,6 +90,12 @@ class MuonAndAdamW(torch.optim.Optimizer):
         # Schedules with a lowest rate take it as a share of this one.
         super().__init__([*adamw.param_groups, *muon.param_groups], {"lr": adamw.defaults["lr"]})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        names = [group["rate"] for group in self.muon.param_groups]
+        super().load_state_dict(state_dict)
+        for group, name in zip(self.param_groups[-len(names) :], names, strict=True):
+            group["rate"] = name  # which older checkpoints do not say
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
@@ -113,16 +119,21 @@ def with_memory_rate(groups: list[dict[str, Any]], model: nn.Module, rate: float
     memory = {id(parameter) for name, parameter in model.named_parameters() if remembers(name)}
     parts = []  # those that remember last: loggers look at the first
     for is_memory in (False, True):
-        options = {"lr": rate, "rate": "memory_learning_rate"} if is_memory else {}
+        options = {"lr": rate, "is_memory": True} if is_memory else {}
         for group in groups:
             chosen = [parameter for parameter in group["params"] if (id(parameter) in memory) == is_memory]
             parts += [{**group, **options, "params": chosen}] if chosen else []
-    if not any("rate" in part for part in parts):
+    if not any("is_memory" in part for part in parts):
         raise ValueError(
             f"expected memory, pauses or associations to train with memory_learning_rate={rate}, found none in "
-            f"{type(model).__name__}."
+            f"{type(model).__name__} that AdamW has."
         )
     return parts
+
+
+def rate_of(group: dict[str, Any]) -> str:
+    """The argument that gives a group of parameters its peak rate."""
+    return "memory_learning_rate" if "is_memory" in group else group.get("rate", "learning_rate")
 
 
 def muon_and_adamw(
@@ -183,9 +194,10 @@ def muon_and_adamw(
             (matrices[rate] if is_matrix and rate in given else decayed).append(parameter)
     for name, found in matrices.items():
         if not found:
+            places = "associations, memory updates or solidifiers" if "memory" in name else ", ".join(sorted(BLOCKS))
             raise ValueError(
-                f"expected matrices to train in {', '.join(sorted(BLOCKS))} for {name}={given[name]}, found none in "
-                f"{type(model).__name__}: train it with AdamW alone."
+                f"expected matrices to train in {places} for {name}={given[name]}, found none in "
+                f"{type(model).__name__}: train it without that rate."
             )
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
     if memory_learning_rate is not None:
@@ -262,7 +274,9 @@ class MuonTrainer(Trainer):
         self._logged_rates: dict[str, float] = {}  # at the last step that was logged
         super().__init__(*args, **kwargs)
         given = self._peaks()
-        rates = " and ".join(f"{name}={rate}" for name, rate in given.items())
+        rates, muon_rates = (
+            " and ".join(f"{name}={rate}" for name, rate in given.items() if part in name) for part in ("", "muon")
+        )
         if given and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
             raise ValueError(
                 f"expected {rates} or an optimizer, got both: `optimizers` or `optimizer_cls_and_kwargs` is given."
@@ -270,10 +284,10 @@ class MuonTrainer(Trainer):
         flat = "DeepSpeed" if self.is_deepspeed_enabled else None
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
             flat = "FSDP1"
-        if flat is not None and any("muon" in name for name in given):
+        if flat is not None and muon_rates:
             raise ValueError(
-                f"expected DDP or FSDP2 with {rates}, got {flat}: it trains flat pieces of matrices, of which Muon "
-                "cannot be computed."
+                f"expected DDP or FSDP2 with {muon_rates}, got {flat}: it trains flat pieces of matrices, of which "
+                "Muon cannot be computed."
             )
 
     def _peaks(self) -> dict[str, float]:
@@ -295,7 +309,7 @@ class MuonTrainer(Trainer):
 
     def _get_learning_rate(self) -> float:
         # Before the schedule goes on.
-        now = {group["rate"]: group["lr"] for group in self.optimizer.param_groups if "rate" in group}
+        now = {rate_of(group): group["lr"] for group in self.optimizer.param_groups}
         for name, peak in self._peaks().items():
             if name not in now:
                 raise ValueError(

@@ -9,7 +9,9 @@ has been said comes a step later, and a text that ends has read a token too many
 state that is kept has to read the last token as it is.
 """
 
+import reprlib
 import secrets
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .data import check_positive
 from .functions_baka import put_on
-from .inputs_baka import check_cache
+from .inputs_baka import check_cache, check_positive
 
 # Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
 ROWS_PER_PROMPT = 32
@@ -65,7 +66,8 @@ class Request:
 
     `tokens` grows with every step. When all is over `finish_reason` is "stop" (an EOS token, which is the last of
     `tokens`), "length", "cancelled" or "error"; and `state`, if it was asked for, has read all of the prompt and of
-    `tokens` after "stop" and "length". `error` is what one of its processors has raised, or the step that it was in.
+    `tokens` after "stop" and "length". `error` is what one of its processors has raised, or the step that it was in, as
+    Python prints it.
     """
 
     input_ids: list[int]
@@ -78,7 +80,7 @@ class Request:
     given: Any = field(repr=False)  # the state it goes on from
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
-    error: BaseException | None = None
+    error: str | None = None
     state: Any = field(default=None, repr=False)  # a `BakaCache` of one row
     num_read: int = 0  # tokens that were read, of the prompt and of its own
     num_chosen: int = 0  # tokens that were chosen, though the device alone may know them yet
@@ -99,7 +101,8 @@ class Request:
     def fail(self, error: BaseException) -> None:
         """End it, unless it is over."""
         if self.finish_reason is None:
-            self.finish_reason, self.error = "error", error
+            # As text: a traceback would keep alive what its frames hold, such as the batcher and its rows.
+            self.finish_reason, self.error = "error", "".join(traceback.format_exception(error))
 
 
 class Sent(NamedTuple):
@@ -199,7 +202,7 @@ class Batcher:
         try:
             ids = torch.as_tensor(input_ids)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"expected `input_ids` to be token ids, got {input_ids!r}.") from None
+            raise ValueError(f"expected `input_ids` to be token ids, got {reprlib.repr(input_ids)}.") from None
         if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(
                 f"expected `input_ids` to be at least one token id, integers of shape [length], got {ids.dtype} of "
@@ -215,11 +218,11 @@ class Batcher:
             raise ValueError(f"expected `seed` to be an integer from 0 to 2**63 - 1, got {seed!r}.")
         sampling = Sampling(temperature, top_k, top_p)
         sampling.processors()
-        if eos_token_id is None:
-            eos_token_id = self.model.generation_config.eos_token_id
+        is_default, default = eos_token_id is None, self.model.generation_config.eos_token_id
+        eos_token_id = default if is_default else eos_token_id
         ends = [eos_token_id] if isinstance(eos_token_id, int) else () if eos_token_id is None else eos_token_id
         is_end = lambda end: isinstance(end, int) and 0 <= end < config.vocab_size  # noqa: E731
-        if not isinstance(ends, Sequence) or not all(map(is_end, ends)):
+        if not is_default and not (isinstance(ends, Sequence) and all(map(is_end, ends))):
             raise ValueError(
                 f"expected `eos_token_id` to be a token id from 0 to {config.vocab_size - 1} or a sequence of some, "
                 f"got {eos_token_id!r}."

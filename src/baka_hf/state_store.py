@@ -30,7 +30,7 @@ class StateStore:
         model (`BakaForCausalLM`): the model that reads them.
         max_age (*optional*): seconds after which a state that was neither saved nor loaded is deleted.
         max_bytes (*optional*): how much all files may take: beyond that those go that were not used for the longest
-            time. A state that takes more by itself is refused.
+            time, but not the last one. A state that takes more by itself is refused.
 
     With either limit partial files go too, an hour after their writers were killed.
 
@@ -118,12 +118,12 @@ class StateStore:
                     path.unlink()
                     path.parent.rmdir()  # if nothing else is there
         total = 0
-        for used, size, path in sorted(found, reverse=True):
+        for place, (used, size, path) in enumerate(sorted(found, reverse=True)):
             total += size
             is_old = self.max_age is not None and now - used > self.max_age
-            if is_old or (self.max_bytes is not None and total > self.max_bytes):
+            if is_old or (self.max_bytes is not None and total > self.max_bytes and place > 0):
                 total -= size
-                with suppress(FileNotFoundError):
+                with suppress(OSError):
                     if path.stat().st_mtime == used:  # or else it has been saved or loaded meanwhile
                         self._remove(path.parent)
 

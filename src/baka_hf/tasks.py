@@ -36,8 +36,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from .data import SECONDS_UNTIL_PROGRESS, check_positive
+from .data import SECONDS_UNTIL_PROGRESS
 from .evaluation import in_eval_mode
+from .inputs_baka import check_positive
 from .loss_baka import IGNORED
 from .texts import read_documents
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from .data import check_positive
+from .inputs_baka import check_positive
 
 DOCUMENTS_AT_A_TIME = 1000  # are tokenized by all cores
 
