@@ -20,6 +20,7 @@ from baka_hf.associative_baka import (
     register_association,
     store,
 )
+from baka_hf.functions_baka import initialise
 
 EXACT = dict(rtol=0, atol=1e-9)
 FLOATS = (torch.float64, torch.float32)
@@ -379,6 +380,21 @@ def test_costs_of_other_associations() -> None:
         assert outputs.write_strength.item() == pytest.approx(0.75)
     finally:
         ASSOCIATIONS.pop("constant")
+
+
+def test_an_association_whose_queries_begin_in_another_way() -> None:
+    @register_association("silent")
+    class Silent(BakaTokenAssociation):
+        def __init__(self, config: Any):
+            super().__init__(config)
+            initialise(0.0, self.q_proj)
+
+    try:
+        model = BakaForCausalLM(tiny_config(associative_dim=3, associative_write="silent"))
+        assert not any(weight.any() for name, weight in model.named_parameters() if "association.q_proj" in name)
+        assert all(weight.any() for name, weight in model.named_parameters() if "association.k_proj" in name)
+    finally:
+        ASSOCIATIONS.pop("silent")
 
 
 def test_checkpointing_that_would_lose_gradients_is_refused() -> None:
