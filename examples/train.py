@@ -103,9 +103,9 @@ class ModelArguments:
     )
     separate_solidifiers: bool = field(default=False, metadata={"help": "One solidifier to read, one to write."})
     memory_norm: bool = field(default=True, metadata={"help": "Norm over the memory that is handed on."})
-    associative_dim: int = field(default=0, metadata={"help": "Width of an associative memory's keys; 0: none."})
+    associative_dim: int = field(default=48, metadata={"help": "Width of an associative memory's keys; 0: none."})
     associative_write: Literal["memory", "tokens"] = field(
-        default="memory", metadata={"help": "What writes to it: the memory vectors or every token."}
+        default="tokens", metadata={"help": "What writes to it: the memory vectors or every token."}
     )
     associative_gate: Literal["sigmoid", "hard_sigmoid"] = field(
         default="sigmoid", metadata={"help": "What makes the strength of a write; a hard one can be 0."}
@@ -128,6 +128,8 @@ class ModelArguments:
         if isinstance(self.rope_parameters, str):
             with suppress(json.JSONDecodeError):  # what is no JSON is no dict either, which is told below
                 self.rope_parameters = json.loads(self.rope_parameters)
+        if not self.associative_dim:
+            self.associative_write = "memory"  # as it has to be where nothing is written
         BakaConfig(**asdict(self))  # what no model can have is refused before any text is read
 
 

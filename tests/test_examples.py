@@ -275,7 +275,8 @@ def test_streaming_carries_memory_and_resumes(
     assert (result.run_id, result.steps, result.split) == ("whole", 6, "validation")
     assert blocks.run_id == "whole" and bigram.run_id.startswith("bigram") and bigram.num_tokens == result.num_tokens
     assert math.isfinite(result.loss) and result.loss_by_chunk and result.curves["train"]
-    assert result.note.endswith("2 memory vectors and the keys and values of the chunk before carried along")
+    carried = "2 memory vectors, associations and the keys and values of the chunk before carried along"
+    assert result.note.endswith(carried)
     shared, own = (
         [dataclasses.replace(each, written=None) for each in read_results(tmp_path / name)]
         for name in ("all.db", "resumed/results.db")
