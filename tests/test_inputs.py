@@ -136,9 +136,9 @@ def test_packed_texts_without_position_ids(model: BakaForCausalLM, cache: BakaCa
 
 @pytest.mark.parametrize("wrong", [2, -1, 0.5, float("-inf"), torch.finfo(torch.float32).min, float("nan")])
 def test_values_of_a_mask(model: BakaForCausalLM, cache: BakaCache, wrong: Any) -> None:
-    """Numbers of documents, weights and what is added to scores are no masks of ours."""
+    """Numbers of documents, weights and what is added to scores are no masks of ours, where several tokens are read."""
     classifier = BakaForSequenceClassification(model.config).eval()
-    for length in (1, 3):
+    for length in (2, 3):
         mask = torch.ones(2, length, dtype=torch.tensor(wrong).dtype)
         mask[1, 0] = wrong
         said = f"expected an `attention_mask` of 0 and 1, got {wrong}"
