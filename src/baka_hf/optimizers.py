@@ -152,9 +152,9 @@ def muon_and_adamw(
         M ← 0.95 M + 0.05 g
         W ← (1 - lr · weight_decay) W - lr · sqrt(max(1, rows / columns)) · orthogonal(0.05 g + 0.95 M)
 
-    where orthogonal(U S Vᵀ) is near U Vᵀ, by five Newton-Schulz iterations, in bfloat16 or, on a CPU, in
-    float32. AdamW has all else: embeddings,
-    the head, norms, biases, and the factors of adapters (LoRA), since only their product is a matrix of the model.
+    where orthogonal(U S Vᵀ) is near U Vᵀ, by five Newton-Schulz iterations, in bfloat16 or, on a CPU, in float32. AdamW
+    has all else: embeddings, the head, norms, biases, and the factors of adapters (LoRA), since only their product is a
+    matrix of the model.
 
     Weight decay is for what multiplies, the head too. What is looked up or added has none: norms, biases, and the rows
     of embeddings, memory and pause vectors. A row that few texts name would shrink in every step all the same (OLMo 2,
