@@ -244,7 +244,8 @@ def members_of(thing: Any) -> set[str]:
 @cache
 def known_names() -> set[str]:
     """Names that this package has or that it takes over from transformers and PyTorch."""
-    names = {name for module in (builtins, transformers, torch.nn, torch.utils.data) for name in dir(module)}
+    modules = builtins, transformers, torch.nn, torch.optim, torch.utils.data
+    names = {name for module in modules for name in dir(module)}
     names |= {"baka_hf", *MODULES} | set(vars(GenerationConfig())) | set(ALL_ATTENTION_FUNCTIONS.valid_keys())
     names |= {field.name for field in dataclasses.fields(BakaTrainingArguments)} | set(GATES)
     for module in (importlib.import_module(f"baka_hf.{name}") for name in MODULES):
@@ -313,7 +314,7 @@ def test_names_exist(page: str) -> None:
     for code in inline_code(TEXTS[page]):
         if code.startswith("python "):  # a command, see above
             continue
-        if re.fullmatch(r"\w+(/\w+)*/(\w+\.py)?", code):
+        if re.fullmatch(r"\w+(/\w+)*/(\w+\.(py|csv))?", code):
             assert (ROOT / code).exists(), code
             continue
         if re.fullmatch(r"\w+\.(py|yaml)", code):
