@@ -43,7 +43,7 @@ from transformers import (
 
 from baka_hf import BakaConfig, BakaForCausalLM
 from baka_hf.configuration_baka import RUNGS
-from baka_hf.data import LaneDataset
+from baka_hf.data import LaneDataset, pack_documents
 from baka_hf.evaluation import evaluate_documents, evaluate_windows, gain_by_depth
 from baka_hf.results import Result, curves_of, facts_about, read_results, summarize, to_table, to_text, write_result
 from baka_hf.texts import Tokens, WindowDataset, load_tokens
@@ -90,6 +90,7 @@ class Setting:
     chunk_size: int = field(default=512, metadata={"help": "Run: tokens of a chunk; the tokens of a step stay."})
     num_lanes: int = field(default=16, metadata={"help": "Run: lanes of a step."})
     chunks_per_step: int = field(default=4, metadata={"help": "Run: chunks of each lane in a step."})
+    pack: int = field(default=1, metadata={"help": "Run: documents are put together until they have so many tokens."})
     context: int = field(default=2048, metadata={"help": "Run: tokens that a peer sees; the tokens of a step stay."})
     num_epochs: int = field(default=1, metadata={"help": "Run: passes over the training text."})
     max_tokens: int | None = field(default=None, metadata={"help": "Run: no more tokens of text than this."})
@@ -214,7 +215,7 @@ def train(run: Run, seed: int, tokens: Tokens, output: str) -> tuple[Any, dict[s
     else:
         model = BakaForCausalLM(config)
         sizes = setting.num_lanes, setting.chunk_size, setting.chunks_per_step
-        dataset = LaneDataset(documents, *sizes, seed=seed, num_epochs=setting.num_epochs)
+        dataset = LaneDataset(pack_documents(documents, setting.pack), *sizes, seed=seed, num_epochs=setting.num_epochs)
     if setting.zero_init:
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):

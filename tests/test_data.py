@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.testing_utils import CaptureLogger
 
 from baka_hf import data
-from baka_hf.data import LaneDataset, LaneStats, StreamingLanes
+from baka_hf.data import LaneDataset, LaneStats, StreamingLanes, pack_documents
 from baka_hf.evaluation import evaluate_documents
 
 Row = dict[str, Tensor]
@@ -495,6 +495,45 @@ BAD_DOCUMENTS: list[tuple[Any, str]] = [
 def test_bad_documents(lanes_class: Any, documents: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rows_of(lanes_class(documents, 2, 5, vocab_size=19))
+
+
+@pytest.mark.smoke
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 20), st.sampled_from([list, np.array, torch.tensor]))
+def test_packed_documents(lengths: list[int], num_tokens: int, kind: Any) -> None:
+    """All tokens in order; a piece would be too short without its last document, and only the last piece is."""
+    documents = documents_of(lengths)
+    given_ids = [kind(document) for document in documents]
+    pieces = pack_documents(({"input_ids": ids} for ids in given_ids) if num_tokens % 2 else given_ids, num_tokens)
+    assert list(itertools.chain(*pieces)) == list(itertools.chain(*documents))
+    ends = {0, *itertools.accumulate(lengths)}
+    for piece, end in zip(pieces, itertools.accumulate(map(len, pieces)), strict=True):
+        assert end in ends and (len(piece) >= num_tokens or end == sum(lengths))
+        last_document = end - max(ends - {*range(end, sum(lengths) + 1)})
+        assert len(piece) - last_document < num_tokens
+
+
+def test_packed_documents_leave_little_padding() -> None:
+    """Short ones of 100 tokens in chunks of 512: a lane reads a fifth of what it would."""
+    documents = [np.full(100, number, np.uint16) for number in range(400)]
+    pieces = pack_documents(documents, 5120)
+    assert {piece.dtype for piece in pieces} == {np.dtype(np.uint16)}
+    assert LaneDataset(documents, 1, 512).num_steps == 400
+    assert LaneDataset(pieces, 1, 512).num_steps == 7 * 11 + 8
+
+
+@pytest.mark.parametrize(
+    ("documents", "num_tokens", "message"),
+    [
+        ([[1]], 0, "`num_tokens` must be an integer of at least 1, got 0"),
+        ([[1], []], 2, "document 1: expected a sequence of token ids, at least one, got"),
+        ([[1.5]], 2, r"document 0: .* got \[1.5\]"),
+        (["text"], 2, "document 0: .* got 'text'"),
+        ([{"text": [1]}], 2, 'document 0: expected a dict with "input_ids"'),
+    ],
+)
+def test_what_cannot_be_packed(documents: Any, num_tokens: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_documents(documents, num_tokens)
 
 
 def test_ids_are_never_negative() -> None:

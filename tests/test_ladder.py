@@ -211,3 +211,12 @@ def test_no_more_tokens_than_asked_for(tmp_path: Path) -> None:
         setting = ladder.Setting(8, 8, 1, 1, chunk_size=10, num_lanes=1, chunks_per_step=1, max_tokens=most)
         _, about = ladder.train(ladder.Run.parse("xl", setting), 0, tokens, str(tmp_path))
         assert about["tokens_seen"] == seen
+
+
+def test_documents_are_packed(tmp_path: Path) -> None:
+    """12 of 5 tokens in chunks of 10 take 12 chunks, and 6 when put together."""
+    tokens = ladder.Tokens(257, 256, {"train": [torch.arange(5).numpy()] * 12}, {"train": 0})
+    setting = ladder.Setting(8, 8, 1, 1, chunk_size=10, num_lanes=1, chunks_per_step=1)
+    for run, steps in (("xl", 12), ("xl:pack=20", 6)):
+        _, about = ladder.train(ladder.Run.parse(run, setting), 0, tokens, str(tmp_path))
+        assert (about["steps"], about["tokens_seen"]) == (steps, 60)

@@ -433,6 +433,37 @@ class StreamingLanes(_Lanes, IterableDataset[Row]):
             self._lanes_read.add(number)
 
 
+def pack_documents(documents: Iterable[Any], num_tokens: int) -> list[np.ndarray]:
+    """Documents put together in their order, one behind the other, until each piece has `num_tokens` tokens or more.
+
+    Lanes fill up the last chunk of a document with padding, which is most of what they read if documents are shorter
+    than a chunk. A piece is one document to them: what comes after may look at what stands before, as in windows cut
+    from documents end to end. So each should begin with a token that says so, such as the end of text.
+
+    Args:
+        documents: sequences of token ids, or dicts with "input_ids".
+        num_tokens: 1 leaves all documents as they are. A last piece may have fewer.
+
+    Returns:
+        The pieces, arrays of the documents' own dtype.
+
+    Raises:
+        ValueError: a size below 1, an empty document, or what is no sequence of integers.
+    """
+    check_positive(num_tokens=num_tokens)
+    pieces: list[np.ndarray] = []
+    piece: list[np.ndarray] = []
+    for number, item in enumerate(documents):
+        document = np.asarray(_column(item, "input_ids", number))
+        if document.ndim != 1 or document.dtype.kind not in "iu" or not document.size:
+            raise ValueError(f"document {number}: expected a sequence of token ids, at least one, got {item!r:.100}.")
+        piece.append(document)
+        if sum(map(len, piece)) >= num_tokens:
+            pieces.append(np.concatenate(piece))
+            piece = []
+    return [*pieces, np.concatenate(piece)] if piece else pieces
+
+
 @dataclass
 class _Lane:
     """A row of the batch, as it stands in the document that it has taken last."""
@@ -528,4 +559,4 @@ def check_document(piece: Any, number: int, vocab_size: int | None) -> torch.Ten
     return tokens
 
 
-__all__ = ["LaneDataset", "LaneStats", "StreamingLanes"]
+__all__ = ["LaneDataset", "LaneStats", "StreamingLanes", "pack_documents"]
