@@ -386,9 +386,9 @@ def test_logits_to_keep(model: BakaForCausalLM, cache: BakaCache, labels: Any, k
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids", "inputs_embeds"])
 def test_lists(model: BakaForCausalLM, cache: BakaCache, name: str) -> None:
-    """Tensors only."""
+    """Tensors only, and arrays for positions."""
     arguments: dict[str, Any] = dict(input_ids=ones(2, 3)) | {name: [[1, 1, 1]] * 2}
-    refused(lambda: model(cache=cache, **arguments), f"expected `{name}` to be a tensor, got list")
+    refused(lambda: model(cache=cache, **arguments), f"expected `{name}` to be a tensor", "got list")
 
 
 def test_a_state_that_is_not_to_be_used(model: BakaForCausalLM, cache: BakaCache) -> None:

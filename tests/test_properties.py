@@ -205,3 +205,17 @@ def test_texts_in_any_cuts(dtype: torch.dtype, fields: dict[str, Any], length: i
         parts = [model(part[None], cache=cache).logits[0] for part in tokens.tensor_split(cuts)]
     for logits in (whole, torch.cat(parts)):
         assert_close(logits.double(), naive, rtol=0, atol=TOLERANCE[dtype])
+
+@given(st.integers(1, 3), st.integers(1, 11), st.booleans(), st.randoms(use_true_random=False))
+def test_positions_may_be_an_array(rows: int, length: int, is_padded: bool, random: Any) -> None:
+    """It does as a tensor does, also with a mask, and with texts of one token."""
+    model = tiny_model(tiny_config(chunk_size=4))
+    drawn = torch.tensor([[random.randrange(3) for _ in range(length)] for _ in range(rows)])
+    texts, mask = drawn + 4, (drawn > 0).long() if is_padded else None
+    outputs, states = [], []
+    for positions in (drawn, drawn.numpy()):
+        states.append(model.new_cache(rows))
+        with torch.no_grad():
+            outputs.append(model(texts, mask, positions, states[-1]).logits)
+    assert_close(*outputs, rtol=0, atol=0)
+    assert_close(*(state.tensors() for state in states), rtol=0, atol=0)

@@ -109,7 +109,7 @@ def plan(
     model: Any,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
+    position_ids: Any,
     cache: BakaCache | None,
     inputs_embeds: torch.Tensor | None,
     use_cache: bool | None,
@@ -160,9 +160,9 @@ def plan(
     beside, heard = None, real
     alone = None if restarts is None else find_alone(restarts, real)
     if alone is not None and restarts is not None:
+        restarts, alone = restarts & ~alone, put_on(text.device, alone)
         beside = _plan_beside(model, alone, input_ids, inputs_embeds, with_states, with_weights, embeds)
         real = ~alone if real is None else real & ~alone
-        restarts = restarts & ~alone
 
     # Without a state every row begins here and nothing needs to be known on the host. With one, count.
     begins_here = cache is None and restarts is None
@@ -178,7 +178,7 @@ def plan(
         # Tokens that are not in the stream go behind those that are, where nothing sees them.
         order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
         text = text.gather(1, order) if text.ndim == 2 else gather_positions(text, order)
-        restarts = None if restarts is None else restarts.gather(1, order)
+        restarts = None if restarts is None else put_on(order.device, restarts).gather(1, order)
     seeded = torch.zeros(batch_size, dtype=torch.bool) if cache is None else cache._seeded
     before = {(0, False)} if cache is None else {*zip(cache._num_tokens.tolist(), seeded.tolist(), strict=True)}
     if begins_here or (len(before) == 1 and real is None and restarts is None):

@@ -217,6 +217,22 @@ def put_on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu")
 
 
+def sent_to_host(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Send a tensor to the host. What comes back gives it there, and waits for it alone: what a CUDA device was asked
+    for afterwards may still be to do."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    arrival = torch.Event(device=tensor.device)
+    arrival.record()
+
+    def arrived() -> torch.Tensor:
+        arrival.synchronize()
+        return host
+
+    return arrived
+
+
 def from_host(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` on that device if it lies on the host, else where it is."""
     return put_on(device, tensor) if tensor.device.type == "cpu" else tensor

@@ -233,7 +233,8 @@ class BakaModel(BakaPreTrainedModel):
                 stream", wherever it stands. Other values are refused where they are looked at, not in training on a
                 GPU, where they are 1.
             position_ids: [B, L]. A real token whose position does not go on from the one before, and 0 never does,
-                begins a new text there; a row's first one in this call does not.
+                begins a new text there; a row's first one in this call does not. They may be an array of numpy: with
+                a tensor on a GPU the host waits for that to know of such texts.
             past_key_values, cache: the state to go on from, under either of its names. It is changed in place.
             use_cache: return the state; by default `config.use_cache`, and no when training. False with a state is
                 refused: it goes forward.
@@ -252,9 +253,7 @@ class BakaModel(BakaPreTrainedModel):
             ValueError: an argument does not fit the others, the model or the state, which is left as it was.
         """
         cache = either_name(past_key_values, cache)
-        check_tensors(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
-        )
+        check_tensors(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         check_kind(cache, use_cache)
         for name in ("cu_seq_lens_q", "seq_idx"):
             if position_ids is None and kwargs.get(name) is not None:

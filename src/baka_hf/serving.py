@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .functions_baka import put_on
+from .functions_baka import put_on, sent_to_host
 from .inputs_baka import check_cache, check_positive
 
 # Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
@@ -109,22 +109,10 @@ class Sent(NamedTuple):
     """Tokens on their way to the host."""
 
     requests: list[Request | None]
-    tokens: torch.Tensor  # [len(requests)], there once `arrival` has come
-    arrival: Any
-
-    @classmethod
-    def off(cls, requests: list[Request | None], tokens: torch.Tensor) -> "Sent":
-        if tokens.device.type == "cpu":
-            return cls(requests, tokens, None)
-        host = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
-        arrival = torch.Event(device=tokens.device)
-        arrival.record()
-        return cls(requests, host, arrival)
+    tokens: Callable[[], torch.Tensor]  # [len(requests)]
 
     def said(self) -> list[tuple[Request, int]]:
-        if self.arrival is not None:
-            self.arrival.synchronize()
-        pairs = zip(self.requests, self.tokens.tolist(), strict=True)
+        pairs = zip(self.requests, self.tokens().tolist(), strict=True)
         return [(request, token) for request, token in pairs if request is not None]
 
 
@@ -479,7 +467,7 @@ class Batcher:
             tokens = torch.searchsorted(sums, (draws * sums[:, -1])[:, None], right=True)[:, 0]
             # Where processors left no number there is one all the same: nobody else's batch ends by that.
             chosen[rows] = tokens.clamp(max=scores.shape[1] - 1)
-        self.sent.append(Sent.off(requests, chosen))
+        self.sent.append(Sent(requests, sent_to_host(chosen)))
         return chosen
 
 

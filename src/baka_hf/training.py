@@ -14,7 +14,7 @@ import json
 import random
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from .cache_baka import BakaCache
 from .data import IGNORED, LaneDataset, StreamingLanes
+from .functions_baka import sent_to_host
 from .hub import trainer_card
 from .optimizers import MuonArguments, MuonTrainer
 
@@ -70,6 +71,7 @@ class _Group:
     state: BakaCache | None = None
     places: list[list[int]] | None = None  # where each row stands: a document and how many tokens of it were read
     began: Any = None  # which rows began a batch with a finite state [B], and where they stood
+    finite: Callable[[], torch.Tensor] | None = None  # which of these have one after it [B], on the host
 
 
 @dataclass(repr=False)  # Trainer's own hides tokens
@@ -91,6 +93,13 @@ class BakaTrainingArguments(MuonArguments):
         metadata={
             "help": "Record training steps as CUDA graphs (`model.cuda_graphs_enable()`), beside `torch_compile`: much "
             "faster where rows are few."
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Log the mean of the steps before in the place of a loss that is NaN or infinite. To know of it the "
+            "host waits for the device in every step."
         },
     )
     ddp_find_unused_parameters: bool | None = field(
@@ -251,13 +260,15 @@ class BakaTrainer(MuonTrainer):
         return super()._get_num_items_in_batch(batches, device)
 
     def _check_state(self) -> None:
-        """Refuse rows whose state is not finite: when the device has its work, before the optimizer does its own."""
+        """Refuse rows whose state is not finite, before the optimizer does its work: a device may still be at the
+        backward pass."""
         group = self._groups[0]
-        if group.began is None:
+        if group.finite is None:
             return
-        (began_finite, began_places), group.began = group.began, None
+        finite, (began_finite, began_places) = group.finite(), group.began
+        group.began = group.finite = None
         wrong = []
-        for row in (~(began_finite & _finite_rows(group.state))).nonzero()[:, 0].tolist():
+        for row in (~finite).nonzero()[:, 0].tolist():
             places = group.places if began_finite[row] else began_places
             where = "" if places is None else " in document {} after {} tokens".format(*places[row])
             wrong.append(f"lane {group.lanes[row]}{where}")
@@ -327,10 +338,15 @@ class BakaTrainer(MuonTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs |= {"cache": state, "use_cache": True}
+        if positions is not None:  # there the model looks at them, and a device would have to be waited for
+            inputs["position_ids"] = positions
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._groups[0].state = state.detach_()
+        group = self._groups[0]
+        group.state = state.detach_()
+        if group.began is not None:
+            group.finite = sent_to_host(group.began[0] & _finite_rows(state))
         if places is not None:
-            self._groups[0].places = places.tolist()
+            group.places = places.tolist()
         return (loss, outputs) if return_outputs else loss
 
     def _state_for(self, inputs: dict[str, Any], positions: Any) -> BakaCache | None:
