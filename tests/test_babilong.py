@@ -1,20 +1,27 @@
-"""examples/babilong.py: its samples, and a run from end to end on a few lines of text."""
+"""examples/babilong.py: its samples, and a run from end to end on a few lines of text; the picture of its results."""
 
 import csv
 import json
+import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import byte_tokenizer
+from PIL import Image
 
 from baka_hf import BakaConfig
 from baka_hf.tasks import BabiQuestion, tokenize_books
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))
 
 import babilong
+import recall
+
+ROOT = Path(__file__).parents[1]
 
 STORY = """1 Mary moved to the {0}.
 2 Where is Mary?\t{0}\t1
@@ -120,3 +127,28 @@ def test_what_is_not_there_is_told_by_a_message_alone(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         run(folder, tmp_path, f"{SIZES} --tasks qa2 {flags.format(folder)} --ask_all true", monkeypatch)
+
+
+def test_the_picture_has_the_figures_of_the_file_and_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, guessing = recall.lines()
+    with open(ROOT / "results" / "babilong.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if name := recall.OURS.get(row["model"]):
+                assert found[name][int(row["length"])] == 100 * float(row["accuracy"])
+                assert guessing == 100 * float(row["guessing"])
+    header, *rows = re.findall(r"^\| (tokens|BakaLLM|\*A?RMT)(.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    lengths = [int(cell.replace(",", "")) for cell in header[1].split(" | ")[1:]]
+    handles, names = recall.draw().axes[0].get_legend_handles_labels()
+    assert names == [*found]
+    for (first, rest), (name, line), handle in zip(rows, found.items(), handles, strict=True):
+        label, *cells = (first + rest).split(" | ")
+        assert label == name or (name.startswith(first.strip("*") + ",") and "published" in name)
+        assert [line[length] for length in lengths] == [float(cell) for cell in cells]
+        assert {0: line[0]} | dict(zip(*handle.get_data(), strict=True)) == line
+
+    monkeypatch.setattr(sys, "argv", ["recall.py", "-o", str(tmp_path / "recall.png")])
+    runpy.run_path(recall.__file__, run_name="__main__")
+    with Image.open(tmp_path / "recall.png") as picture, Image.open(ROOT / "docs" / "recall.png") as kept:
+        assert picture.size == kept.size == (1920, 1080)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from baka_hf import BakaModel, results, results_db
 from baka_hf.evaluation import evaluate_documents
+from baka_hf.plots import slide
 from baka_hf.results import Result, curves_of, facts_about, git_revision, main, read_results, write_result
 
 PROGRAM = ("-m", "baka_hf.results")
@@ -214,6 +215,7 @@ def test_a_run_that_diverged_is_a_result(tmp_path: Path) -> None:
     assert math.isnan(diverged.loss_by_chunk[0]["loss"])
     assert hopeless.perplexity == math.inf
     main([str(path), "plot", "--kind", "curves", "-o", str(tmp_path / "curves.png")])
+    main([str(path), "plot", "--kind", "runs", "-o", str(tmp_path / "runs.png")])
 
 
 WRITER = """
@@ -718,6 +720,31 @@ def test_gains_are_drawn(seeds: Path, tmp_path: Path, baseline: list[str]) -> No
     assert f"<!-- {'carry' if baseline else 'carry, memory'} -->" in text
 
 
+def test_runs_are_drawn(seeds: Path, tmp_path: Path) -> None:
+    """In the order in which they are named, with the figure that the summary has."""
+    write_result(seeds, a_result(run_id="alone", loss=2.25))
+    picture = tmp_path / "runs.svg"
+    choice = ["--data", "wiki/test", "--runs", "carry", "alone", "plain"]
+    main([str(seeds), "plot", "--kind", "runs", *choice, "-o", str(picture)])
+    labels = [line.strip()[5:-4] for line in picture.read_text().splitlines() if line.strip().startswith("<!-- ")]
+    figures = ["carry", "alone", "plain", "2.6250 ± 0.1768", "2.2500", "3.1250 ± 0.1768"]
+    assert [label for label in labels if label in figures] == figures and "Loss on wiki/test" in labels
+
+
+def test_dots_are_seeds_and_means_and_bars_are_spreads(seeds: Path) -> None:
+    write_result(seeds, a_result(run_id="alone", loss=2.25))
+    _, (axes,) = slide("")
+    results._draw_runs(axes, [result for result in read_results(seeds) if result.dataset == "wiki"])
+    ((means, _, (bars,)),) = axes.containers
+    dots = axes.lines[-1]
+    assert [*zip(*means.get_data(), strict=True)] == [(3.125, 0), (2.625, 1), (2.25, 2)]
+    assert [*zip(*dots.get_data(), strict=True)] == [(3.0, 0), (3.25, 0), (2.5, 1), (2.75, 1), (2.25, 2)]
+    assert dots.get_markersize() < means.get_markersize()
+    spread = 0.25 / math.sqrt(2)
+    ends = [(3.125 - spread, 3.125 + spread), (2.625 - spread, 2.625 + spread), (2.25, 2.25)]
+    assert [tuple(bar[:, 0]) for bar in bars.get_segments()] == [pytest.approx(each) for each in ends]
+
+
 @pytest.mark.parametrize("kind", ["curves", "depth"])
 def test_plots(file: Path, tmp_path: Path, kind: str) -> None:
     """Of two runs, and of one alone: pictures of a slide's shape that are not blank and not the same."""
@@ -766,6 +793,8 @@ def test_runs_with_other_chunks_are_drawn_over_tokens(tmp_path: Path) -> None:
         (["FILE", "plot", "--kind", "depth", "-o", "missing/x.png"], "error: .*No such file or directory"),
         (["EMPTY", "plot", "--kind", "depth", "-o", "x.png"], "error: no losses by depth to draw"),
         (["EMPTY", "plot", "--kind", "curves", "-o", "x.png"], "error: no loss curves to draw"),
+        (["FILE", "plot", "--kind", "runs", "-o", "x.png"], "error: expected .*one data set.* wiki/test; wiki/val"),
+        (["FILE", "plot", "--kind", "runs", "--data", "books/val", "-o", "x.png"], "error: expected .*, got none"),
         (["FILE", "plot", "--kind", "depth"], "required: -o"),
         (["FILE", "export"], "required: --format"),
         (["FILE"], "required: command"),

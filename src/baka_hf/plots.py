@@ -77,4 +77,52 @@ def draw_gains(axes: Any, lines: Mapping[str, Sequence[tuple[int, float, float |
     axes.set_xlabel("chunks read before")
 
 
-__all__ = ["COLOURS", "draw_gains", "finish", "slide"]
+def draw_runs(axes: Any, runs: Mapping[str, tuple[Sequence[float], float | None, float | None, str]]) -> None:
+    """Losses of runs, one below the other: a small dot for each seed, a larger one for the mean, a bar for the spread.
+
+    Args:
+        axes: to draw in.
+        runs: by name, the losses of the seeds, their mean, their spread, if known, and what stands at the right.
+    """
+    places = range(len(runs))
+    by_seed, means, spreads, texts = zip(*runs.values(), strict=True)
+    bars = axes.errorbar(
+        means,
+        places,
+        xerr=[spread or 0.0 for spread in spreads],
+        color=COLOURS[0],
+        label="mean and standard deviation over seeds",
+        linestyle="",
+        elinewidth=2.4,
+        marker="o",
+        markersize=8,
+    )
+    axes.plot(
+        [loss for losses in by_seed for loss in losses],
+        [place for place, losses in zip(places, by_seed, strict=True) for _ in losses],
+        color=COLOURS[1],
+        label="one seed",
+        linestyle="",
+        marker="o",
+        markersize=4,
+        zorder=bars.lines[0].get_zorder() + 1,
+    )
+    for x, align, names in ((-0.01, "right", runs), (1.01, "left", texts)):
+        for place, name in zip(places, names, strict=True):
+            axes.text(
+                x,
+                place,
+                name,
+                horizontalalignment=align,
+                verticalalignment="center_baseline",
+                fontsize=min(13, 280 / len(runs)),  # as many points high as the axes are
+                transform=axes.get_yaxis_transform(),
+            )
+    axes.set_yticks(places, [""] * len(runs))
+    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.locator_params(axis="x", integer=False)
+    axes.grid(axis="x", color="#EEEEEE")
+    axes.set(xlabel="loss (nats per token)", ylabel="")
+
+
+__all__ = ["COLOURS", "draw_gains", "draw_runs", "finish", "slide"]

@@ -10,6 +10,7 @@
     python -m baka_hf.results results.db compare "carry-16, seed 0" "carry-16, seed 1"
     python -m baka_hf.results results.db export --format markdown
     python -m baka_hf.results results.db export --format csv --table depth -o results/depth.csv
+    python -m baka_hf.results results.db plot --kind runs --data enwiki2014/test -o runs.png
     python -m baka_hf.results results.db plot --kind depth -o depth.png
     python -m baka_hf.results results.db plot --kind gain --baseline no-memory -o gain.png
     python -m baka_hf.results all.db merge first.db second.db
@@ -32,7 +33,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .plots import COLOURS, draw_gains, finish, slide
+from .plots import COLOURS, draw_gains, draw_runs, finish, slide
 from .results_db import (
     JSON_FIELDS,
     SIDES,
@@ -237,6 +238,10 @@ def _mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | Non
     return _mean(values), statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
+def _with_spread(value: float | None, spread: float | None) -> str:
+    return _decimals(value, 4) + ("" if spread is None else f" ± {_decimals(spread, 4)}")
+
+
 def _filled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows, each with all columns but those in which there is nothing."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -250,7 +255,7 @@ def to_table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     def text(row: Mapping[str, Any], name: str) -> str:
         value, spread = row[name], row.get(f"{name} ±")
         if isinstance(value, float):
-            return _decimals(value, 4) + ("" if spread is None else f" ± {_decimals(spread, 4)}")
+            return _with_spread(value, spread)
         return _count(value) if isinstance(value, int) and value > 9999 else "" if value is None else str(value)
 
     names = [name for name in (rows[0] if rows else ("run",)) if not name.endswith(" ±")]
@@ -306,13 +311,17 @@ def _name(result: Result, results: Iterable[Result]) -> str:
 
 
 def _of_runs(results: Sequence[Result], runs: Sequence[str] | None) -> list[Result]:
-    """The results of runs, each named with its seed or, for all of its seeds, without."""
+    """The results of runs in the order of `runs`, each named with its seed or, for all of its seeds, without."""
     names = [{result.run_id, _name(result, results)} for result in results]
     for run in runs or ():
         if not any(run in each for each in names):
             known = dict.fromkeys(_name(result, results) for result in results)
             raise ValueError(f"no run {run!r}; there are: {'; '.join(known) or 'none'}.")
-    return [result for result, each in zip(results, names, strict=True) if runs is None or each & {*runs}]
+    if runs is None:
+        return [*results]
+    places = [min(map(runs.index, each & {*runs}), default=None) for each in names]
+    chosen = sorted((place, index) for index, place in enumerate(places) if place is not None)
+    return [results[index] for _, index in chosen]
 
 
 def _last(results: Iterable[Result]) -> list[Result]:
@@ -393,10 +402,11 @@ POINTS_OF_TRAINING = 150
 
 
 def plot(results: Sequence[Result], kind: str, path: str | os.PathLike, baseline: str | None = None) -> None:
-    """Draw the runs' training curves (`kind="curves"`), last losses by depth ("depth") or `differences` ("gain"), 16:9.
+    """Draw the runs' last losses (`kind="runs"`), the same by depth ("depth"), their training curves ("curves") or
+    `differences` ("gain"), 16:9.
 
     Raises:
-        ValueError: there is nothing to draw.
+        ValueError: there is nothing to draw, or "runs" has results of several data sets or splits.
         ModuleNotFoundError: matplotlib is not installed.
     """
     figure, (axes,) = slide(f"{'gain' if kind == 'gain' else 'loss'} (nats per token)")
@@ -404,6 +414,8 @@ def plot(results: Sequence[Result], kind: str, path: str | os.PathLike, baseline
         _draw_curves(axes, results)
     elif kind == "depth":
         _draw_depth(axes, results)
+    elif kind == "runs":
+        _draw_runs(axes, results)
     else:
         _draw_differences(axes, results, baseline)
     finish(figure)
@@ -474,6 +486,18 @@ def _draw_depth(axes: Any, results: Sequence[Result]) -> None:
         axes.set_xlabel("chunks read before" + (f" (of {size} tokens)" if size else ""))
 
 
+def _draw_runs(axes: Any, results: Sequence[Result]) -> None:
+    losses: dict[str, list[float]] = {}
+    for result in _last(results):
+        losses.setdefault(one_line(result.run_id), []).append(result.loss)
+    data = [*dict.fromkeys(f"{result.dataset}/{result.split}" for result in results)]
+    if len(data) != 1:
+        raise ValueError(f"expected results on one split of one data set to draw, got {'; '.join(data) or 'none'}.")
+    found = {run: (values, *_mean_and_spread(values)) for run, values in losses.items()}
+    draw_runs(axes, {run: (*known, _with_spread(*known[1:])) for run, known in found.items()})
+    axes.set_title(f"Loss on {data[0]}")
+
+
 def _draw_differences(axes: Any, results: Sequence[Result], baseline: str | None) -> None:
     draw_gains(axes, differences(results, baseline))
     axes.set_title(f"Gain over {baseline}" if baseline else "Gain by the own past over another")
@@ -519,9 +543,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command.add_argument("--format", choices=("markdown", "csv"), required=True)
     command.add_argument("--table", choices=("results", "summary", "depth"), default="results", help="what is in it")
     command.add_argument("-o", "--output", type=Path, help="file to write instead of standard output")
-    command = commands.add_parser("plot", help="loss curves, or losses or gains by depth in the document, as a picture")
-    command.add_argument("--kind", choices=("curves", "depth", "gain"), required=True)
-    command.add_argument("--runs", nargs="+", metavar="RUN", help="only these runs")
+    command = commands.add_parser("plot", help="losses, their curves, or losses or gains by depth, as a picture")
+    command.add_argument("--kind", choices=("runs", "curves", "depth", "gain"), required=True)
+    command.add_argument("--runs", nargs="+", metavar="RUN", help="only these runs, in this order")
     command.add_argument("--data", metavar="DATA/SPLIT", help="only results on this")
     command.add_argument("--baseline", metavar="RUN", help="gain: over this run, and not over another past")
     command.add_argument("-o", "--output", type=Path, required=True, help="PNG (or SVG, PDF) to write")
