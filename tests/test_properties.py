@@ -206,6 +206,7 @@ def test_texts_in_any_cuts(dtype: torch.dtype, fields: dict[str, Any], length: i
     for logits in (whole, torch.cat(parts)):
         assert_close(logits.double(), naive, rtol=0, atol=TOLERANCE[dtype])
 
+
 @given(st.integers(1, 3), st.integers(1, 11), st.booleans(), st.randoms(use_true_random=False))
 def test_positions_may_be_an_array(rows: int, length: int, is_padded: bool, random: Any) -> None:
     """It does as a tensor does, also with a mask, and with texts of one token."""

@@ -171,9 +171,7 @@ def check_mask(mask: torch.Tensor | None, batch_size: int, length: int, fed: int
     return real
 
 
-def find_restarts(
-    position_ids: Any, batch_size: int, length: int, real: torch.Tensor | None
-) -> torch.Tensor | None:
+def find_restarts(position_ids: Any, batch_size: int, length: int, real: torch.Tensor | None) -> torch.Tensor | None:
     """[B, L] bool, the tokens with which a new text begins inside a row, or None if there are none. They lie where
     `position_ids` do, a tensor or an array of numpy; with `real`, where that does."""
     if position_ids is None:

@@ -98,8 +98,8 @@ class BakaTrainingArguments(MuonArguments):
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Log the mean of the steps before in the place of a loss that is NaN or infinite. To know of it the "
-            "host waits for the device in every step."
+            "help": "Log the mean of the steps before in the place of a loss that is NaN or infinite. To know of it "
+            "the host waits for the device in every step."
         },
     )
     ddp_find_unused_parameters: bool | None = field(
