@@ -959,6 +959,15 @@ def test_speculation_records_for_itself(speculating: BakaForCausalLM, records: b
 
 
 @pytest.mark.parametrize("name", ["lookup", "wrong assistant", "right assistant"])
+def test_speculation_returns_a_state_that_does_not_record(speculating: BakaForCausalLM, name: str) -> None:
+    """Also one that nobody had given."""
+    output = speculating.generate(prompt(1, 9), **assistants(speculating)[name], **SPOKEN, return_dict_in_generate=True)
+    state = output.past_key_values
+    assert (state._is_recording, state._boundaries, state._recent_ids) == (False, [], None)
+    assert_has_read(speculating, state, [output.sequences[0, :-1]])
+
+
+@pytest.mark.parametrize("name", ["lookup", "wrong assistant", "right assistant"])
 def test_speculation_after_a_padded_prompt(speculating: BakaForCausalLM, name: str) -> None:
     """Padding in front of a single row matters no more than elsewhere."""
     tokens, mask = left_padded([prompt(9, seed=9), prompt(14, seed=14)])

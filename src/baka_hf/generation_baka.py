@@ -74,9 +74,11 @@ def remembered(decode: Callable) -> Callable:
         cache = kwargs.get(CACHE_NAME)
         if cache is None:
             return decode(self, input_ids, *args, **kwargs)
-        num_read, mask = cache._prompt
+        is_recording, (num_read, mask) = cache._is_recording, cache._prompt
         asked = hash_of(input_ids[:, num_read:], mask) if kwargs.get("inputs_embeds") is None else None
         output = decode(self, input_ids, *args, **kwargs)
+        if not is_recording:
+            cache.deactivate_past_recording()  # speculation, which crops, has activated it
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         cache._asked = asked
         cache._said = sequences[:, -1].clone() if len(sequences) == cache.batch_size else None
@@ -125,13 +127,10 @@ class BakaGenerationMixin(GenerationMixin):
         draft, before = state.draft(), state.__dict__
         try:
             state.go_on(draft)
-            output = super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)
         except BaseException:
             state.go_back(before)
             raise
-        if not before["_is_recording"]:
-            state.deactivate_past_recording()  # speculation, which crops, has activated it
-        return output
 
     _sample = remembered(padded_left(stopping_late(GenerationMixin._sample)))
     _beam_search = remembered(padded_left(GenerationMixin._beam_search))
