@@ -90,7 +90,9 @@ class Setting:
     chunk_size: int = field(default=512, metadata={"help": "Run: tokens of a chunk; the tokens of a step stay."})
     num_lanes: int = field(default=16, metadata={"help": "Run: lanes of a step."})
     chunks_per_step: int = field(default=4, metadata={"help": "Run: chunks of each lane in a step."})
-    pack: int = field(default=1, metadata={"help": "Run: documents are put together until they have so many tokens."})
+    pack: int | None = field(
+        default=None, metadata={"help": "Run: documents are put together until they have so many tokens, for lanes."}
+    )
     context: int = field(default=2048, metadata={"help": "Run: tokens that a peer sees; the tokens of a step stay."})
     num_epochs: int = field(default=1, metadata={"help": "Run: passes over the training text."})
     max_tokens: int | None = field(default=None, metadata={"help": "Run: no more tokens of text than this."})
@@ -167,7 +169,8 @@ class Run:
         found = [result for result in results if (result.run_id, result.seed) == (self.name, seed)]
         for result in found:
             model = facts_about(self.configure(tokens.vocab_size, tokens.end_of_text_id))["model"]
-            known, wanted = result.training | result.model, asdict(self.setting) | self.training | model
+            known = asdict(Setting()) | result.training | result.model  # an older record lacks newer options
+            wanted = asdict(self.setting) | self.training | model
             for name in wanted.keys() & known.keys():
                 if known[name] != wanted[name]:
                     raise ValueError(
@@ -215,7 +218,8 @@ def train(run: Run, seed: int, tokens: Tokens, output: str) -> tuple[Any, dict[s
     else:
         model = BakaForCausalLM(config)
         sizes = setting.num_lanes, setting.chunk_size, setting.chunks_per_step
-        dataset = LaneDataset(pack_documents(documents, setting.pack), *sizes, seed=seed, num_epochs=setting.num_epochs)
+        packed = documents if setting.pack is None else pack_documents(documents, setting.pack)
+        dataset = LaneDataset(packed, *sizes, seed=seed, num_epochs=setting.num_epochs)
     if setting.zero_init:
         for name, weight in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):

@@ -172,6 +172,7 @@ def test_what_is_there_or_taken_is_not_run(
     ("arguments", "message"),
     [
         (["--runs", SMALL, "--learning_rate", "1"], "run 'memory', seed 0, is in .* learning_rate=0.01, not 1.0"),
+        (["--runs", SMALL, "--pack", "20"], "run 'memory', seed 0, is in .* with pack=None, not 20"),
         (["--runs", SMALL.replace("=2", "=3")], "run 'memory', seed 0, is in .* with num_memory_tokens=2, not 3"),
         (["--runs", "big"], "expected one of default, pristine, .*, llama, qwen3 in 'big', got 'big'"),
         (["--runs", "xl:memory=2"], "'memory' in 'xl:memory=2' is no field"),

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -34,6 +35,7 @@ from train_worker import (
     weights_of,
 )
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.testing_utils import CaptureLogger
 
 from baka_hf import BakaCache, BakaForCausalLM, BakaForSequenceClassification, training
@@ -657,6 +659,43 @@ def test_a_text_that_overflows(tmp_path: Path, stream: bool, chunks: int | None)
         with pytest.raises(ValueError, match=r"expected finite memory.* got NaN or infinity in lane \d in document "):
             read()
     assert_same(weights_of(trained.model), before)
+
+
+@pytest.mark.parametrize("chunks", [None, 1])
+def test_a_loss_that_is_not_finite(tmp_path: Path, chunks: int | None) -> None:
+    """A document that overflows and ends within the step leaves a finite state, for the next one has begun."""
+    trained = trainer(tmp_path, Record(), lanes=1, chunks_per_backward=chunks, max_steps=2)
+    trained.train_dataset = LaneDataset([[3, 4, 18, 5, 6], [3, 4, 5, 6, 7]], 1, 5, 2, shuffle=False)
+    with torch.no_grad():
+        trained.model.model.embed_tokens.weight[18] = math.inf
+    before = weights_of(trained.model)
+    expected = "expected a finite loss, got NaN or infinity from lanes 0. Nothing was learned"
+    with pytest.raises(ValueError, match=expected if chunks is None else "expected finite memory.* in lane 0"):
+        trained.train()
+    assert_same(weights_of(trained.model), before)
+
+
+@pytest.mark.parametrize("carries", [True, False])
+def test_losses_are_looked_at_once(tmp_path: Path, carries: bool) -> None:
+    """Trainer's own look at each is for what no lane refuses."""
+    trained = trainer(tmp_path, Record(), max_steps=1, carry_memory=carries)
+    assert trained.args.logging_nan_inf_filter
+    trained.train()
+    assert trained.args.logging_nan_inf_filter != carries
+
+
+def test_code_of_a_checkpoint_is_given_tensors(tmp_path: Path) -> None:
+    """It may be older than this package; our own code is given positions where it looks at them, on the host."""
+    tiny_model(tiny_config()).save_pretrained(tmp_path / "model")
+    remote = get_class_from_dynamic_module("modeling_baka.BakaForCausalLM", str(tmp_path / "model"))
+    given: list[Any] = []
+    for model_class, kind in ((BakaForCausalLM, np.ndarray), (remote, Tensor)):
+        model = model_class.from_pretrained(tmp_path / "model")
+        given.clear()
+        model.register_forward_pre_hook(lambda _, args, kwargs: given.append(kwargs["position_ids"]), with_kwargs=True)
+        arguments = BakaTrainingArguments(tmp_path, per_device_train_batch_size=2, max_steps=2, report_to="none")
+        BakaTrainer(model, arguments, train_dataset=LaneDataset(documents(), 2, 5, 2)).train()
+        assert len(given) == 2 and all(isinstance(positions, kind) for positions in given)
 
 
 def test_as_many_lanes_as_rows(tmp_path: Path) -> None:

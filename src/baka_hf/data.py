@@ -442,26 +442,25 @@ def pack_documents(documents: Iterable[Any], num_tokens: int) -> list[np.ndarray
 
     Args:
         documents: sequences of token ids, or dicts with "input_ids".
-        num_tokens: 1 leaves all documents as they are. A last piece may have fewer.
+        num_tokens: of a piece. The last one may have fewer.
 
     Returns:
-        The pieces, arrays of the documents' own dtype.
+        The pieces, int32.
 
     Raises:
-        ValueError: a size below 1, an empty document, or what is no sequence of integers.
+        ValueError: a size below 1, an empty document, or what is no sequence of token ids.
     """
     check_positive(num_tokens=num_tokens)
-    pieces: list[np.ndarray] = []
-    piece: list[np.ndarray] = []
+    pieces: list[list[np.ndarray]] = []
+    length = num_tokens  # of the last piece
     for number, item in enumerate(documents):
-        document = np.asarray(_column(item, "input_ids", number))
-        if document.ndim != 1 or document.dtype.kind not in "iu" or not document.size:
-            raise ValueError(f"document {number}: expected a sequence of token ids, at least one, got {item!r:.100}.")
-        piece.append(document)
-        if sum(map(len, piece)) >= num_tokens:
-            pieces.append(np.concatenate(piece))
-            piece = []
-    return [*pieces, np.concatenate(piece)] if piece else pieces
+        document = check_document(_column(item, "input_ids", number), number, None).numpy().astype(np.int32)
+        if length >= num_tokens:
+            pieces.append([])
+            length = 0
+        pieces[-1].append(document)
+        length += len(document)
+    return [np.concatenate(piece) for piece in pieces]
 
 
 @dataclass

@@ -233,8 +233,8 @@ class BakaModel(BakaPreTrainedModel):
                 stream", wherever it stands. Other values are refused where they are looked at, not in training on a
                 GPU, where they are 1.
             position_ids: [B, L]. A real token whose position does not go on from the one before, and 0 never does,
-                begins a new text there; a row's first one in this call does not. They may be an array of numpy: with
-                a tensor on a GPU the host waits for that to know of such texts.
+                begins a new text there; a row's first one in this call does not. They may be an array of numpy:
+                for a tensor on a GPU, and always with a mask, the host waits to know of such texts.
             past_key_values, cache: the state to go on from, under either of its names. It is changed in place.
             use_cache: return the state; by default `config.use_cache`, and no when training. False with a state is
                 refused: it goes forward.

@@ -46,6 +46,9 @@ STATE_FOLDER = "lanes-rank-{rank}"  # of a checkpoint: the state of one process'
 PLACES_FILE = "lanes.json"  # in that folder: which lanes these are, and where they stand
 PLACES_FIELDS = {"num_lanes", "num_groups", "num_processes", "places", "epoch"}
 TRAINER_STATE = "trainer_state.json"  # of a checkpoint: what Trainer writes last
+REFUSED = (
+    "Nothing was learned from this step: go on from the last checkpoint, without the document or with smaller steps."
+)
 
 # What the host has to know of a batch, and the name under which it stays there.
 KNOWN = {"position_ids": "positions", "document": "document"}
@@ -71,7 +74,8 @@ class _Group:
     state: BakaCache | None = None
     places: list[list[int]] | None = None  # where each row stands: a document and how many tokens of it were read
     began: Any = None  # which rows began a batch with a finite state [B], and where they stood
-    finite: Callable[[], torch.Tensor] | None = None  # which of these have one after it [B], on the host
+    # Which of these have one after each piece of the batch, and whether its loss is finite: [B + 1] on the host.
+    finite: list[Callable[[], torch.Tensor]] = field(default_factory=list)
 
 
 @dataclass(repr=False)  # Trainer's own hides tokens
@@ -93,13 +97,6 @@ class BakaTrainingArguments(MuonArguments):
         metadata={
             "help": "Record training steps as CUDA graphs (`model.cuda_graphs_enable()`), beside `torch_compile`: much "
             "faster where rows are few."
-        },
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "Log the mean of the steps before in the place of a loss that is NaN or infinite. To know of it "
-            "the host waits for the device in every step."
         },
     )
     ddp_find_unused_parameters: bool | None = field(
@@ -134,8 +131,9 @@ class BakaTrainer(MuonTrainer):
 
         ValueError: the number of lanes does not fit the rows, or their `chunk_size` the model's; more than one device
             in one process; the checkpoint to resume from was saved with other lanes or does not hold their state; a
-            document does not go on where the state of its lane stands; a lane's state is not finite, before anything is
-            learned from it; memory would be carried past virtual tokens; `chunks_per_backward` for a classifier.
+            document does not go on where the state of its lane stands; a lane's state or a loss is not finite, before
+            anything is learned from it; memory would be carried past virtual tokens; `chunks_per_backward` for a
+            classifier.
     """
 
     _signature_columns: Any
@@ -176,6 +174,8 @@ class BakaTrainer(MuonTrainer):
             loader.base_dataloader.generator = torch.Generator()
         if self._lanes is not None and isinstance(loader, DataLoaderShard):
             loader.device = None  # batches go there later
+        if self._refuses_losses:
+            self.args.logging_nan_inf_filter = False  # there are none to filter, and a look at each would wait for it
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
@@ -240,6 +240,11 @@ class BakaTrainer(MuonTrainer):
     def _carries(self) -> bool:
         return self._lanes is not None and getattr(self.args, "carry_memory", True)
 
+    @property
+    def _refuses_losses(self) -> bool:
+        """Whether a loss in training that is not finite ends the run: not in float16, whose scale is found by them."""
+        return self._carries and self.accelerator.scaler is None
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         pieces = self._cut(inputs)
         if not self._carries:
@@ -260,23 +265,26 @@ class BakaTrainer(MuonTrainer):
         return super()._get_num_items_in_batch(batches, device)
 
     def _check_state(self) -> None:
-        """Refuse rows whose state is not finite, before the optimizer does its work: a device may still be at the
-        backward pass."""
+        """Refuse rows whose state is not finite, or a loss that is not, before the optimizer does its work: a device
+        may still be at the backward pass."""
         group = self._groups[0]
-        if group.finite is None:
+        if group.began is None:
             return
-        finite, (began_finite, began_places) = group.finite(), group.began
-        group.began = group.finite = None
+        (began_finite, began_places), group.began = group.began, None
+        *rows, loss_is_finite = torch.stack([finite() for finite in group.finite]).all(0).tolist()
+        group.finite.clear()
         wrong = []
-        for row in (~finite).nonzero()[:, 0].tolist():
+        for row in (row for row, is_finite in enumerate(rows) if not is_finite):
             places = group.places if began_finite[row] else began_places
             where = "" if places is None else " in document {} after {} tokens".format(*places[row])
             wrong.append(f"lane {group.lanes[row]}{where}")
         if wrong:
             raise ValueError(
-                f"expected finite memory, keys and values, got NaN or infinity in {', '.join(wrong)}. Nothing was "
-                "learned from this step: go on from the last checkpoint, without the document or with smaller steps."
+                f"expected finite memory, keys and values, got NaN or infinity in {', '.join(wrong)}. {REFUSED}"
             )
+        if not loss_is_finite:
+            lanes = ", ".join(map(str, group.lanes))
+            raise ValueError(f"expected a finite loss, got NaN or infinity from lanes {lanes}. {REFUSED}")
 
     def _cut(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
         """A batch in pieces of `chunks_per_backward` chunks."""
@@ -338,13 +346,17 @@ class BakaTrainer(MuonTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
         inputs |= {"cache": state, "use_cache": True}
-        if positions is not None:  # there the model looks at them, and a device would have to be waited for
+        if positions is not None and isinstance(state, BakaCache):
+            # Where the model looks at them: a device would have to be waited for. A tensor would be moved there by DDP
+            # or FSDP. Code that came with a checkpoint may be older and take nothing else.
             inputs["position_ids"] = positions
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         group = self._groups[0]
         group.state = state.detach_()
         if group.began is not None:
-            group.finite = sent_to_host(group.began[0] & _finite_rows(state))
+            rows = group.began[0] & _finite_rows(state)
+            judged = loss.detach().to(state.device) if model.training and self._refuses_losses else rows.new_zeros(())
+            group.finite.append(sent_to_host(torch.cat([rows, judged.isfinite()[None]])))
         if places is not None:
             group.places = places.tolist()
         return (loss, outputs) if return_outputs else loss
