@@ -1,5 +1,6 @@
 """The checkpoint in the repository: small, in order, loadable without the package, and it speaks English."""
 
+import json
 import math
 import os
 import shutil
@@ -84,8 +85,14 @@ def test_the_card_says_what_it_is() -> None:
         assert words in card, words
 
 
+def test_it_samples_by_itself() -> None:
+    """Greedy search says the same over and over: `generate` samples if nothing else is asked for."""
+    chosen = json.loads((FOLDER / "generation_config.json").read_text())
+    assert chosen["do_sample"] is True and 0 < chosen["top_p"] < 1
+
+
 def test_what_it_says_does_not_go_in_circles() -> None:
-    """`generate` samples if nothing else is asked for, with a penalty on what was said before."""
+    """By itself `generate` has a penalty on what was said before."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
     prompt = tokenizer([tokenizer.bos_token + "The river"] * 4, return_tensors="pt")
