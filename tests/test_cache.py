@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -221,6 +222,16 @@ def test_refuses_what_names_no_rows(indices: list) -> None:
             operation(torch.tensor(indices))
     with pytest.raises(ValueError, match="expected row indices"):
         cache.reorder_cache(torch.tensor([True, False]))
+    assert contents(cache) == before
+
+
+def test_refuses_arrays_of_objects() -> None:
+    """PyTorch takes none, whatever stands in them."""
+    _, cache = rows_out_of_phase(tiny_model(tiny_config()), 3, 7)
+    before = contents(cache)
+    for operation in (cache.reorder_cache, cache.batch_select_indices, cache.reset_rows):
+        with pytest.raises(ValueError, match=r"expected (row indices|a boolean mask).*, got array\(\[True"):
+            operation(np.array([True, False], object))
     assert contents(cache) == before
 
 

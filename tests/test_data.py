@@ -582,6 +582,7 @@ def test_rows_out_of_range() -> None:
     ("positions", "message"),
     [
         ([[0, 5]] * 3, r"expected positions of 2 lanes, of shape \[2, 2\], got \[3, 2\]"),
+        ([[0, None], [1, 7]], r"expected positions of lanes, \[num_lanes, 2\], got "),
         ([0, 5], r"expected positions of 2 lanes, of shape \[2, 2\], got \[2\]"),
         ([[1, 5], [1, 5]], r"a document of its own for every lane, got documents \[1, 1\]"),
         ([[0, 5], [1, 7]], "document 1 has 6 tokens, 7 of which were read before"),
@@ -591,5 +592,5 @@ def test_rows_out_of_range() -> None:
 def test_positions_of_other_lanes_or_documents(positions: Any, message: str) -> None:
     stream = StreamingLanes([[1] * 10, [2] * 6, [3]], 2, 5)
     with pytest.raises(ValueError, match=message):
-        stream.resume(torch.tensor(positions))
+        stream.resume(np.array(positions))
         list(stream)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import contents, logits_of, random_tokens, rows_out_of_phase, tiny_config, tiny_model
@@ -125,6 +126,13 @@ def test_position_ids(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int
         lambda: model(ones(2, 3), position_ids=ones(*shape), cache=cache),
         f"expected `position_ids` of shape [2, 3], got {list(shape)}",
     )
+
+
+@pytest.mark.parametrize("dtype", [object, str, "datetime64[s]"], ids=str)
+def test_position_ids_that_are_no_numbers(model: BakaForCausalLM, cache: BakaCache, dtype: Any) -> None:
+    """Arrays that PyTorch cannot take, such as those that pandas makes of columns with gaps."""
+    positions = np.zeros((2, 3), dtype)
+    refused(lambda: model(ones(2, 3), position_ids=positions, cache=cache), "expected `position_ids` to be integers")
 
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_layer_baka import BakaCacheLayer
-from .functions_baka import choose_rows, put_on
+from .functions_baka import as_tensor, choose_rows, put_on
 from .history_baka import hash_before, hash_of_nothing, hash_tokens, opening_of_nothing, opening_with
 from .state_files_baka import (
     CACHE_FILE,
@@ -199,7 +199,7 @@ class BakaCache(Cache):
         self._apply(lambda t, name: t.index_select(0, host.to(t.device)), lambda t: t.index_select(0, host))
 
     def _as_mask(self, mask: Any) -> torch.Tensor:
-        mask = torch.as_tensor(mask)
+        mask = as_tensor(mask, "a boolean mask")
         if mask.dtype != torch.bool or mask.shape != (self.batch_size,):
             raise ValueError(
                 f"expected a boolean mask of shape ({self.batch_size},), got {mask.dtype} {tuple(mask.shape)}."
@@ -208,7 +208,7 @@ class BakaCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row b becomes what row `beam_idx[b]` was."""
-        self._select(torch.as_tensor(beam_idx))
+        self._select(as_tensor(beam_idx, "row indices"))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, in that order; or those where `indices` [B], if it is boolean, is True.
@@ -216,7 +216,7 @@ class BakaCache(Cache):
         Raises:
             ValueError: no row, one that is not there, or neither indices nor a mask with one entry for each row.
         """
-        indices = torch.as_tensor(indices)
+        indices = as_tensor(indices, "row indices, or a boolean mask")
         self._select(self._as_mask(indices).nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -34,6 +34,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_datasets_available, logging
 
+from .functions_baka import as_tensor
 from .inputs_baka import check_positive
 from .loss_baka import IGNORED
 
@@ -320,7 +321,7 @@ class StreamingLanes(_Lanes, IterableDataset[Row]):
             positions: [num_lanes, 2] int64, "document" of the last row of each lane.
             epoch: the one that they were saved in, from which `set_epoch` counts on: Trainer does not know it.
         """
-        positions = torch.as_tensor(positions)
+        positions = as_tensor(positions, "positions of lanes, [num_lanes, 2]")
         if positions.shape != self._positions.shape:
             raise ValueError(
                 f"expected positions of {self.num_lanes} lanes, of shape {list(self._positions.shape)}, got "

@@ -4,6 +4,7 @@ What depends on a model's state, or on how a text is cut into chunks, is never i
 """
 
 import math
+import reprlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -207,6 +208,18 @@ def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def pad_slots(tensor: torch.Tensor, left: int, right: int) -> torch.Tensor:
     """Add `left` and `right` empty slots to keys or values [B, H, slots, head_dim]."""
     return nn.functional.pad(tensor, (0, 0, left, right)) if left or right else tensor
+
+
+def as_tensor(value: Any, expected: str) -> torch.Tensor:
+    """`value`, a tensor or what PyTorch takes for one, as a tensor.
+
+    Raises:
+        ValueError: it is neither, as an array of objects is not; with what was `expected`.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"expected {expected}, got {reprlib.repr(value)}: {error}") from error
 
 
 def put_on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from torch import nn
 
 from .cache_baka import BakaCache, check_signature, signature_of
 from .configuration_baka import BakaConfig
+from .functions_baka import as_tensor
 from .state_files_baka import check_state
 
 
@@ -179,7 +180,9 @@ def find_restarts(position_ids: Any, batch_size: int, length: int, real: torch.T
     if not hasattr(position_ids, "__array__"):
         kind = type(position_ids).__name__
         raise ValueError(f"expected `position_ids` to be a tensor, or an array of numpy, got {kind}.")
-    position_ids = torch.as_tensor(position_ids, device=None if real is None else real.device)
+    position_ids = as_tensor(position_ids, "`position_ids` to be integers")
+    if real is not None:
+        position_ids = position_ids.to(real.device)
     if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
         raise ValueError(f"expected `position_ids` of shape [{batch_size}, {length}], got {list(position_ids.shape)}.")
     if length == 1:

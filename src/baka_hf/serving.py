@@ -9,7 +9,6 @@ has been said comes a step later, and a text that ends has read a token too many
 state that is kept has to read the last token as it is.
 """
 
-import reprlib
 import secrets
 import traceback
 from collections import deque
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .functions_baka import put_on, sent_to_host
+from .functions_baka import as_tensor, put_on, sent_to_host
 from .inputs_baka import check_cache, check_positive
 
 # Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
@@ -187,10 +186,7 @@ class Batcher:
             ValueError: any of this is not what it should be.
         """
         config = self.model.config
-        try:
-            ids = torch.as_tensor(input_ids)
-        except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"expected `input_ids` to be token ids, got {reprlib.repr(input_ids)}.") from None
+        ids = as_tensor(input_ids, "`input_ids` to be token ids")
         if ids.ndim != 1 or len(ids) == 0 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(
                 f"expected `input_ids` to be at least one token id, integers of shape [length], got {ids.dtype} of "
