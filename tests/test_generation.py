@@ -126,6 +126,21 @@ def test_left_padded_rows_are_rows_alone(overrides: dict[str, Any]) -> None:
         assert torch.equal(found[row, 12:], model.generate(text[None], **GREEDY)[0, len(text) :])
 
 
+@pytest.mark.parametrize("options", [{}, dict(use_cache=False), dict(num_beams=2)], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_packed_prompts(model: BakaForCausalLM, options: dict[str, Any], padded: bool) -> None:
+    """The last text of each row goes on as if alone, whether a tensor or an array of numpy says where it begins."""
+    tokens, positions = prompt(2, 9), torch.arange(9).expand(2, -1) % 5
+    mask = ones(2, 9)
+    if padded:  # on the right: it is put on the left, and positions with it
+        mask[:, 7:] = 0
+    arguments = GREEDY | options
+    alone = model.generate(tokens[:, 5 : 7 if padded else 9], **arguments)[:, -30:]
+    for given in (positions, positions.numpy()):
+        found = model.generate(tokens, attention_mask=mask, position_ids=given, **arguments)
+        assert torch.equal(found[:, -30:], alone)
+
+
 def test_the_mask_is_inferred_from_the_pad_token(model: BakaForCausalLM) -> None:
     """As transformers does, when the pad token is known and stands in the prompt."""
     rows = [prompt(length, seed=length).clamp(min=1) for length in (3, 12)]

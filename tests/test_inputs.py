@@ -133,6 +133,7 @@ def test_position_ids_that_are_no_numbers(model: BakaForCausalLM, cache: BakaCac
     """Arrays that PyTorch cannot take, such as those that pandas makes of columns with gaps."""
     positions = np.zeros((2, 3), dtype)
     refused(lambda: model(ones(2, 3), position_ids=positions, cache=cache), "expected `position_ids` to be integers")
+    refused(generation(model, cache, ones(2, 3), position_ids=positions), "expected `position_ids` to be integers")
 
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
@@ -267,7 +268,7 @@ def test_a_state_of_another_class(model: BakaForCausalLM, other: Any) -> None:
 # generate
 
 
-def generation(model: BakaForCausalLM, cache: BakaCache, tokens: Tensor, **arguments: Any) -> Callable:
+def generation(model: BakaForCausalLM, cache: BakaCache, tokens: Any, **arguments: Any) -> Callable:
     return lambda: model.generate(tokens, cache=cache, max_new_tokens=3, do_sample=False, pad_token_id=0, **arguments)
 
 
@@ -397,7 +398,13 @@ def test_lists(model: BakaForCausalLM, cache: BakaCache, name: str) -> None:
     """Tensors only, and arrays for positions."""
     arguments: dict[str, Any] = dict(input_ids=ones(2, 3)) | {name: [[1, 1, 1]] * 2}
     others = ", or an array of numpy" if name == "position_ids" else ""
-    refused(lambda: model(cache=cache, **arguments), f"expected `{name}` to be a tensor{others}, got list")
+    said = f"expected `{name}` to be a tensor{others}, got list"
+    refused(lambda: model(cache=cache, **arguments), said)
+    refused(lambda: model.generate(cache=cache, max_new_tokens=2, **arguments), said)
+
+
+def test_text_that_a_tokenizer_gave_as_lists(model: BakaForCausalLM, cache: BakaCache) -> None:
+    refused(generation(model, cache, [[1, 1, 1]] * 2), "expected `inputs` to be a tensor, got list")
 
 
 def test_a_state_that_is_not_to_be_used(model: BakaForCausalLM, cache: BakaCache) -> None:

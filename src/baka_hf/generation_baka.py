@@ -12,7 +12,7 @@ from transformers.generation import GenerationMixin
 from .cache_baka import BakaCache
 from .calls_baka import CACHE_NAME
 from .history_baka import hash_tokens
-from .inputs_baka import check_cache, either_name, state_among
+from .inputs_baka import check_cache, check_tensors, either_name, positions_of, state_among
 from .state_files_baka import OPENING
 from .stopping_baka import stopping_late
 
@@ -120,6 +120,10 @@ class BakaGenerationMixin(GenerationMixin):
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs | ({"inputs": args[0]} if args else {})
+        check_tensors(**{name: given.get(name) for name in ("inputs", "input_ids", "attention_mask", "inputs_embeds")})
+        if kwargs.get("position_ids") is not None:  # transformers goes on counting in a tensor
+            kwargs["position_ids"] = positions_of(kwargs["position_ids"])
         state = state_among((), kwargs)
         if state is None:
             return super().generate(*args, **kwargs)

@@ -172,15 +172,20 @@ def check_mask(mask: torch.Tensor | None, batch_size: int, length: int, fed: int
     return real
 
 
+def positions_of(position_ids: Any) -> torch.Tensor:
+    """`position_ids`, a tensor or an array of numpy, as a tensor."""
+    if not hasattr(position_ids, "__array__"):
+        kind = type(position_ids).__name__
+        raise ValueError(f"expected `position_ids` to be a tensor, or an array of numpy, got {kind}.")
+    return as_tensor(position_ids, "`position_ids` to be integers")
+
+
 def find_restarts(position_ids: Any, batch_size: int, length: int, real: torch.Tensor | None) -> torch.Tensor | None:
     """[B, L] bool, the tokens with which a new text begins inside a row, or None if there are none. They lie where
     `position_ids` do, a tensor or an array of numpy; with `real`, where that does."""
     if position_ids is None:
         return None
-    if not hasattr(position_ids, "__array__"):
-        kind = type(position_ids).__name__
-        raise ValueError(f"expected `position_ids` to be a tensor, or an array of numpy, got {kind}.")
-    position_ids = as_tensor(position_ids, "`position_ids` to be integers")
+    position_ids = positions_of(position_ids)
     if real is not None:
         position_ids = position_ids.to(real.device)
     if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
