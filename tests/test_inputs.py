@@ -1,7 +1,7 @@
 """Bad input: a ValueError that says what was expected and what came, and a state left exactly as it was."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,7 +10,14 @@ from helpers import contents, logits_of, random_tokens, rows_out_of_phase, tiny_
 from torch import Tensor
 from transformers import DynamicCache
 
-from baka_hf import BakaCache, BakaForCausalLM, BakaForSequenceClassification
+from baka_hf import (
+    BakaCache,
+    BakaForCausalLM,
+    BakaForQuestionAnswering,
+    BakaForSequenceClassification,
+    BakaForTokenClassification,
+    BakaModel,
+)
 from baka_hf.inputs_baka import check_mask
 from baka_hf.memory_baka import MEMORY_UPDATES, BakaMemoryUpdate
 
@@ -419,6 +426,24 @@ def test_traces(model: BakaForCausalLM) -> None:
 
 
 # What is taken for what it means
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        BakaModel,
+        BakaForCausalLM,
+        BakaForQuestionAnswering,
+        BakaForSequenceClassification,
+        BakaForTokenClassification,
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_positions_are_annotated_as_what_is_taken(kind: type) -> None:
+    """By a type checker as by `forward`: tensors and arrays, and no lists."""
+    hint = get_type_hints(kind.forward)["position_ids"]
+    assert all(isinstance(taken, hint) for taken in (ones(2, 3), np.ones((2, 3), int), None))
+    assert not isinstance([[0, 1, 2]], hint)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)

@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_baka import BakaCache
 from .calls_baka import CACHE_NAME
-from .inputs_baka import check_positions, check_targets, check_tensors, either_name
+from .inputs_baka import ArrayLike, check_positions, check_targets, check_tensors, either_name
 from .loss_baka import IGNORED
 
 
@@ -40,7 +40,7 @@ class SequenceClassification:
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: ArrayLike | None = None,
         past_key_values: BakaCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -105,7 +105,7 @@ class TokenClassification:
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: ArrayLike | None = None,
         past_key_values: BakaCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -161,7 +161,7 @@ class QuestionAnswering:
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: ArrayLike | None = None,
         past_key_values: BakaCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,

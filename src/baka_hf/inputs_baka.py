@@ -1,6 +1,6 @@
 """What a call may hold: ids or embeddings, mask, positions and state, checked before anything is read."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -9,6 +9,13 @@ from .cache_baka import BakaCache, check_signature, signature_of
 from .configuration_baka import BakaConfig
 from .functions_baka import as_tensor
 from .state_files_baka import check_state
+
+
+@runtime_checkable
+class ArrayLike(Protocol):
+    """A tensor, or an array of numpy, which is not imported here."""
+
+    def __array__(self) -> Any: ...
 
 
 def check_positive(**values: object) -> None:
@@ -174,7 +181,7 @@ def check_mask(mask: torch.Tensor | None, batch_size: int, length: int, fed: int
 
 def positions_of(position_ids: Any) -> torch.Tensor:
     """`position_ids`, a tensor or an array of numpy, as a tensor."""
-    if not hasattr(position_ids, "__array__"):
+    if not isinstance(position_ids, ArrayLike):
         kind = type(position_ids).__name__
         raise ValueError(f"expected `position_ids` to be a tensor, or an array of numpy, got {kind}.")
     return as_tensor(position_ids, "`position_ids` to be integers")

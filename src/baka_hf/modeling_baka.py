@@ -31,6 +31,7 @@ from .functions_baka import from_host, get_norm, initialise
 from .generation_baka import BakaGenerationMixin
 from .heads_baka import QuestionAnswering, SequenceClassification, TokenClassification
 from .inputs_baka import (
+    ArrayLike,
     check_cache,
     check_kept,
     check_kind,
@@ -214,7 +215,7 @@ class BakaModel(BakaPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: ArrayLike | None = None,
         past_key_values: BakaCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -418,7 +419,7 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        position_ids: ArrayLike | None = None,
         past_key_values: BakaCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
