@@ -675,6 +675,27 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, chunks: int | None) -> None:
     assert_same(weights_of(trained.model), before)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "place"),
+    [
+        ([5, 5], "in or before document 1"),  # another has begun
+        ([5], "in or before document 0"),  # the lane idles
+        ([10], "in document 0 after 10 tokens"),
+    ],
+    ids=str,
+)
+def test_a_piece_of_a_step_that_overflows(tmp_path: Path, lengths: list[int], place: str) -> None:
+    """The document in which the lane stands after the step is named for what it is."""
+    trained = trainer(tmp_path, Record(), lanes=1, chunks_per_backward=1, max_steps=2)
+    documents = [[3] * length for length in lengths]
+    documents[0][2] = 18
+    trained.train_dataset = LaneDataset(documents, 1, 5, 2, shuffle=False)
+    with torch.no_grad():
+        trained.model.model.embed_tokens.weight[18] = math.inf
+    with pytest.raises(ValueError, match=rf"infinity in lane 0 {place}\. Nothing was learned"):
+        trained.train()
+
+
 @pytest.mark.parametrize("carries", [True, False])
 def test_losses_are_looked_at_once(tmp_path: Path, carries: bool) -> None:
     """Trainer's own look at each is for what no lane refuses."""

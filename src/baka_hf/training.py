@@ -271,12 +271,18 @@ class BakaTrainer(MuonTrainer):
         if group.began is None:
             return
         (began_finite, began_places), group.began = group.began, None
-        *rows, loss_is_finite = torch.stack([finite() for finite in group.finite]).all(0).tolist()
+        pieces = torch.stack([finite() for finite in group.finite])
         group.finite.clear()
+        *rows, loss_is_finite = pieces.all(0).tolist()
         wrong = []
         for row in (row for row, is_finite in enumerate(rows) if not is_finite):
             places = group.places if began_finite[row] else began_places
-            where = "" if places is None else " in document {} after {} tokens".format(*places[row])
+            if places is None:
+                where = ""
+            elif pieces[-1, row]:  # another document may have begun since, with a state of its own
+                where = f" in or before document {places[row][0]}"
+            else:
+                where = " in document {} after {} tokens".format(*places[row])
             wrong.append(f"lane {group.lanes[row]}{where}")
         if wrong:
             raise ValueError(
