@@ -21,7 +21,7 @@ from PIL import Image
 
 from baka_hf import BakaModel, results, results_db
 from baka_hf.evaluation import evaluate_documents
-from baka_hf.plots import slide
+from baka_hf.plots import finish, slide
 from baka_hf.results import Result, curves_of, facts_about, git_revision, main, read_results, write_result
 
 PROGRAM = ("-m", "baka_hf.results")
@@ -743,6 +743,27 @@ def test_dots_are_seeds_and_means_and_bars_are_spreads(seeds: Path) -> None:
     spread = 0.25 / math.sqrt(2)
     ends = [(3.125 - spread, 3.125 + spread), (2.625 - spread, 2.625 + spread), (2.25, 2.25)]
     assert [tuple(bar[:, 0]) for bar in bars.get_segments()] == [pytest.approx(each) for each in ends]
+
+
+@pytest.mark.parametrize("count", [1, 3, 60, 200])
+def test_no_mark_of_many_runs_is_cut(count: int) -> None:
+    """All of each mark lies within the axes, and no name is higher than its line."""
+    figure, (axes,) = slide("")
+    results._draw_runs(
+        axes, [a_result(run_id=f"run {i}", seed=s, loss=2 + i / 9 + s) for i in range(count) for s in (0, 1)]
+    )
+    finish(figure)
+    figure.draw_without_rendering()
+    pixels = figure.dpi / 72  # of a point
+    (left, bottom), (right, top) = axes.get_window_extent().get_points()
+    marked = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [len(line.get_xydata()) for line in marked] == [count, 2 * count]
+    for line in marked:
+        radius = (line.get_markersize() + line.get_markeredgewidth()) / 2 * pixels
+        for x, y in axes.transData.transform(line.get_xydata()):
+            assert left < x - radius and x + radius < right and bottom < y - radius and y + radius < top
+    height = (top - bottom) / abs(axes.get_ylim()[1] - axes.get_ylim()[0])
+    assert all(text.get_fontsize() * pixels < height for text in axes.texts)
 
 
 @pytest.mark.parametrize("kind", ["curves", "depth"])

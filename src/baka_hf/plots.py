@@ -85,6 +85,7 @@ def draw_runs(axes: Any, runs: Mapping[str, tuple[Sequence[float], float | None,
         runs: by name, the losses of the seeds, their mean, their spread, if known, and what stands at the right.
     """
     places = range(len(runs))
+    margin = max(0.5, len(runs) / 50)  # of many runs a mark is higher than its line
     by_seed, means, spreads, texts = zip(*runs.values(), strict=True)
     bars = axes.errorbar(
         means,
@@ -115,11 +116,11 @@ def draw_runs(axes: Any, runs: Mapping[str, tuple[Sequence[float], float | None,
                 name,
                 horizontalalignment=align,
                 verticalalignment="center_baseline",
-                fontsize=min(13, 280 / len(runs)),  # as many points high as the axes are
+                fontsize=min(13, 280 / (len(runs) - 1 + 2 * margin)),  # as many points high as the axes are
                 transform=axes.get_yaxis_transform(),
             )
     axes.set_yticks(places, [""] * len(runs))
-    axes.set_ylim(len(runs) - 0.5, -0.5)
+    axes.set_ylim(len(runs) - 1 + margin, -margin)
     axes.locator_params(axis="x", integer=False)
     axes.grid(axis="x", color="#EEEEEE")
     axes.set(xlabel="loss (nats per token)", ylabel="")
