@@ -11,6 +11,7 @@ import torch
 from helpers import contents, logits_of, random_tokens, tiny_config, tiny_model
 
 from baka_hf import BakaCache, BakaForCausalLM, state_files_baka
+from baka_hf.state_files_baka import CACHE_FILE
 from baka_hf.state_store import StateStore
 
 
@@ -143,6 +144,46 @@ def test_deleted_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(state_files_baka, "_replace_file", gone)
     with pytest.raises(FileNotFoundError):  # not for ever
         store.save("ada", state)
+
+
+def test_saved_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process, just after a look that found nothing: as if it had been after the load."""
+    model = tiny_model(tiny_config())
+    store, state, utime = StateStore(tmp_path, model), read(model, 0), os.utime
+
+    def too_early(path: Path) -> None:
+        try:
+            utime(path)
+        finally:
+            store.save("ada", state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", too_early)
+        assert store.load("ada") is None
+    assert contents(store.load("ada")) == contents(state)
+
+
+@pytest.mark.parametrize("look", ["scandir", "stat"])
+def test_deleted_while_others_evict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: str) -> None:
+    """A folder that is gone when its files are to be listed, or a file that is when it is looked at: all others count,
+    and what is beyond the limits goes."""
+    model = tiny_model(tiny_config())
+    store, other = StateStore(tmp_path, model, max_age=100), StateStore(tmp_path, model)
+    for name in ("ada", "bob", "eve"):
+        other.save(name, read(model, 0))
+    last_used(other, 200)
+    other.save("eve", read(model, 1))
+    place, looked, original = other._place("ada"), [], getattr(os, look)
+
+    def late(path: Any = ".", *args: Any, **options: Any) -> Any:
+        if isinstance(path, str | os.PathLike) and Path(path) == (place if look == "scandir" else place / CACHE_FILE):
+            looked.append(path)
+            other.delete("ada")
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(os, look, late)
+    store.evict()
+    assert looked and {*tmp_path.iterdir()} == {other._place("eve")}
 
 
 @pytest.mark.parametrize("use", ["save", "load"])

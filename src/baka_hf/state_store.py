@@ -3,6 +3,7 @@
 import os
 import time
 from contextlib import suppress
+from glob import glob
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -88,12 +89,15 @@ class StateStore:
         place = self._place(user)
         try:
             os.utime(place / CACHE_FILE)
+        except FileNotFoundError:
+            return None  # nobody had saved one, whoever may do so now
+        try:
             options = dict(config=self.model.config, fingerprint=self.fingerprint)
             return self.kind.from_pretrained(place, device=self.model.device, dtype=self.model.dtype, **options)
         except (FileNotFoundError, ValueError):
             if (place / CACHE_FILE).exists():
                 raise
-            return None  # nobody has saved one, or another process has just deleted it
+            return None  # another process has just deleted it
 
     def delete(self, user: str) -> None:
         """Forget a user's state, if there is one."""
@@ -109,7 +113,9 @@ class StateStore:
         if self.max_age is None and self.max_bytes is None:
             return
         now, found = time.time(), []
-        for path in self.folder.glob(f"*/*{CACHE_FILE}*"):
+        # Before Python 3.13 `Path.glob` raises where a folder that it has found is gone; this one passes over it.
+        for name in glob(f"*/*{CACHE_FILE}*", root_dir=self.folder, include_hidden=True):
+            path = self.folder / name
             with suppress(OSError):  # another process was faster
                 status = path.stat()
                 if path.name == CACHE_FILE:
