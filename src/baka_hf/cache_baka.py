@@ -132,10 +132,6 @@ class BakaCache(Cache):
         """Bytes of the recurrent state: keys, values and memory."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    @property
-    def is_croppable(self) -> bool:
-        return True
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions fed so far, padding included: what `generate` slices its input by."""
         return self._seq_length

@@ -202,12 +202,6 @@ class BakaModel(BakaPreTrainedModel):
         self.num_plans = 0  # calls that were more than a token from a static state; weights may change between them
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     @can_return_tuple
     @runs_compiled_parts
     def forward(
