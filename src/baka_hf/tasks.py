@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.utils import logging
@@ -40,9 +39,9 @@ from .data import SECONDS_UNTIL_PROGRESS
 from .evaluation import in_eval_mode
 from .inputs_baka import check_positive
 from .loss_baka import IGNORED
-from .texts import read_documents
+from .texts import encode, keep_arrays, read_documents
 
-SENTENCES_AT_A_TIME = 100_000  # are tokenized by all cores
+SENTENCES_AT_A_TIME = 100_000  # are tokenized
 
 NUM_KEYS = 26  # the letters
 # How many predictions a sample makes; L symbols or pairs are its source.
@@ -333,14 +332,7 @@ def tokenize_books(
             process that comes makes it, and others wait. It does not know of which books and tokenizer it was made.
     """
     if path is not None:
-        with FileLock(f"{os.fspath(path)}.lock"):
-            if not Path(path).exists():
-                made, part = tokenize_books(tokenizer, books), f"{os.fspath(path)}.part"
-                with open(part, "wb") as file:
-                    np.savez(file, tokens=made.tokens, breaks=made.breaks)
-                os.replace(part, path)
-        with np.load(path) as arrays:
-            return Books(arrays["tokens"], arrays["breaks"])
+        return Books(**keep_arrays(path, lambda: vars(tokenize_books(tokenizer, books))))
     texts = read_documents(os.fspath(books)) if isinstance(books, str | PathLike) else books
     arrays, lengths = [np.array([], np.int32)], [0]
     for text in logging.tqdm(texts, desc="Tokenizing", unit="book", delay=SECONDS_UNTIL_PROGRESS):
@@ -540,14 +532,8 @@ def _sample(tokens: np.ndarray, answer_length: int) -> dict[str, torch.Tensor]:
 
 def _encode(tokenizer: Any, sentences: Sequence[str]) -> list[list[int]]:
     """Every sentence begins with a space: it is tokenized as in the midst of a text."""
-    fast = tokenizer.backend_tokenizer
-    return [
-        encoding.ids
-        for start in range(0, len(sentences), SENTENCES_AT_A_TIME)
-        for encoding in fast.encode_batch_fast(
-            [f" {sentence}" for sentence in sentences[start : start + SENTENCES_AT_A_TIME]], add_special_tokens=False
-        )
-    ]
+    spaced = [f" {sentence}" for sentence in sentences]
+    return [encoding.ids for encoding in encode(tokenizer.backend_tokenizer, spaced, SENTENCES_AT_A_TIME)]
 
 
 def _sentences(text: str) -> list[str]:
