@@ -96,9 +96,7 @@ class TaskDataset(Dataset[dict[str, torch.Tensor]]):
     ):
         if task not in TASKS:
             raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
-        _check_integer("num_segments", num_segments, 1)
-        _check_integer("segment_length", segment_length, 1)
-        _check_integer("num_samples", num_samples, 1)
+        check_positive(num_segments=num_segments, segment_length=segment_length, num_samples=num_samples)
         _check_integer("seed", seed, 0)
         _check_integer("num_symbols", num_symbols, 2)
         self.task, self.num_samples, self.seed, self.num_symbols = task, num_samples, seed, num_symbols
@@ -130,7 +128,10 @@ class TaskDataset(Dataset[dict[str, torch.Tensor]]):
             queried = generator.integers(self.source_length)
             source = np.append(np.stack([keys, symbols], axis=1), keys[queried])
             answer = symbols[queried : queried + 1]
-        return _sample(np.concatenate([source, [self.start_token], answer]), len(answer))
+        input_ids = torch.from_numpy(np.concatenate([source, [self.start_token], answer]).astype(np.int64))
+        labels = input_ids.clone()
+        labels[: -self.answer_length] = IGNORED
+        return {"input_ids": input_ids, "labels": labels}
 
 
 class RecallDataset(Dataset[dict[str, torch.Tensor]]):
@@ -184,10 +185,8 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
         num_symbols: int = 10,
         num_keys: int = NUM_KEYS,
     ):
-        _check_integer("num_pairs", num_pairs, 1)
-        _check_integer("num_segments", num_segments, 1)
-        _check_integer("segment_length", segment_length, 1)
-        _check_integer("num_samples", num_samples, 1)
+        check_positive(num_pairs=num_pairs, num_segments=num_segments)
+        check_positive(segment_length=segment_length, num_samples=num_samples)
         _check_integer("seed", seed, 0)
         _check_integer("num_symbols", num_symbols, 2)
         _check_integer("num_keys", num_keys, num_pairs)
@@ -394,7 +393,7 @@ class BabiInBooksDataset(Dataset[dict[str, torch.Tensor]]):
                 f"`length` must be at least {min(sizes)}, as the shortest question with facts, got {length}."
             )
         self.num_samples = len(self.questions) if num_samples is None else num_samples
-        _check_integer("num_samples", self.num_samples, 1)
+        check_positive(num_samples=self.num_samples)
 
         self.books = books if isinstance(books, Books) else tokenize_books(tokenizer, books)
         if len(self.books.tokens) < length - min(sizes):
@@ -521,13 +520,6 @@ def _generator(seed: int, index: int, num_samples: int) -> np.random.Generator:
     if not 0 <= index < num_samples:
         raise IndexError(f"sample {index} of {num_samples}")
     return np.random.default_rng([seed, index])
-
-
-def _sample(tokens: np.ndarray, answer_length: int) -> dict[str, torch.Tensor]:
-    input_ids = torch.from_numpy(tokens.astype(np.int64))
-    labels = input_ids.clone()
-    labels[:-answer_length] = IGNORED
-    return {"input_ids": input_ids, "labels": labels}
 
 
 def _encode(tokenizer: Any, sentences: Sequence[str]) -> list[list[int]]:
