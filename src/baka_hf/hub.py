@@ -179,7 +179,7 @@ def trainer_card(
         results=own,
         others=others,
         losses=losses,
-        training=_facts_of(trainer, own) if step else None,
+        training=_facts_of(trainer, model, own) if step else None,
         has_tokenizer=trainer.processing_class is not None,
         dataset=dataset or _listed(dataset_tags) or None,
         datasets=dataset_tags,
@@ -201,10 +201,9 @@ def template_path() -> Path:
 # What a Trainer knows
 
 
-def _facts_of(trainer: Any, results: Sequence[Result]) -> dict[str, str]:
+def _facts_of(trainer: Any, model: Any, results: Sequence[Result]) -> dict[str, str]:
     """The training as the Trainer's own objects tell it: optimizer and schedule may be others than those of `args`."""
     args, state, lanes = trainer.args, trainer.state, trainer.train_dataset
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     facts = {}
     processes = 1 if trainer.accelerator.split_batches else args.world_size
     rows = args.train_batch_size * args.gradient_accumulation_steps * processes
