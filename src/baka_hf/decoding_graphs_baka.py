@@ -527,7 +527,7 @@ def enter(
     if held is not None:
         hidden_states = layer.read_before(hidden_states, held)
     normed = layer.input_layernorm(hidden_states)
-    products = list(one_product(layer.input_projections, normed, of_input))
+    products = list(one_product(of_input, normed))
     if held is not None and layer.is_read_beside:
         association_query = products.pop()
         assert view.writers is not None
@@ -556,8 +556,8 @@ def _side_by_side(linears: list[nn.Linear]) -> torch.Tensor:
     return torch.cat([linear.weight for linear in linears], dim=1)
 
 
-def one_product(linears: list[nn.Linear], normed: torch.Tensor, joined: Joined) -> Sequence[torch.Tensor]:
-    """What `linears` make of `normed`, by all their rows in one matrix."""
+def one_product(joined: Joined, normed: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What the layers that are joined make of `normed`, by all their rows in one matrix."""
     return nn.functional.linear(normed, joined.weight, joined.bias).split(joined.sizes, dim=-1)
 
 
@@ -587,7 +587,7 @@ def leave(
 
 
 def _mlp(layer: Any, of_mlp: Joined, normed: torch.Tensor) -> torch.Tensor:
-    return layer.mlp.down_proj(layer.mlp.activate(*one_product(layer.mlp_projections, normed, of_mlp)))
+    return layer.mlp.down_proj(layer.mlp.activate(*one_product(of_mlp, normed)))
 
 
 def write(layer: Any, held: tuple[torch.Tensor, ...], inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
