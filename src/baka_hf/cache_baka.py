@@ -494,9 +494,7 @@ class BakaCache(Cache):
         self._remember_opening(input_ids, real)
         if self._history is None:
             return
-        if self._history.device != input_ids.device:
-            self._history = self._history.to(input_ids.device)
-        self._history = hash_tokens(input_ids, real, self._history)
+        self._history = hash_tokens(input_ids, real, self._history.to(input_ids.device))
         if self._is_recording:
             recent = input_ids if self._recent_ids is None else torch.cat([self._recent_ids, input_ids], dim=1)
             self._recent_ids = recent[:, -RECORDED_POSITIONS:]
