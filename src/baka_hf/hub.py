@@ -95,6 +95,7 @@ def model_card(
     auto_class, own_task = next(found, ("AutoModel", "feature-extraction"))
     config, datasets = model.config, _listed(datasets)
     measured = max((result for result in results if result.loss_by_chunk), key=_depth, default=None)
+    scores = [score for result in results for score in _eval_results(result, task or own_task, datasets)]
     card_data = ModelCardData(
         language=_listed(language) or None,
         license=license,
@@ -103,12 +104,9 @@ def model_card(
         base_model=base_model,
         datasets=datasets or None,
         tags=[*TAGS, *_listed(tags)],
-        model_name=name,
-        eval_results=[score for result in results for score in _eval_results(result, task or own_task, datasets)],
+        model_name=name if scores else None,
+        eval_results=scores or None,  # an empty list would be an index without results
     )
-    if not card_data.eval_results:
-        card_data.eval_results = None  # an empty list would be an index without results
-        card_data.model_name = None
     origin = None
     if base_model:
         base = one_line(base_model)
