@@ -327,7 +327,7 @@ class BakaModel(BakaPreTrainedModel):
             return None
         following = cache.draft(with_layers=False)
         cache._is_torn = True  # its tensors change where they are
-        states = reader.read_token(self, cache, input_ids, reads)
+        states = reader.read_token(cache, input_ids, reads)
         num_aligned, num_tokens = int(bool(reads.all())), cache._num_tokens + reads
         following._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
         following._remember_opening(input_ids, real)
