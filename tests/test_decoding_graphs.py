@@ -160,7 +160,7 @@ def test_rows_at_the_edge_of_a_chunk_are_read_apart(name: str, monkeypatch: pyte
         if column == 20:
             model.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
     assert_same_state(static, state)
-    sizes = [(reader.batch_size, kind) for reader, _, kind, *_ in kinds]
+    sizes = [(reader.batch_size, kind) for reader, kind, *_ in kinds]
     assert sizes.count((8, decoding_graphs_baka.EDGE)) > 10
     assert 0 < sizes.count((33, decoding_graphs_baka.EDGE)) < 15  # when they are many
 

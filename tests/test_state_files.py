@@ -534,6 +534,13 @@ def test_a_share_of_a_state_is_not_written(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_dtype_should_be_is_said_once(tmp_path: Path) -> None:
+    cache = tiny_model(tiny_config()).new_cache()
+    cache._num_tokens = cache._num_tokens.int()
+    with pytest.raises(ValueError, match=r"num_tokens is torch.int32 \[1\], expected torch.int64 \[1\]"):
+        cache.save_pretrained(tmp_path)
+
+
 # Whose weights
 
 

@@ -27,6 +27,7 @@ from .state_files_baka import (
     check_state,
     fingerprint_of,
     read_state,
+    rows_known,
     signature_of,
     tensors_held,
     write_state,
@@ -131,10 +132,6 @@ class BakaCache(Cache):
     def nbytes(self) -> int:
         """Bytes of the recurrent state: keys, values and memory."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    @property
-    def is_croppable(self) -> bool:
-        return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions fed so far, padding included: what `generate` slices its input by."""
@@ -498,9 +495,7 @@ class BakaCache(Cache):
         self._remember_opening(input_ids, real)
         if self._history is None:
             return
-        if self._history.device != input_ids.device:
-            self._history = self._history.to(input_ids.device)
-        self._history = hash_tokens(input_ids, real, self._history)
+        self._history = hash_tokens(input_ids, real, self._history.to(input_ids.device))
         if self._is_recording:
             recent = input_ids if self._recent_ids is None else torch.cat([self._recent_ids, input_ids], dim=1)
             self._recent_ids = recent[:, -RECORDED_POSITIONS:]
@@ -626,10 +621,8 @@ class BakaCache(Cache):
             ValueError: the state is one process's share of another, or the weights are not whole and plain.
         """
         self.check_whole()
-        rows = {"num_tokens": self._num_tokens, "seeded": self._seeded, "pauses": self._pauses}
-        for name in ("history", "opening", "finished"):
-            if getattr(self, f"_{name}") is not None:
-                rows[name] = getattr(self, f"_{name}")
+        known = {name: getattr(self, f"_{name}") for name in rows_known(self.signature)}
+        rows = {name: tensor for name, tensor in known.items() if tensor is not None}
         numbers = self.get_seq_length(), self._aligned, int(self._is_beam_search)
         state = SavedState(self.signature, self.tensors(), rows, *numbers)
         if fingerprint is None and model is not None:
@@ -680,7 +673,7 @@ class BakaCache(Cache):
         state = cls.__new__(cls)
         state._begin(saved.signature, saved.tensors)
         state._seq_length = saved.seq_length
-        for name in ("num_tokens", "seeded", "pauses", "history", "opening", "finished"):
+        for name in rows_known(saved.signature):
             setattr(state, f"_{name}", saved.rows.get(name))
         state._aligned, state._is_beam_search = saved.aligned, bool(saved.is_beam_search)
         return state.to(device, dtype)

@@ -3,6 +3,7 @@
 import copy
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,10 +77,9 @@ class BakaCheckpointMixin:
             os.makedirs(save_directory, exist_ok=True)
             custom_object_save(next(base for base in type(self).__mro__ if base.__name__ in CLASSES), save_directory)
         if is_main_process:
-            for name in os.listdir(save_directory) if os.path.isdir(save_directory) else ():
-                path = os.path.join(save_directory, name)
-                if name.endswith("_baka.py") and os.path.islink(path):
-                    os.remove(path)  # code of the package: a copy takes its place
+            for path in Path(save_directory).glob("*_baka.py"):
+                if path.is_symlink():
+                    path.unlink()  # code of the package: a copy takes its place
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)  # type: ignore[misc]
 
     def _check_parts(self) -> None:

@@ -33,6 +33,16 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# Fields that say more of a part, by the one that gives its size.
+DETAILS: dict[str, tuple[str, ...]] = {
+    "num_memory_tokens": ("memory_update", "memory_solidifier", "separate_solidifiers"),
+    "associative_dim": (
+        "associative_write",
+        "associative_gate",
+        "associative_write_cost",
+        "associative_layer_interval",
+    ),
+}
 ADDED = "If other code added it before the checkpoint was saved, that has to be done before loading too."
 
 # What models were before anybody could choose. A `config.json` that lacks a field means this, for a version wrote it
@@ -394,19 +404,8 @@ class BakaConfig(PreTrainedConfig):
         value = self.residual_initializer_range
         if value is not None and (not _is_number(value) or value < 0):
             raise ValueError(f"`residual_initializer_range` must be None or a number of at least 0, got {value!r}.")
-        for name in (
-            "parallel_residual",
-            "qk_norm",
-            "value_residual",
-            "attention_bias",
-            "mlp_bias",
-            "separate_solidifiers",
-            "memory_norm",
-            "use_xl_cache",
-            "tie_word_embeddings",
-            "use_cache",
-        ):
-            if not isinstance(getattr(self, name), bool):
+        for name, originally in ORIGINALLY.items():
+            if isinstance(originally, bool) and not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         for name, allowed in (
             ("norm_type", NORM_TYPES),
@@ -441,15 +440,6 @@ class BakaConfig(PreTrainedConfig):
             raise ValueError("`separate_solidifiers` must be False when `memory_solidifier` is 'none', got True.")
         if MEMORY_UPDATES[self.memory_update].needs_norm and not self.memory_norm:
             raise ValueError(f"`memory_norm` must be True when `memory_update` is {self.memory_update!r}, got False.")
-        # Unless it is the default: who asks for no memory need not know all that is done with one.
-        for name, nothing in (
-            ("memory_update", "replace"),
-            ("memory_solidifier", "none"),
-            ("separate_solidifiers", False),
-        ):
-            value = getattr(self, name)
-            if not self.num_memory_tokens and value not in (nothing, getattr(type(self), name)):
-                raise ValueError(f"`{name}` must be {nothing!r} when `num_memory_tokens` is 0, got {value!r}.")
         if self.associative_dim and self.associative_writers == "memory" and not self.num_memory_tokens:
             raise ValueError(
                 "`associative_write` must be 'tokens' when `num_memory_tokens` is 0, got "
@@ -460,15 +450,12 @@ class BakaConfig(PreTrainedConfig):
                 f"`associative_layer_interval` must be at most `num_hidden_layers` ({self.num_hidden_layers}), got "
                 f"{self.associative_layer_interval}."
             )
-        for name in (
-            "associative_write",
-            "associative_gate",
-            "associative_write_cost",
-            "associative_layer_interval",
-        ):
-            value, nothing = getattr(self, name), ORIGINALLY[name]
-            if not self.associative_dim and value not in (nothing, getattr(type(self), name)):
-                raise ValueError(f"`{name}` must be {nothing!r} when `associative_dim` is 0, got {value!r}.")
+        # Unless it is the default: who asks for no memory need not know all that is done with one.
+        for size, names in DETAILS.items():
+            for name in () if getattr(self, size) else names:
+                value, nothing = getattr(self, name), ORIGINALLY[name]
+                if value not in (nothing, getattr(type(self), name)):
+                    raise ValueError(f"`{name}` must be {nothing!r} when `{size}` is 0, got {value!r}.")
 
         self._validate_rope(self.rope_parameters)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

@@ -210,16 +210,16 @@ class StaticReader:
         for name, copy in copies.items():
             self.memory[name].copy_(copy)
 
-    def read_token(self, model: Any, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
+    def read_token(self, cache: BakaCache, input_ids: torch.Tensor, reads: torch.Tensor) -> torch.Tensor:
         """Read one token [B, 1] in each row where `reads` [B], on the CPU, is True: its normed state [B, 1, D]."""
         few = self._few_at_edges(cache, reads) if self.batch_size >= LARGE_BATCH else []
         rest = reads if len(few) == 0 else reads.index_fill(0, torch.cat([*few]), False)
         if len(few) == 0 or bool(rest.any()):
-            self._read_together(model, cache._num_tokens, cache._seeded, input_ids, rest)
+            self._read_together(cache._num_tokens, cache._seeded, input_ids, rest)
         else:
             self.states[1].zero_()
         for rows in few:
-            self._read_apart(model, cache._num_tokens, cache._seeded, input_ids, rows)
+            self._read_apart(cache._num_tokens, cache._seeded, input_ids, rows)
         return self.states[1].clone()
 
     def _few_at_edges(self, cache: BakaCache, reads: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -229,12 +229,7 @@ class StaticReader:
         return edges.split(NUM_APART) if 0 < len(edges) <= LARGEST_PART_APART * self.batch_size else []
 
     def _read_together(
-        self,
-        model: Any,
-        num_tokens: torch.Tensor,
-        seeded: torch.Tensor,
-        input_ids: torch.Tensor,
-        reads: torch.Tensor,
+        self, num_tokens: torch.Tensor, seeded: torch.Tensor, input_ids: torch.Tensor, reads: torch.Tensor
     ) -> None:
         counts = num_tokens[reads].tolist()
         positions = {count % self.chunk_size for count in counts}
@@ -252,14 +247,15 @@ class StaticReader:
         self._tell(num_tokens, seeded, reads.long())
         self.ids[1].copy_(input_ids)
         self.known[0] = self.known[0].new_empty(0)  # unknown, should the step be interrupted
-        self._run(("token", kind, stop, skips), lambda: self._token(model, kind, stop, skips))
+        self._run(("token", kind, stop, skips), lambda: self._token(kind, stop, skips))
         self.known[0] = num_tokens + reads
 
     def _read_apart(
-        self, model: Any, num_tokens: torch.Tensor, seeded: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor
+        self, num_tokens: torch.Tensor, seeded: torch.Tensor, input_ids: torch.Tensor, rows: torch.Tensor
     ) -> None:
         """Read a token in these few rows, at the edge of a chunk, in tensors of their own."""
         if self.apart is None:
+            model: Any = self.model()
             self.apart = StaticReader(model, model.new_cache(NUM_APART), self.weights)
         apart, count = self.apart, len(rows)
         rows = nn.functional.pad(rows, (0, NUM_APART - count))  # it has more, which read nothing
@@ -272,7 +268,7 @@ class StaticReader:
         for own, other in stacked:
             torch.index_select(own, 1, padded, out=other)
         reads = torch.arange(NUM_APART) < count
-        apart._read_together(model, num_tokens[rows], seeded[rows], input_ids[padded], reads)
+        apart._read_together(num_tokens[rows], seeded[rows], input_ids[padded], reads)
         for own, other in pairs:
             own.index_copy_(0, index, other[:count])
         for own, other in stacked:
@@ -292,21 +288,21 @@ class StaticReader:
                 own.copy_(now, non_blocking=True)  # see `put_on`
                 self.known[index] = now
 
-    def read_piece(self, model: Any, span: Span, seeded: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def read_piece(self, span: Span, seeded: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, T], of each row a piece of a chunk, `seeded` [B] or not: its normed states [B, T, D], to be
         used before the next piece or chunk."""
         counts, num_tokens = (torch.as_tensor(x).expand(self.batch_size) for x in (span.count, span.num_tokens))
         self._tell(num_tokens - counts, seeded, counts)
         self.ids[self.chunk_size][:, : span.length].copy_(text)
         self.known[0] = self.known[0].new_empty(0)  # unknown, should this be interrupted
-        self._run(("piece",), lambda: self._piece(model))
+        self._run(("piece",), self._piece)
         self.known[0] = num_tokens
         return self.states[self.chunk_size][:, : span.length]
 
-    def read_chunk(self, model: Any, span: Span, text: torch.Tensor) -> torch.Tensor:
+    def read_chunk(self, span: Span, text: torch.Tensor) -> torch.Tensor:
         """Read `text` [B, n], a whole chunk in step: its normed states [B, n, D], to be used before the next chunk."""
         self.ids[span.length].copy_(text)
-        self._run(("chunk", span.first, span.has_previous), lambda: self._chunk(model, span))
+        self._run(("chunk", span.first, span.has_previous), lambda: self._chunk(span))
         return self.states[span.length]
 
     def _run(self, key: Any, program: Callable[[], None]) -> None:
@@ -329,20 +325,18 @@ class StaticReader:
 
     # What is recorded. Everything that differs from one replay to the next is in this object's tensors.
 
-    def _token(self, model: Any, kind: int, stop: int, skips: bool) -> None:
-        states = self._read_rows(model, 1, self.widths[kind], stop, kind == EDGE, skips)
+    def _token(self, kind: int, stop: int, skips: bool) -> None:
+        states = self._read_rows(1, self.widths[kind], stop, kind == EDGE, skips)
         reads = self.counts[:, None] > 0
         self.states[1].copy_(states.masked_fill(~reads[:, :, None], 0))
         hashed = hash_tokens(self.ids[1], start=self.history)
         self.history.copy_(torch.where(reads, hashed, self.history))
 
-    def _piece(self, model: Any) -> None:
+    def _piece(self) -> None:
         n = self.chunk_size
-        self.states[n].copy_(self._read_rows(model, n, self.stream_length, self.num_slots, True))
+        self.states[n].copy_(self._read_rows(n, self.stream_length, self.num_slots, True))
 
-    def _read_rows(
-        self, model: Any, length: int, width: int, stop: int, has_edge: bool, skips: bool = False
-    ) -> torch.Tensor:
+    def _read_rows(self, length: int, width: int, stop: int, has_edge: bool, skips: bool = False) -> torch.Tensor:
         """Read the next `counts` tokens of each row, `length` at most, in `width` positions that see the slots up to
         `stop`; `has_edge` says whether a chunk may begin or end there, `skips` that slots which a row does not see are
         not read."""
@@ -354,11 +348,11 @@ class StaticReader:
             layout.begins = layout.completes = False
             if view.writers is not None:
                 view = view._replace(writers=view.writers._replace(completes=False))
-        states = self._read(model, span, layout, view)
+        states = self._read(span, layout, view)
         self.num_tokens.copy_(span.num_tokens)
         return states
 
-    def _chunk(self, model: Any, span: Span) -> None:
+    def _chunk(self, span: Span) -> None:
         key = span.first, span.has_previous
         layout = lay_out(span, self.config, fixed_pauses(self.config), True)
         if key not in self.views:
@@ -370,10 +364,10 @@ class StaticReader:
             writers = writers_of(self.config, span, layout, False, self.device)
             mask = _bias(numbers, horizons, self.keys.dtype)
             self.views[key] = View((cos[own], sin[own]), mask, placement, writers=writers)
-        self.states[span.length].copy_(self._read(model, span, layout, self.views[key]))
+        self.states[span.length].copy_(self._read(span, layout, self.views[key]))
 
-    def _read(self, model: Any, span: Span, layout: Layout, view: View) -> torch.Tensor:
-        chunk_pass = ChunkPass(model, self.batch_size, self.blocks, in_place=True)
+    def _read(self, span: Span, layout: Layout, view: View) -> torch.Tensor:
+        chunk_pass = ChunkPass(self.model(), self.batch_size, self.blocks, in_place=True)
         nothing = [None] * len(self.blocks)
         passed = chunk_pass.run(span.first, layout, view, self.ids[span.length], Stream(self.memory, nothing, nothing))
         if layout.completes is not False:
@@ -527,7 +521,7 @@ def enter(
     if held is not None:
         hidden_states = layer.read_before(hidden_states, held)
     normed = layer.input_layernorm(hidden_states)
-    products = list(one_product(layer.input_projections, normed, of_input))
+    products = list(one_product(of_input, normed))
     if held is not None and layer.is_read_beside:
         association_query = products.pop()
         assert view.writers is not None
@@ -556,8 +550,8 @@ def _side_by_side(linears: list[nn.Linear]) -> torch.Tensor:
     return torch.cat([linear.weight for linear in linears], dim=1)
 
 
-def one_product(linears: list[nn.Linear], normed: torch.Tensor, joined: Joined) -> Sequence[torch.Tensor]:
-    """What `linears` make of `normed`, by all their rows in one matrix."""
+def one_product(joined: Joined, normed: torch.Tensor) -> Sequence[torch.Tensor]:
+    """What the layers that are joined make of `normed`, by all their rows in one matrix."""
     return nn.functional.linear(normed, joined.weight, joined.bias).split(joined.sizes, dim=-1)
 
 
@@ -587,7 +581,7 @@ def leave(
 
 
 def _mlp(layer: Any, of_mlp: Joined, normed: torch.Tensor) -> torch.Tensor:
-    return layer.mlp.down_proj(layer.mlp.activate(*one_product(layer.mlp_projections, normed, of_mlp)))
+    return layer.mlp.down_proj(layer.mlp.activate(*one_product(of_mlp, normed)))
 
 
 def write(layer: Any, held: tuple[torch.Tensor, ...], inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -25,7 +25,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -54,7 +54,7 @@ class Lane:
     document: torch.Tensor
     scores: list[tuple[float, int]]  # nats and how many tokens they are of, chunk by chunk; 0 of 0 if not scored
     chunk: int = 0
-    frozen: Any = field(default=None)  # what memory held, by name, after its first chunk
+    frozen: Any = None  # what memory held, by name, after its first chunk
 
 
 @torch.no_grad()
@@ -110,7 +110,8 @@ def evaluate_documents(
     _check_past(model.config, batch_size, memory, keys)
     if num_bytes is not None:
         check_positive(num_bytes=num_bytes)
-    reader = _Reader(documents, model.config.vocab_size)
+    scores: list[list[tuple[float, int]]] = []
+    lanes = _lanes_of(documents, model.config.vocab_size, scores)
     with (
         in_eval_mode(model),
         logging.tqdm(
@@ -122,8 +123,8 @@ def evaluate_documents(
             delay=SECONDS_UNTIL_PROGRESS,
         ) as bar,
     ):
-        _score(model, iter(reader), batch_size, memory, keys, bar)
-    return _summarize(reader.scores, num_bytes, by_document)
+        _score(model, lanes, batch_size, memory, keys, bar)
+    return _summarize(scores, num_bytes, by_document)
 
 
 @torch.no_grad()
@@ -178,10 +179,7 @@ def evaluate_windows(
             pieces = [tokens[number][start : start + context] for number, start, _ in batch]
             # Padding comes after all that is scored.
             input_ids = pad_sequence(pieces, batch_first=True).to(model.device)
-            logits = model(input_ids=input_ids, use_cache=False).logits
-            rows = [_cross_entropies(row, piece[1:]) for row, piece in zip(logits, pieces, strict=True)]
-            del logits
-            losses = torch.cat(rows).cpu().double().split([len(row) for row in rows])
+            losses = _losses_of(model(input_ids=input_ids, use_cache=False).logits, pieces)
             for (number, start, begin), row in zip(batch, losses, strict=True):
                 while begin < len(row):
                     chunk = (start + begin) // chunk_size
@@ -279,21 +277,13 @@ def perplexity(loss: float) -> float:
     return math.inf if loss > 709 else math.exp(loss)
 
 
-class _Reader:
-    """The documents that have something to score, checked one by one as a lane takes them."""
-
-    def __init__(self, documents: Iterable[Any], vocab_size: int):
-        self.documents, self.vocab_size = documents, vocab_size
-        self.num_documents = 0
-        self.scores: list[list[tuple[float, int]]] = []  # of each document so far
-
-    def __iter__(self) -> Iterator[Lane]:
-        for document in self.documents:
-            tokens = check_document(document, self.num_documents, self.vocab_size)
-            self.num_documents += 1
-            self.scores.append([])
-            if len(tokens) > 1:
-                yield Lane(tokens, self.scores[-1])
+def _lanes_of(documents: Iterable[Any], vocab_size: int, scores: list[Any]) -> Iterator[Lane]:
+    """The documents that have something to score, checked one by one as taken; each adds its own to `scores`."""
+    for number, document in enumerate(documents):
+        tokens = check_document(document, number, vocab_size)
+        scores.append([])
+        if len(tokens) > 1:
+            yield Lane(tokens, scores[-1])
 
 
 def _check_past(config: Any, batch_size: int, memory: str, keys: str) -> None:
@@ -326,18 +316,16 @@ def _score(model: Any, documents: Iterator[Lane], batch_size: int, memory: str, 
         if other is not None:
             with _reading_as_it_is(model) if memory == "learned" else nullcontext():
                 logits = model(input_ids=input_ids, cache=other, use_cache=True).logits
-        # Row by row: what is copied on the way to the losses is never more than the logits of one row.
-        rows = [_cross_entropies(row, piece[1:]) for row, piece in zip(logits, pieces, strict=True)]
+        losses = _losses_of(logits, pieces)
         del logits
-        losses = torch.cat(rows).cpu().double()
 
         is_scored = not in_step or len(lanes) > 1 or lanes[0].chunk == 0
-        for row, (lane, part) in enumerate(zip(lanes, losses.split([len(row) for row in rows]), strict=True)):
+        for row, (lane, part) in enumerate(zip(lanes, losses, strict=True)):
             lane.scores.append((float(part.sum()), len(part)) if is_scored else (0.0, 0))
             if lane.chunk == 0 and memory == "frozen":
                 lane.frozen = {name: tensor[row].clone() for name, tensor in cache.carried.items()}
             lane.chunk += 1
-        bar.update(len(losses))
+        bar.update(sum(map(len, losses)))
 
         ended = [lane.chunk * n >= len(lane.document) - 1 for lane in lanes]
         cache.reset_rows(torch.tensor(ended))
@@ -392,11 +380,15 @@ def _reading_as_it_is(model: Any) -> Iterator[None]:
         del decoder.solidify
 
 
-def _cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[T] nats, in float32 at least, of logits [T or more, V] for the first T tokens."""
-    logits = logits[: len(targets)]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, targets.to(logits.device), reduction="none")
+def _losses_of(logits: torch.Tensor, pieces: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Nats of each piece [T], float64 [T - 1] on the CPU and taken in float32 at least, by logits [B, …, V]."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    # Row by row: what is copied on the way to the losses is never more than the logits of one row.
+    rows = [
+        F.cross_entropy(row[: len(piece) - 1].to(dtype), piece[1:].to(row.device), reduction="none")
+        for row, piece in zip(logits, pieces, strict=True)
+    ]
+    return torch.cat(rows).cpu().double().split([len(row) for row in rows])
 
 
 def _count_tokens(documents: Iterable[Any]) -> int | None:

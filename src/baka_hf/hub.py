@@ -95,6 +95,7 @@ def model_card(
     auto_class, own_task = next(found, ("AutoModel", "feature-extraction"))
     config, datasets = model.config, _listed(datasets)
     measured = max((result for result in results if result.loss_by_chunk), key=_depth, default=None)
+    scores = [score for result in results for score in _eval_results(result, task or own_task, datasets)]
     card_data = ModelCardData(
         language=_listed(language) or None,
         license=license,
@@ -103,12 +104,9 @@ def model_card(
         base_model=base_model,
         datasets=datasets or None,
         tags=[*TAGS, *_listed(tags)],
-        model_name=name,
-        eval_results=[score for result in results for score in _eval_results(result, task or own_task, datasets)],
+        model_name=name if scores else None,
+        eval_results=scores or None,  # an empty list would be an index without results
     )
-    if not card_data.eval_results:
-        card_data.eval_results = None  # an empty list would be an index without results
-        card_data.model_name = None
     origin = None
     if base_model:
         base = one_line(base_model)
@@ -179,7 +177,7 @@ def trainer_card(
         results=own,
         others=others,
         losses=losses,
-        training=_facts_of(trainer, own) if step else None,
+        training=_facts_of(trainer, model, own) if step else None,
         has_tokenizer=trainer.processing_class is not None,
         dataset=dataset or _listed(dataset_tags) or None,
         datasets=dataset_tags,
@@ -201,10 +199,9 @@ def template_path() -> Path:
 # What a Trainer knows
 
 
-def _facts_of(trainer: Any, results: Sequence[Result]) -> dict[str, str]:
+def _facts_of(trainer: Any, model: Any, results: Sequence[Result]) -> dict[str, str]:
     """The training as the Trainer's own objects tell it: optimizer and schedule may be others than those of `args`."""
     args, state, lanes = trainer.args, trainer.state, trainer.train_dataset
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     facts = {}
     processes = 1 if trainer.accelerator.split_batches else args.world_size
     rows = args.train_batch_size * args.gradient_accumulation_steps * processes

@@ -52,7 +52,7 @@ class BakaMemoryUpdate(nn.Module):
         """What it holds for each row, by name; "memory", the vectors that a chunk reads, are [R, D].
 
         All of it is zero for a row that has read nothing. In the place of "memory" its chunk reads the learned vectors.
-        A `BakaCache` has it as attributes, so a name must be free there and in `state_files_baka.ROW_DTYPES`.
+        A `BakaCache` has it as attributes, so a name must be free there and in `state_files_baka.rows_known`.
 
         Args:
             config: a `BakaConfig`, or what a state knows of one: the fields in `state_files_baka.SIGNATURE_FIELDS`.

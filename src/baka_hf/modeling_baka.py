@@ -203,12 +203,6 @@ class BakaModel(BakaPreTrainedModel):
         self.num_plans = 0  # calls that were more than a token from a static state; weights may change between them
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     @can_return_tuple
     @runs_compiled_parts
     def forward(
@@ -334,7 +328,7 @@ class BakaModel(BakaPreTrainedModel):
             return None
         following = cache.draft(with_layers=False)
         cache._is_torn = True  # its tensors change where they are
-        states = reader.read_token(self, cache, input_ids, reads)
+        states = reader.read_token(cache, input_ids, reads)
         num_aligned, num_tokens = int(bool(reads.all())), cache._num_tokens + reads
         following._advance(1, num_tokens, cache._seeded, cache._pauses, num_aligned, False, within_beam_search)
         following._remember_opening(input_ids, real)

@@ -465,9 +465,9 @@ class Reading:
         self.reader.take_in(cache)
         text = self._text_of(span)
         if is_chunk:
-            states = self.reader.read_chunk(self.model, span, text)
+            states = self.reader.read_chunk(span, text)
         else:
-            states = self.reader.read_piece(self.model, span, self.call.seeded, text)
+            states = self.reader.read_piece(span, self.call.seeded, text)
         nothing: list[Any] = [None] * self.config.num_hidden_layers
         after = Stream(cache.carried, nothing, nothing)
         states = states if self._is_skipped(span) else states.clone()

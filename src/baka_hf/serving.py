@@ -22,7 +22,7 @@ import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .functions_baka import as_tensor, put_on, sent_to_host
-from .inputs_baka import check_cache, check_positive
+from .inputs_baka import check_cache, check_positive, check_text
 
 # Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
 ROWS_PER_PROMPT = 32
@@ -192,10 +192,7 @@ class Batcher:
                 f"expected `input_ids` to be at least one token id, integers of shape [length], got {ids.dtype} of "
                 f"shape {list(ids.shape)}."
             )
-        least, most = (int(value) for value in torch.aminmax(ids))
-        if least < 0 or most >= config.vocab_size:
-            wrong = least if least < 0 else most
-            raise ValueError(f"expected token ids from 0 to {config.vocab_size - 1}, got {wrong}.")
+        check_text(config, ids[None].cpu(), None)  # looked at on the host
         check_positive(max_new_tokens=max_new_tokens)
         seed = secrets.randbits(63) if seed is None else seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:

@@ -1,6 +1,6 @@
 """What a state holds, which configurations share states, and the file that keeps one.
 
-The file is in the safetensors format: names and shapes are those of `tensors_held` and `row_shapes`, and the metadata
+The file is in the safetensors format: names and shapes are those of `tensors_held` and `rows_known`, and the metadata
 has the numbers, the configuration's part in it and a digest of the whole file. It is read by hand, so that nothing is
 believed, or room made for, before it was checked, and nothing is used but the bytes that the digest was taken of.
 How a state changes is never in here.
@@ -96,14 +96,6 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOATS = tuple(dtype for dtype in NAMES if dtype.is_floating_point)
-ROW_DTYPES = {
-    "num_tokens": torch.int64,
-    "seeded": torch.bool,
-    "pauses": torch.int64,
-    "history": torch.int64,
-    "opening": torch.int64,
-    "finished": torch.bool,
-}
 OPTIONAL = {"history", "opening", "finished"}  # unknown, or nothing to say
 
 
@@ -112,7 +104,7 @@ class SavedState(NamedTuple):
 
     signature: dict[str, Any]
     tensors: dict[str, torch.Tensor]  # those of `tensors_held`
-    rows: dict[str, torch.Tensor]  # those of `row_shapes`
+    rows: dict[str, torch.Tensor]  # those of `rows_known`
     seq_length: int  # positions fed
     aligned: int  # trailing positions at which every row took a token
     is_beam_search: int  # 0 or 1
@@ -173,15 +165,15 @@ def tensors_held(signature: dict[str, Any]) -> dict[str, Held]:
     return held
 
 
-def row_shapes(signature: dict[str, Any], batch_size: int) -> dict[str, tuple[int, ...]]:
-    """What is known of each row beside that: counts, flags and the hash of what it has read."""
+def rows_known(signature: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What is known of each row beside that, counts, flags and hashes of what it has read: dtype, and shape of one."""
     return {
-        "num_tokens": (batch_size,),
-        "seeded": (batch_size,),
-        "pauses": (batch_size, signature["num_pause_tokens"]),
-        "history": (batch_size, NUM_HASHES),
-        "opening": (batch_size, OPENING),
-        "finished": (batch_size,),
+        "num_tokens": (torch.int64, ()),
+        "seeded": (torch.bool, ()),
+        "pauses": (torch.int64, (signature["num_pause_tokens"],)),
+        "history": (torch.int64, (NUM_HASHES,)),
+        "opening": (torch.int64, (OPENING,)),
+        "finished": (torch.bool, ()),
     }
 
 
@@ -339,7 +331,7 @@ def read_state(path: Path, check: Callable[[dict[str, Any], str | None], None]) 
                     raise ValueError("its digest is another")
             if version == "1":
                 tensors.pop("history", None)
-            rows = {name: tensors.pop(name) for name in ROW_DTYPES if name in tensors}
+            rows = {name: tensors.pop(name) for name in rows_known(signature) if name in tensors}
             held = tensors_held(signature)  # what it keeps in float32 may have been kept in less before
             tensors = {name: tensor.to(held[name].dtype_in(tensor.dtype)) for name, tensor in tensors.items()}
             state = SavedState(signature, tensors, rows, *numbers)
@@ -411,8 +403,8 @@ def _expected_of(signature: dict[str, Any], batch_size: int, version: str) -> di
     expected: dict[str, Any] = {}
     for name, held in tensors_held(signature).items():
         expected[name] = set(FLOATS), [batch_size, *held.shape]
-    for name, shape in row_shapes(signature, batch_size).items():
-        expected[name] = {ROW_DTYPES[name]}, list(shape)
+    for name, (dtype, shape) in rows_known(signature).items():
+        expected[name] = {dtype}, [batch_size, *shape]
     if version == "1":
         expected["history"] = {torch.int64}, [batch_size]
     return expected
@@ -425,7 +417,7 @@ def _check_layout(found: dict[str, tuple[torch.dtype, Any]], expected: dict[str,
     for name, (dtype, shape) in found.items():
         dtypes, right = expected[name]
         if dtype not in dtypes or shape != right:
-            names = " or ".join(str(each) for each in FLOATS + tuple(ROW_DTYPES.values()) if each in dtypes)
+            names = " or ".join(str(each) for each in NAMES if each in dtypes)
             raise ValueError(f"the state's {name} is {dtype} {shape}, expected {names} {right}")
 
 

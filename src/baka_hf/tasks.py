@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.utils import logging
@@ -40,9 +39,9 @@ from .data import SECONDS_UNTIL_PROGRESS
 from .evaluation import in_eval_mode
 from .inputs_baka import check_positive
 from .loss_baka import IGNORED
-from .texts import read_documents
+from .texts import encode, keep_arrays, read_documents
 
-SENTENCES_AT_A_TIME = 100_000  # are tokenized by all cores
+SENTENCES_AT_A_TIME = 100_000  # are tokenized
 
 NUM_KEYS = 26  # the letters
 # How many predictions a sample makes; L symbols or pairs are its source.
@@ -97,9 +96,7 @@ class TaskDataset(Dataset[dict[str, torch.Tensor]]):
     ):
         if task not in TASKS:
             raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
-        _check_integer("num_segments", num_segments, 1)
-        _check_integer("segment_length", segment_length, 1)
-        _check_integer("num_samples", num_samples, 1)
+        check_positive(num_segments=num_segments, segment_length=segment_length, num_samples=num_samples)
         _check_integer("seed", seed, 0)
         _check_integer("num_symbols", num_symbols, 2)
         self.task, self.num_samples, self.seed, self.num_symbols = task, num_samples, seed, num_symbols
@@ -131,7 +128,10 @@ class TaskDataset(Dataset[dict[str, torch.Tensor]]):
             queried = generator.integers(self.source_length)
             source = np.append(np.stack([keys, symbols], axis=1), keys[queried])
             answer = symbols[queried : queried + 1]
-        return _sample(np.concatenate([source, [self.start_token], answer]), len(answer))
+        input_ids = torch.from_numpy(np.concatenate([source, [self.start_token], answer]).astype(np.int64))
+        labels = input_ids.clone()
+        labels[: -self.answer_length] = IGNORED
+        return {"input_ids": input_ids, "labels": labels}
 
 
 class RecallDataset(Dataset[dict[str, torch.Tensor]]):
@@ -185,10 +185,8 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
         num_symbols: int = 10,
         num_keys: int = NUM_KEYS,
     ):
-        _check_integer("num_pairs", num_pairs, 1)
-        _check_integer("num_segments", num_segments, 1)
-        _check_integer("segment_length", segment_length, 1)
-        _check_integer("num_samples", num_samples, 1)
+        check_positive(num_pairs=num_pairs, num_segments=num_segments)
+        check_positive(segment_length=segment_length, num_samples=num_samples)
         _check_integer("seed", seed, 0)
         _check_integer("num_symbols", num_symbols, 2)
         _check_integer("num_keys", num_keys, num_pairs)
@@ -333,14 +331,7 @@ def tokenize_books(
             process that comes makes it, and others wait. It does not know of which books and tokenizer it was made.
     """
     if path is not None:
-        with FileLock(f"{os.fspath(path)}.lock"):
-            if not Path(path).exists():
-                made, part = tokenize_books(tokenizer, books), f"{os.fspath(path)}.part"
-                with open(part, "wb") as file:
-                    np.savez(file, tokens=made.tokens, breaks=made.breaks)
-                os.replace(part, path)
-        with np.load(path) as arrays:
-            return Books(arrays["tokens"], arrays["breaks"])
+        return Books(**keep_arrays(path, lambda: vars(tokenize_books(tokenizer, books))))
     texts = read_documents(os.fspath(books)) if isinstance(books, str | PathLike) else books
     arrays, lengths = [np.array([], np.int32)], [0]
     for text in logging.tqdm(texts, desc="Tokenizing", unit="book", delay=SECONDS_UNTIL_PROGRESS):
@@ -402,7 +393,7 @@ class BabiInBooksDataset(Dataset[dict[str, torch.Tensor]]):
                 f"`length` must be at least {min(sizes)}, as the shortest question with facts, got {length}."
             )
         self.num_samples = len(self.questions) if num_samples is None else num_samples
-        _check_integer("num_samples", self.num_samples, 1)
+        check_positive(num_samples=self.num_samples)
 
         self.books = books if isinstance(books, Books) else tokenize_books(tokenizer, books)
         if len(self.books.tokens) < length - min(sizes):
@@ -531,23 +522,10 @@ def _generator(seed: int, index: int, num_samples: int) -> np.random.Generator:
     return np.random.default_rng([seed, index])
 
 
-def _sample(tokens: np.ndarray, answer_length: int) -> dict[str, torch.Tensor]:
-    input_ids = torch.from_numpy(tokens.astype(np.int64))
-    labels = input_ids.clone()
-    labels[:-answer_length] = IGNORED
-    return {"input_ids": input_ids, "labels": labels}
-
-
 def _encode(tokenizer: Any, sentences: Sequence[str]) -> list[list[int]]:
     """Every sentence begins with a space: it is tokenized as in the midst of a text."""
-    fast = tokenizer.backend_tokenizer
-    return [
-        encoding.ids
-        for start in range(0, len(sentences), SENTENCES_AT_A_TIME)
-        for encoding in fast.encode_batch_fast(
-            [f" {sentence}" for sentence in sentences[start : start + SENTENCES_AT_A_TIME]], add_special_tokens=False
-        )
-    ]
+    spaced = [f" {sentence}" for sentence in sentences]
+    return [encoding.ids for encoding in encode(tokenizer.backend_tokenizer, spaced, SENTENCES_AT_A_TIME)]
 
 
 def _sentences(text: str) -> list[str]:

@@ -7,7 +7,7 @@ lanes = LaneDataset(tokens.documents["train"], num_lanes=8, chunk_size=512)
 import json
 import lzma
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from .inputs_baka import check_positive
 
-DOCUMENTS_AT_A_TIME = 1000  # are tokenized by all cores
+DOCUMENTS_AT_A_TIME = 1000  # are tokenized
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,34 @@ def load_tokens(
     names = {name: [Path(file).name for file in files] for name, files in texts.items()}
     about = {"texts": names, "tokenizer": Path(tokenizer).name, "end": end_of_text, "characters": dict(num_chars or {})}
     made_of = json.dumps(about, sort_keys=True)
+    tokenized = _tokenized(texts, tokenizer, end_of_text, num_chars or {})
+    arrays = keep_arrays(path, lambda: dict(tokenized, made_of=made_of))
+    if str(arrays["made_of"]) != made_of:
+        raise ValueError(f"expected tokens made of {made_of} in {path}, found {arrays['made_of']}.")
+    return Tokens(
+        vocab_size=int(arrays["vocab_size"]),
+        end_of_text_id=int(arrays["end_of_text_id"]),
+        documents={name: np.split(arrays[f"{name}: tokens"], arrays[f"{name}: ends"][:-1]) for name in texts},
+        num_bytes={name: int(arrays[f"{name}: bytes"]) for name in texts},
+    )
+
+
+def keep_arrays(path: str | os.PathLike, make: Callable[[], Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """What a file (.npz) keeps: what `make` gives to the first process that comes, while others wait."""
     with FileLock(f"{os.fspath(path)}.lock"):
         if not Path(path).exists():
             part = f"{os.fspath(path)}.part"
             with open(part, "wb") as file:
-                np.savez(file, made_of=made_of, **dict(_tokenized(texts, tokenizer, end_of_text, num_chars or {})))
+                np.savez(file, **make())
             os.replace(part, path)
     with np.load(path) as arrays:
-        if str(arrays["made_of"]) != made_of:
-            raise ValueError(f"expected tokens made of {made_of} in {path}, found {arrays['made_of']}.")
-        return Tokens(
-            vocab_size=int(arrays["vocab_size"]),
-            end_of_text_id=int(arrays["end_of_text_id"]),
-            documents={name: np.split(arrays[f"{name}: tokens"], arrays[f"{name}: ends"][:-1]) for name in texts},
-            num_bytes={name: int(arrays[f"{name}: bytes"]) for name in texts},
-        )
+        return dict(arrays)
+
+
+def encode(tokenizer: Any, texts: Sequence[str], at_a_time: int) -> Iterator[Any]:
+    """Encodings by a tokenizer of `tokenizers`, without special tokens; of so many `at_a_time` by all cores."""
+    for start in range(0, len(texts), at_a_time):
+        yield from tokenizer.encode_batch_fast(texts[start : start + at_a_time], add_special_tokens=False)
 
 
 def read_documents(path: str) -> list[str]:
@@ -101,10 +114,7 @@ def _tokenized(
         documents = [text[: num_chars.get(name)] for path in paths for text in read_documents(path)]
         pieces = [
             np.array([end, *encoding.ids], np.uint16 if vocab_size <= 2**16 else np.int32)
-            for start in range(0, len(documents), DOCUMENTS_AT_A_TIME)
-            for encoding in fast.encode_batch_fast(
-                documents[start : start + DOCUMENTS_AT_A_TIME], add_special_tokens=False
-            )
+            for encoding in encode(fast, documents, DOCUMENTS_AT_A_TIME)
         ]
         yield f"{name}: tokens", np.concatenate(pieces)
         yield f"{name}: ends", np.cumsum([len(piece) for piece in pieces])
