@@ -150,6 +150,11 @@ class Run:
             return setting.num_lanes * setting.chunks_per_step * setting.chunk_size // setting.context
         return setting.num_lanes
 
+    @property
+    def splits(self) -> dict[str, int | None]:
+        """Names of the ways in which held-out text is read, with how far a peer's window moves on in each."""
+        return {"valid": None} | ({"valid, sliding": self.setting.context // 2} if self.base in PEERS else {})
+
     def configure(self, vocab_size: int, end: int) -> Any:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         fields = {name: getattr(self.setting, name) for name in sizes}
@@ -177,7 +182,8 @@ class Run:
                         f"run {self.name!r}, seed {seed}, is in {database} with {name}={known[name]!r}, not "
                         f"{wanted[name]!r}: give it another label or write to another folder."
                     )
-        return set(tokens.documents) - {"train"} <= {result.dataset for result in found}
+        scored = {(result.dataset, result.split) for result in found}
+        return all((name, split) in scored for name in tokens.documents if name != "train" for split in self.splits)
 
 
 # ---- training and scores ----
@@ -280,7 +286,7 @@ def score(run: Run, model: Any, tokens: Tokens, args: Arguments, **about: Any) -
         if run.base in PEERS:
             size, context = run.setting.chunk_size, run.setting.context
             options = dict(chunk_size=size, batch_size=max(1, args.eval_batch_size * size // context))
-            for split, stride in (("valid", None), ("valid, sliding", context // 2)):
+            for split, stride in run.splits.items():
                 scores = evaluate_windows(model, documents, context, stride, num_bytes=num_bytes, **options)
                 result = Result.of(model, scores, split=split, **about)
                 yield replace(result, model=result.model | {"chunk_size": size})  # of its losses by depth
@@ -330,12 +336,13 @@ def main() -> None:
                 if run.is_done(seed, tokens, database):
                     continue
                 model, about = train(run, seed, tokens, args.output)
-                with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
-                    results = list(score(run, model, tokens, args, **about))
                 if args.save:
                     model.save_pretrained(Path(args.output, "models", re.sub(r"[^\w.=-]+", "_", name)))
-                for result in results:
-                    write_result(database, result)
+                results = []
+                with torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available()):
+                    for result in score(run, model, tokens, args, **about):
+                        write_result(database, result)  # at once: what ends the program takes no others
+                        results.append(result)
         except Timeout:
             continue  # another process has it
         except Exception:  # the others go on

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +167,29 @@ def test_what_is_there_or_taken_is_not_run(
         run(monkeypatch, [*trained.common, *runs])
     run(monkeypatch, [*trained.common, *runs, "--deadline", "0"])
     assert begun == [] and "pristine, seed 2: no time is left for it" in capsys.readouterr().out
+
+
+def test_what_ends_while_scores_are_made(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is kept, and so is what was scored; the run counts as one that is still to be made."""
+    evaluate, made = ladder.evaluate_windows, []
+
+    def broken(model: Any, documents: Any, context: int, stride: int | None = None, **options: Any) -> Any:
+        if stride is not None and len(made) == 1:
+            raise RuntimeError("out of memory")
+        made.append(stride)
+        return evaluate(model, documents, context, stride, **options)
+
+    monkeypatch.setattr(ladder, "evaluate_windows", broken)
+    folder = trained.folder / "cut"
+    places = ["--output", str(folder), "--results_db", str(folder / "all.db")]
+    arguments = [*trained.common, *places, "--runs", "cut=llama:context=32", "--save"]
+    for splits in (["valid"], ["valid", "valid, sliding"]):
+        with pytest.raises(SystemExit) if len(splits) == 1 else nullcontext():
+            run(monkeypatch, arguments)
+        assert [result.split for result in read_results(folder / "all.db")] == splits
+        assert (folder / "models" / "cut_seed_0").is_dir()
+    run(monkeypatch, arguments)
+    assert made == [None, None, 16]  # nothing was made again
 
 
 @pytest.mark.parametrize(
