@@ -149,6 +149,34 @@ def test_the_mask_is_inferred_from_the_pad_token(model: BakaForCausalLM) -> None
     assert torch.equal(found, model.generate(tokens, attention_mask=mask, pad_token_id=0, **GREEDY))
 
 
+@pytest.mark.parametrize("num_new", [0, 4])
+def test_a_pad_token_said_last_is_text(model: BakaForCausalLM, num_new: int) -> None:
+    """Without a mask: with the whole history or alone it is read, as by a mask of ones."""
+    state = model.new_cache()
+    text = model.generate(prompt(1, 9), cache=state, **GREEDY)
+    pad = int(text[0, -1])
+    new = prompt(1, num_new, seed=3)
+    whole = torch.cat([text, new.where(new != pad, (pad + 1) % 19)], dim=1)
+    expected = model.generate(whole, attention_mask=torch.ones_like(whole), cache=state.clone(), **GREEDY)
+    found = [model.generate(whole, cache=state.clone(), pad_token_id=pad, **GREEDY)]
+    if num_new == 0:
+        found.append(model.generate(text[:, -1:], cache=state.clone(), pad_token_id=pad, **GREEDY))
+    for each in found:
+        assert torch.equal(each[:, -30:], expected[:, -30:])
+
+
+def test_a_pad_token_after_the_end_is_none(model: BakaForCausalLM) -> None:
+    """It fills up the row of a text that had ended before the longest, and there is nothing to go on from."""
+    state, rows = model.new_cache(2), torch.cat([prompt(1, 9), prompt(1, 9, seed=4)])
+    ending, other = (set(row.tolist()) for row in model.generate(rows, **GREEDY)[:, 9:-1])
+    arguments = GREEDY | dict(eos_token_id=min(ending - other), pad_token_id=min(set(range(19)) - ending - other))
+    text = model.generate(rows, cache=state, **arguments)
+    assert (text[:, -1] == arguments["pad_token_id"]).tolist() == [True, False]
+    for again in (text, text[:, -1:]):
+        with pytest.raises(ValueError, match=r"in the rows \[0\]|expected the whole history or new tokens"):
+            model.generate(again, cache=state.clone(), **arguments)
+
+
 def test_without_a_prompt(model: BakaForCausalLM) -> None:
     """A text can begin with nothing but the begin-of-text token."""
     assert torch.equal(model.generate(bos_token_id=3, **GREEDY), model.generate(torch.tensor([[3]]), **GREEDY))

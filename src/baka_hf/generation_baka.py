@@ -165,9 +165,18 @@ class BakaGenerationMixin(GenerationMixin):
             mask = torch.ones_like(mask)
         if cache is None:
             return mask
-        fed = cache.get_seq_length()
-        if inputs_tensor.ndim == 2 and self._is_history(cache, inputs_tensor[:, :fed], torch.ones_like(mask[:, :fed])):
-            mask = torch.cat([torch.ones_like(mask[:, :fed]), mask[:, fed:]], dim=1)
+        if inputs_tensor.ndim == 2:
+            fed = cache.get_seq_length()
+            read = torch.ones_like(mask[:, :fed])
+            is_whole = self._is_history(cache, inputs_tensor[:, :fed], read)
+            if is_whole:
+                mask = torch.cat([read, mask[:, fed:]], dim=1)
+            # Nor was the last one said, which is still to be read, unless it fills up a row that had ended.
+            new = inputs_tensor[:, fed:] if is_whole else inputs_tensor
+            has_ended = cache._finished is not None and bool(cache._finished.any())
+            is_last = new.shape[1] > 0 if is_whole else new.shape[1] == 1
+            if is_last and not has_ended and is_same(new[:, 0], cache._said):
+                mask[:, inputs_tensor.shape[1] - new.shape[1]] = 1
         return self._complete_mask(cache, inputs_tensor, mask)
 
     def _complete_mask(self, cache: BakaCache, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
