@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import torch
 from side_by_side import Comparison, arguments, new_baka, random_tokens, settle
+from torch import nn
 
 from baka_hf import attention_baka, decoding_graphs_baka, layers_baka, loss_baka, modeling_baka, reading_baka
 
@@ -127,8 +128,10 @@ def planned(**options: Any) -> Iterator[None]:
         yield
 
 
-def products_apart(linears: list[torch.nn.Linear], normed: torch.Tensor, joined: Any) -> list[torch.Tensor]:
-    return [linear(normed) for linear in linears]
+def products_apart(joined: decoding_graphs_baka.Joined, normed: torch.Tensor) -> list[torch.Tensor]:
+    weights = joined.weight.split(joined.sizes)
+    biases = [None] * len(weights) if joined.bias is None else joined.bias.split(joined.sizes)
+    return [nn.functional.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 # By the work with most to gain: its size on a GPU, where it is quick, and what is put in the place of each path.

@@ -1,5 +1,6 @@
 """Benchmarks run: two sides, a line and a ratio for each measurement, a picture. Their figures mean nothing here."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -9,9 +10,11 @@ import pytest
 import torch
 from helpers import byte_tokenizer, tiny_config
 from programs import run_program
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baka_hf import BakaForCausalLM
+from baka_hf.decoding_graphs_baka import Joined, one_product
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FIGURES = {
@@ -69,6 +72,25 @@ def test_serving_is_measured(tmp_path: Path) -> None:
     assert all(float(row[-1]) > 0 for row in rows if row[1] == "tokens/s")
     assert [row[0] for row in rows[-2:]] == ["1 user", "3 users"]
     assert all(row[3] == "1" and float(row[4]) < 1e-6 < float(row[5]) for row in rows[-2:])
+
+
+def test_paths_that_are_left_out(tmp_path: Path) -> None:
+    """What is put in their places still does the work; the product of layers that are joined, on any device."""
+    output = run_program(BENCHMARKS / "fast_paths.py", tmp_path, "--device", "cpu", "--quick")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    speeds = {row[3]: float(row[2].replace(",", "")) for row in rows if row[1] == "tokens/s"}
+    assert len(speeds) == 13 and all(speed > 0 for speed in speeds.values())
+
+
+@pytest.mark.parametrize("biases", [(False, False), (True, False), (True, True)], ids=str)
+def test_products_apart(biases: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    products_apart = importlib.import_module("fast_paths").products_apart
+    linears = [nn.Linear(5, size, bias, dtype=torch.float64) for size, bias in zip((3, 7), biases, strict=True)]
+    joined, inputs = Joined.of(linears), torch.randn(2, 4, 5, dtype=torch.float64)
+    for product in (products_apart, one_product):
+        for found, linear in zip(product(joined, inputs), linears, strict=True):
+            torch.testing.assert_close(found, linear(inputs))
 
 
 def test_linear_attention_beside_ours(tmp_path: Path) -> None:

@@ -147,9 +147,9 @@ def test_deleted_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_saved_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another process, just after a look that found nothing: as if it had been after the load."""
+    """By another process, while this one finds nothing: as if it had been before."""
     model = tiny_model(tiny_config())
-    store, state, utime = StateStore(tmp_path, model), read(model, 0), os.utime
+    store, state, utime, mkdir = StateStore(tmp_path, model), read(model, 0), os.utime, os.mkdir
 
     def too_early(path: Path) -> None:
         try:
@@ -159,8 +159,48 @@ def test_saved_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "utime", too_early)
-        assert store.load("ada") is None
-    assert contents(store.load("ada")) == contents(state)
+        assert contents(store.load("ada")) == contents(state)
+
+    def made_and_taken_away(path: Path, *args: Any) -> None:
+        monkeypatch.setattr(os, "mkdir", mkdir)
+        raise FileExistsError(path)
+
+    monkeypatch.setattr(os, "mkdir", made_and_taken_away)
+    store.save("bob", state)
+    assert contents(store.load("bob")) == contents(state)
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_deleted_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_saved: bool) -> None:
+    """And saved again, or not: what is there afterwards is found."""
+    model = tiny_model(tiny_config())
+    store, states = StateStore(tmp_path, model), [read(model, seed) for seed in (0, 1)]
+    store.save("ada", states[0])
+
+    def read_too_late(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        store.delete("ada")
+        try:
+            return store.kind.from_pretrained(*args, **options)
+        finally:
+            if is_saved:
+                store.save("ada", states[1])
+
+    monkeypatch.setattr(store.kind, "from_pretrained", read_too_late)
+    found = store.load("ada")
+    assert found is None if not is_saved else contents(found) == contents(states[1])
+
+
+def test_a_damaged_state_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_config())
+    store, from_pretrained, tries = StateStore(tmp_path, model), BakaCache.from_pretrained, []
+    store.save("ada", read(model, 0))
+    path = next(tmp_path.glob("*/*"))
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(store.kind, "from_pretrained", lambda *a, **k: (tries.append(a), from_pretrained(*a, **k)))
+    with pytest.raises(ValueError):
+        store.load("ada")
+    assert len(tries) == 1
 
 
 @pytest.mark.parametrize("look", ["scandir", "stat"])

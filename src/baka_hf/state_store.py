@@ -10,7 +10,7 @@ from typing import Any
 
 from .state_files_baka import CACHE_FILE, check_signature, fingerprint_of, signature_of
 
-TRIES = 10  # to save a state whose folder others take away
+TRIES = 10  # to save or load a state that others delete or replace meanwhile
 PARTIAL_AGE = 3600  # seconds after which a partial file is no writer's any more
 
 
@@ -74,7 +74,7 @@ class StateStore:
             try:
                 state.save_pretrained(self._place(user), fingerprint=self.fingerprint)
                 break
-            except FileNotFoundError:  # another process, deleting the last one, took the folder away
+            except (FileNotFoundError, FileExistsError):  # others, deleting or saving, took the folder away or made it
                 if attempt + 1 == TRIES:
                     raise
         self.evict()
@@ -86,18 +86,21 @@ class StateStore:
             ValueError: it was read by other weights, or is damaged.
         """
         self.evict()
-        place = self._place(user)
-        try:
-            os.utime(place / CACHE_FILE)
-        except FileNotFoundError:
-            return None  # nobody had saved one, whoever may do so now
-        try:
-            options = dict(config=self.model.config, fingerprint=self.fingerprint)
-            return self.kind.from_pretrained(place, device=self.model.device, dtype=self.model.dtype, **options)
-        except (FileNotFoundError, ValueError):
-            if (place / CACHE_FILE).exists():
-                raise
-            return None  # another process has just deleted it
+        file = self._place(user) / CACHE_FILE
+        options = dict(config=self.model.config, fingerprint=self.fingerprint)
+        for attempt in range(TRIES):
+            with suppress(FileNotFoundError):
+                os.utime(file)
+            version = _version_of(file)
+            if version is None:
+                return None
+            try:
+                return self.kind.from_pretrained(
+                    file.parent, device=self.model.device, dtype=self.model.dtype, **options
+                )
+            except (FileNotFoundError, ValueError):
+                if attempt + 1 == TRIES or _version_of(file) == version:
+                    raise
 
     def delete(self, user: str) -> None:
         """Forget a user's state, if there is one."""
@@ -132,6 +135,14 @@ class StateStore:
                 with suppress(OSError):
                     if path.stat().st_mtime == used:  # or else it has been saved or loaded meanwhile
                         self._remove(path.parent)
+
+
+def _version_of(file: Path) -> tuple[int, int] | None:
+    """What changes when a file is replaced or used; None if there is none."""
+    with suppress(FileNotFoundError):
+        status = file.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 __all__ = ["StateStore"]
