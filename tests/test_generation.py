@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -129,14 +130,15 @@ def test_left_padded_rows_are_rows_alone(overrides: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, dict(use_cache=False), dict(num_beams=2)], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_packed_prompts(model: BakaForCausalLM, options: dict[str, Any], padded: bool) -> None:
-    """The last text of each row goes on as if alone, whether a tensor or an array of numpy says where it begins."""
+    """The last text of each row goes on as if alone, whether a tensor or an array of numpy says where it begins, of
+    each row or of all."""
     tokens, positions = prompt(2, 9), torch.arange(9).expand(2, -1) % 5
     mask = ones(2, 9)
     if padded:  # on the right: it is put on the left, and positions with it
         mask[:, 7:] = 0
     arguments = GREEDY | options
     alone = model.generate(tokens[:, 5 : 7 if padded else 9], **arguments)[:, -30:]
-    for given in (positions, positions.numpy()):
+    for given in (positions, positions[:1], positions.numpy(), positions.numpy().astype(np.uint16)):
         found = model.generate(tokens, attention_mask=mask, position_ids=given, **arguments)
         assert torch.equal(found[:, -30:], alone)
 

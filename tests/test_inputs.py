@@ -126,21 +126,30 @@ def test_mask_without_a_state(model: BakaForCausalLM, shape: tuple[int, ...]) ->
     )
 
 
-@pytest.mark.parametrize("shape", [(2, 2), (2, 16), (3, 3), (3,), (3, 2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2), (2, 16), (3, 3), (), (3,), (3, 2, 3)], ids=str)
 def test_position_ids(model: BakaForCausalLM, cache: BakaCache, shape: tuple[int, ...]) -> None:
     """Positions are those of this call's tokens."""
-    refused(
-        lambda: model(ones(2, 3), position_ids=ones(*shape), cache=cache),
-        f"expected `position_ids` of shape [2, 3], got {list(shape)}",
-    )
+    length = "length" if len(shape) != 2 or shape[0] == 3 else "3"
+    said = f"expected `position_ids` of shape [2, {length}], got {list(shape)}"
+    refused(lambda: model(ones(2, 3), position_ids=ones(*shape), cache=cache), said)
+    if length == "length":
+        refused(generation(model, cache, ones(2, 3), position_ids=ones(*shape)), said)
 
 
 @pytest.mark.parametrize("dtype", [object, str, "datetime64[s]"], ids=str)
-def test_position_ids_that_are_no_numbers(model: BakaForCausalLM, cache: BakaCache, dtype: Any) -> None:
-    """Arrays that PyTorch cannot take, such as those that pandas makes of columns with gaps."""
-    positions = np.zeros((2, 3), dtype)
-    refused(lambda: model(ones(2, 3), position_ids=positions, cache=cache), "expected `position_ids` to be integers")
-    refused(generation(model, cache, ones(2, 3), position_ids=positions), "expected `position_ids` to be integers")
+def test_position_ids_that_pytorch_does_not_take(model: BakaForCausalLM, cache: BakaCache, dtype: Any) -> None:
+    """Arrays such as those that pandas makes of columns with gaps."""
+    positions, said = np.zeros((2, 3), dtype), "expected `position_ids` to be a tensor, or an array that PyTorch takes"
+    refused(lambda: model(ones(2, 3), position_ids=positions, cache=cache), said)
+    refused(generation(model, cache, ones(2, 3), position_ids=positions), said)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), 1j, True], ids=str)
+def test_position_ids_that_are_no_integers(model: BakaForCausalLM, cache: BakaCache, value: Any) -> None:
+    for positions in (torch.full((2, 3), value), np.full((2, 3), value)):
+        said = f"expected `position_ids` to be integers, got {torch.as_tensor(positions).dtype}"
+        refused(lambda positions=positions: model(ones(2, 3), position_ids=positions, cache=cache), said)
+        refused(generation(model, cache, ones(2, 3), position_ids=positions), said)
 
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])

@@ -122,8 +122,6 @@ class BakaGenerationMixin(GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs | ({"inputs": args[0]} if args else {})
         check_tensors(**{name: given.get(name) for name in ("inputs", "input_ids", "attention_mask", "inputs_embeds")})
-        if kwargs.get("position_ids") is not None:  # transformers goes on counting in a tensor
-            kwargs["position_ids"] = positions_of(kwargs["position_ids"])
         state = state_among((), kwargs)
         if state is None:
             return super().generate(*args, **kwargs)
@@ -147,6 +145,8 @@ class BakaGenerationMixin(GenerationMixin):
         if cache is not None:
             model_kwargs[CACHE_NAME] = cache
         inputs, name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        if model_kwargs.get("position_ids") is not None:  # transformers goes on counting in a tensor of all rows
+            model_kwargs["position_ids"] = positions_of(model_kwargs["position_ids"], inputs.shape[0])
         mask = model_kwargs.get("attention_mask")
         if cache is not None:
             check_cache(self.model, cache, getattr(cache, "batch_size", 0))

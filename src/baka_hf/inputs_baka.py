@@ -179,12 +179,17 @@ def check_mask(mask: torch.Tensor | None, batch_size: int, length: int, fed: int
     return real
 
 
-def positions_of(position_ids: Any) -> torch.Tensor:
-    """`position_ids`, a tensor or an array of numpy, as a tensor."""
+def positions_of(position_ids: Any, batch_size: int) -> torch.Tensor:
+    """`position_ids` [B or 1, L], a tensor of integers or an array of numpy, as a tensor [B, L], int64."""
     if not isinstance(position_ids, ArrayLike):
         kind = type(position_ids).__name__
         raise ValueError(f"expected `position_ids` to be a tensor, or an array of numpy, got {kind}.")
-    return as_tensor(position_ids, "`position_ids` to be integers")
+    positions = as_tensor(position_ids, "`position_ids` to be a tensor, or an array that PyTorch takes")
+    if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
+        raise ValueError(f"expected `position_ids` to be integers, got {positions.dtype}.")
+    if positions.ndim != 2 or positions.shape[0] not in (1, batch_size):
+        raise ValueError(f"expected `position_ids` of shape [{batch_size}, length], got {list(positions.shape)}.")
+    return positions.long().expand(batch_size, -1)
 
 
 def find_restarts(position_ids: Any, batch_size: int, length: int, real: torch.Tensor | None) -> torch.Tensor | None:
@@ -192,14 +197,13 @@ def find_restarts(position_ids: Any, batch_size: int, length: int, real: torch.T
     `position_ids` do, a tensor or an array of numpy; with `real`, where that does."""
     if position_ids is None:
         return None
-    position_ids = positions_of(position_ids)
+    positions = positions_of(position_ids, batch_size)
     if real is not None:
-        position_ids = position_ids.to(real.device)
-    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
+        positions = positions.to(real.device)
+    if positions.shape[1] != length:
         raise ValueError(f"expected `position_ids` of shape [{batch_size}, {length}], got {list(position_ids.shape)}.")
     if length == 1:
         return None
-    positions = position_ids.expand(batch_size, length).long()
     columns = torch.arange(length, device=positions.device).expand(batch_size, -1)
     # The column of the real token before each, -1 for none. What is not in the stream may be counted, or not.
     reals = columns if real is None else columns.masked_fill(~real, -1)
