@@ -10,8 +10,9 @@ QK-norm), which sees windows of `context` tokens. A field is one of the configur
 option below that says "run".
 
 Several processes with the same output folder, one for each GPU (CUDA_VISIBLE_DEVICES), share tokens and take runs from
-the list, each run once. What is in the database already is not run again. The folder then holds results.db; look at it
-by `python -m baka_hf.results baka-ladder/results.db summary`.
+the list, each run once. What is in the database already is not run again; a run that was cut short is, even if some of
+its scores are there. The folder then holds results.db; look at it by
+`python -m baka_hf.results baka-ladder/results.db summary`.
 """
 
 import ast
@@ -73,7 +74,9 @@ class Arguments:
     worth: list[str] = field(
         default_factory=list, metadata={"help": "Held-out text on which it is measured what the past is worth."}
     )
-    save: bool = field(default=False, metadata={"help": "Keep every trained model, in models/ of the output."})
+    save: bool = field(
+        default=False, metadata={"help": "Keep every trained model, in models/ of the output, before it is scored."}
+    )
     deadline: float | None = field(
         default=None, metadata={"help": "Seconds from the start by which to end: take no run that would last longer."}
     )

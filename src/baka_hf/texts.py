@@ -75,9 +75,9 @@ def keep_arrays(path: str | os.PathLike, make: Callable[[], Mapping[str, Any]]) 
     """What a file (.npz) keeps: what `make` gives to the first process that comes, while others wait."""
     with FileLock(f"{os.fspath(path)}.lock"):
         if not Path(path).exists():
-            part = f"{os.fspath(path)}.part"
+            part, made = f"{os.fspath(path)}.part", make()
             with open(part, "wb") as file:
-                np.savez(file, **make())
+                np.savez(file, **made)
             os.replace(part, path)
     with np.load(path) as arrays:
         return dict(arrays)
