@@ -48,6 +48,20 @@ def train_on_lanes(model: BakaForCausalLM, run: Callable[..., Any], num_steps: i
     return losses, [parameter.grad.clone() for parameter in model.parameters()]
 
 
+def test_compiled_as_by_older_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.9 goes from what it is to compile to what that wraps, though it be a method of an object."""
+
+    def innermost(function: Any, *_: Any) -> Any:
+        while hasattr(function, "_torchdynamo_orig_callable"):
+            function = function._torchdynamo_orig_callable
+        return function
+
+    model = tiny_model(tiny_config())
+    tokens = random_tokens(model.config, 2, 9)
+    monkeypatch.setattr(torch._dynamo.eval_frame, "innermost_fn", innermost)
+    assert_close(torch.compile(model, backend="eager")(tokens).logits, model(tokens).logits)
+
+
 @pytest.mark.parametrize(("solidifier", "granularity"), [("gelephant", None), ("layer", "chunk")])
 def test_training_compiles_to_few_programs(solidifier: str, granularity: str | None) -> None:
     """Losses and gradients are those of the plain model, and later steps need no new program."""

@@ -11,13 +11,19 @@ import torch
 import torch._dynamo
 from torch.utils.checkpoint import checkpoint
 
-# What is decided on the host is marked as such; what runs both is itself left alone.
-on_host = torch.compiler.disable
-runs_compiled_parts = torch.compiler.disable(recursive=False)
+on_host = torch.compiler.disable  # what is decided on the host is marked as such
 # One program for each kind of chunk, and again for other batch sizes. torch gives up compiling at 8 of them by default.
 # Under DDP it would cut every program in two, to send the gradients of one half early: blocks are small enough.
 allow_programs = partial(torch._dynamo.config.patch, recompile_limit=64, optimize_ddp=False)
 static_shapes = partial(allow_programs, automatic_dynamic_shapes=False)
+
+
+def runs_compiled_parts(function: Callable) -> Callable:
+    """`function`, which runs what is compiled and is itself left alone."""
+    wrapper = torch.compiler.disable(function, recursive=False)
+    # PyTorch 2.9 follows this from a bound method to what it wraps, and loses the object.
+    del wrapper._torchdynamo_orig_callable
+    return wrapper
 
 
 def recompute(function: Callable, *arguments: Any) -> Any:
