@@ -51,9 +51,9 @@ def train_on_lanes(model: BakaForCausalLM, run: Callable[..., Any], num_steps: i
 def test_compiled_as_by_older_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch 2.9 goes from what it is to compile to what that wraps, though it be a method of an object."""
 
-    def innermost(function: Any, attribute: str = "_torchdynamo_orig_callable") -> Any:
-        while hasattr(function, attribute):
-            function = getattr(function, attribute)
+    def innermost(function: Any, unaltered_fn_attr: str = "_torchdynamo_orig_callable") -> Any:
+        while hasattr(function, unaltered_fn_attr):
+            function = getattr(function, unaltered_fn_attr)
         return function
 
     model = tiny_model(tiny_config())
