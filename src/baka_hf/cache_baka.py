@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .cache_layer_baka import BakaCacheLayer
+from .configuration_baka import check_integers
 from .functions_baka import as_tensor, choose_rows, put_on
 from .history_baka import hash_before, hash_of_nothing, hash_tokens, opening_of_nothing, opening_with
 from .state_files_baka import (
@@ -63,8 +64,7 @@ class BakaCache(Cache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be an integer of at least 1, got {batch_size!r}.")
+        check_integers(batch_size=batch_size)
         signature, dtype = signature_of(config), _floating(dtype or config.dtype or torch.get_default_dtype())
         held = tensors_held(signature)
         self._begin(signature, {name: each.zeros(batch_size, device, dtype) for name, each in held.items()})
@@ -218,8 +218,7 @@ class BakaCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one after the other."""
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-            raise ValueError(f"`repeats` must be an integer of at least 1, got {repeats!r}.")
+        check_integers(repeats=repeats)
         self._apply(lambda t, name: t.repeat_interleave(repeats, 0), lambda t: t.repeat_interleave(repeats, 0))
 
     @classmethod

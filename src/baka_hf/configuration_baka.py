@@ -390,8 +390,7 @@ class BakaConfig(PreTrainedConfig):
             ("associative_layer_interval", 1),
             ("num_pause_tokens", 0),
         ):
-            if not _is_int(getattr(self, name), least):
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {getattr(self, name)!r}.")
+            check_integers(least, **{name: getattr(self, name)})
         if self.bptt_chunks is not None and not _is_int(self.bptt_chunks, 1):
             raise ValueError(f"`bptt_chunks` must be None or an integer of at least 1, got {self.bptt_chunks!r}.")
         for name in ("layer_norm_eps", "initializer_range"):
@@ -490,6 +489,13 @@ class BakaConfig(PreTrainedConfig):
             raise ValueError(
                 f"`rope_parameters` must have a low_freq_factor below high_freq_factor, got {rope_parameters!r}."
             )
+
+
+def check_integers(least: int = 1, /, **values: object) -> None:
+    """Raise a `ValueError` if one of the values that are named is no integer of at least `least`."""
+    for name, value in values.items():
+        if not _is_int(value, least):
+            raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
 
 def _is_int(value: object, least: int) -> bool:

@@ -34,8 +34,8 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import is_datasets_available, logging
 
+from .configuration_baka import check_integers
 from .functions_baka import as_tensor
-from .inputs_baka import check_positive
 from .loss_baka import IGNORED
 
 if is_datasets_available():
@@ -88,7 +88,7 @@ class _Lanes:
     def __init__(
         self, num_lanes: int, chunk_size: int, chunks_per_step: int, pad_token_id: int, vocab_size: int | None
     ):
-        check_positive(num_lanes=num_lanes, chunk_size=chunk_size, chunks_per_step=chunks_per_step)
+        check_integers(num_lanes=num_lanes, chunk_size=chunk_size, chunks_per_step=chunks_per_step)
         self.num_lanes, self.chunk_size, self.chunks_per_step = num_lanes, chunk_size, chunks_per_step
         self.pad_token_id, self.vocab_size = pad_token_id, vocab_size
         self.row_length = chunks_per_step * chunk_size
@@ -182,7 +182,7 @@ class LaneDataset(_Lanes, Dataset[Row]):
         vocab_size: int | None = None,
     ):
         super().__init__(num_lanes, chunk_size, chunks_per_step, pad_token_id, vocab_size)
-        check_positive(num_epochs=num_epochs)
+        check_integers(num_epochs=num_epochs)
         self.seed, self.shuffle, self.num_epochs = seed, shuffle, num_epochs
 
         if is_datasets_available() and isinstance(documents, datasets.Dataset):
@@ -451,7 +451,7 @@ def pack_documents(documents: Iterable[Any], num_tokens: int) -> list[np.ndarray
     Raises:
         ValueError: a size below 1, an empty document, or what is no sequence of token ids.
     """
-    check_positive(num_tokens=num_tokens)
+    check_integers(num_tokens=num_tokens)
     pieces: list[list[np.ndarray]] = []
     length = num_tokens  # of the last piece
     for number, item in enumerate(documents):

@@ -35,8 +35,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from .configuration_baka import check_integers
 from .data import SECONDS_UNTIL_PROGRESS, check_document
-from .inputs_baka import check_positive
 from .parts import import_parts
 from .texts import read_documents
 
@@ -106,10 +106,10 @@ def evaluate_documents(
             index); there is nothing to score; `batch_size` or `num_bytes` is below 1; `memory` or `keys` is another
             word, or is asked of a model that has none, or documents are to be exchanged one at a time.
     """
-    check_positive(batch_size=batch_size)
+    check_integers(batch_size=batch_size)
     _check_past(model.config, batch_size, memory, keys)
     if num_bytes is not None:
-        check_positive(num_bytes=num_bytes)
+        check_integers(num_bytes=num_bytes)
     scores: list[list[tuple[float, int]]] = []
     lanes = _lanes_of(documents, model.config.vocab_size, scores)
     with (
@@ -158,12 +158,12 @@ def evaluate_windows(
     Raises:
         ValueError: as `evaluate_documents`; or `stride` is not from 1 to `context - 1`.
     """
-    check_positive(context=context, batch_size=batch_size, chunk_size=chunk_size)
+    check_integers(context=context, batch_size=batch_size, chunk_size=chunk_size)
     stride = context - 1 if stride is None else stride
     if not 1 <= stride < context:
         raise ValueError(f"`stride` must be from 1 to {context - 1}, one less than `context`, got {stride!r}.")
     if num_bytes is not None:
-        check_positive(num_bytes=num_bytes)
+        check_integers(num_bytes=num_bytes)
     tokens = [check_document(document, number, model.config.vocab_size) for number, document in enumerate(documents)]
     scores = [[(0.0, 0)] * -(-(len(document) - 1) // chunk_size) for document in tokens]
     # Of which document, where it begins, and the first position in it whose prediction is scored.
@@ -424,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device: {error}")
     try:
-        check_positive(batch_size=args.batch_size, **({} if args.num_chars is None else {"num_chars": args.num_chars}))
+        check_integers(batch_size=args.batch_size, **({} if args.num_chars is None else {"num_chars": args.num_chars}))
         if args.trust_remote_code:
             import_parts(args.checkpoint)
         model = AutoModelForCausalLM.from_pretrained(args.checkpoint)

@@ -5,10 +5,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from .cache_baka import BakaCache, check_signature, signature_of
+from .cache_baka import BakaCache
 from .configuration_baka import BakaConfig
 from .functions_baka import as_tensor
-from .state_files_baka import check_state
+from .state_files_baka import check_signature, check_state, signature_of
 
 
 @runtime_checkable
@@ -16,12 +16,6 @@ class ArrayLike(Protocol):
     """A tensor, or an array of numpy, which is not imported here."""
 
     def __array__(self) -> Any: ...
-
-
-def check_positive(**values: object) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
 
 def either_name(past_key_values: BakaCache | None, cache: BakaCache | None) -> BakaCache | None:

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from .configuration_baka import check_integers
 from .functions_baka import as_tensor, put_on, sent_to_host
-from .inputs_baka import check_cache, check_positive, check_text
+from .inputs_baka import check_cache, check_text
 
 # Up to so many rows one prompt is read at a time: then a chunk takes about as long as a step.
 ROWS_PER_PROMPT = 32
@@ -138,7 +139,7 @@ class Batcher:
     """
 
     def __init__(self, model: Any, num_rows: int = 16, num_prompts: int | None = None):
-        check_positive(num_rows=num_rows, num_prompts=1 if num_prompts is None else num_prompts)
+        check_integers(num_rows=num_rows, num_prompts=1 if num_prompts is None else num_prompts)
         if model.get_output_embeddings() is None:
             raise ValueError(f"expected a model with a language modelling head, got {type(model).__name__}.")
         num_prompts = num_prompts or max(1, num_rows // ROWS_PER_PROMPT)
@@ -193,7 +194,7 @@ class Batcher:
                 f"shape {list(ids.shape)}."
             )
         check_text(config, ids[None].cpu(), None)  # looked at on the host
-        check_positive(max_new_tokens=max_new_tokens)
+        check_integers(max_new_tokens=max_new_tokens)
         seed = secrets.randbits(63) if seed is None else seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"expected `seed` to be an integer from 0 to 2**63 - 1, got {seed!r}.")

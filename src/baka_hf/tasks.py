@@ -35,9 +35,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from .configuration_baka import check_integers
 from .data import SECONDS_UNTIL_PROGRESS
 from .evaluation import in_eval_mode
-from .inputs_baka import check_positive
 from .loss_baka import IGNORED
 from .texts import encode, keep_arrays, read_documents
 
@@ -96,9 +96,9 @@ class TaskDataset(Dataset[dict[str, torch.Tensor]]):
     ):
         if task not in TASKS:
             raise ValueError(f"`task` must be one of {', '.join(TASKS)}, got {task!r}.")
-        check_positive(num_segments=num_segments, segment_length=segment_length, num_samples=num_samples)
-        _check_integer("seed", seed, 0)
-        _check_integer("num_symbols", num_symbols, 2)
+        check_integers(num_segments=num_segments, segment_length=segment_length, num_samples=num_samples)
+        check_integers(0, seed=seed)
+        check_integers(2, num_symbols=num_symbols)
         self.task, self.num_samples, self.seed, self.num_symbols = task, num_samples, seed, num_symbols
 
         total = num_segments * segment_length
@@ -185,11 +185,11 @@ class RecallDataset(Dataset[dict[str, torch.Tensor]]):
         num_symbols: int = 10,
         num_keys: int = NUM_KEYS,
     ):
-        check_positive(num_pairs=num_pairs, num_segments=num_segments)
-        check_positive(segment_length=segment_length, num_samples=num_samples)
-        _check_integer("seed", seed, 0)
-        _check_integer("num_symbols", num_symbols, 2)
-        _check_integer("num_keys", num_keys, num_pairs)
+        check_integers(num_pairs=num_pairs, num_segments=num_segments)
+        check_integers(segment_length=segment_length, num_samples=num_samples)
+        check_integers(0, seed=seed)
+        check_integers(2, num_symbols=num_symbols)
+        check_integers(num_pairs, num_keys=num_keys)
         if told not in ("first", "anywhere"):
             raise ValueError(f"`told` must be 'first' or 'anywhere', got {told!r}.")
         if not 0 <= retold <= (told == "first"):
@@ -379,8 +379,7 @@ class BabiInBooksDataset(Dataset[dict[str, torch.Tensor]]):
         ask_all: bool = False,
         seed: int = 0,
     ):
-        _check_integer("length", length, 0)
-        _check_integer("seed", seed, 0)
+        check_integers(0, length=length, seed=seed)
         known = read_babi(questions) if isinstance(questions, str | PathLike) else questions
         self.length, self.seed, self.ask_all = length, seed, ask_all
 
@@ -393,7 +392,7 @@ class BabiInBooksDataset(Dataset[dict[str, torch.Tensor]]):
                 f"`length` must be at least {min(sizes)}, as the shortest question with facts, got {length}."
             )
         self.num_samples = len(self.questions) if num_samples is None else num_samples
-        check_positive(num_samples=self.num_samples)
+        check_integers(num_samples=self.num_samples)
 
         self.books = books if isinstance(books, Books) else tokenize_books(tokenizer, books)
         if len(self.books.tokens) < length - min(sizes):
@@ -483,7 +482,7 @@ def streamed_accuracy(
     Raises:
         ValueError: a size is below 1, or there is a sample without an answer.
     """
-    check_positive(batch_size=batch_size, chunks_per_call=chunks_per_call)
+    check_integers(batch_size=batch_size, chunks_per_call=chunks_per_call)
     size, count = chunks_per_call * model.config.chunk_size, len(dataset)  # type: ignore[arg-type]
     num_asked, num_right, num_solved = 0, 0, 0
     with in_eval_mode(model):
@@ -508,11 +507,6 @@ def streamed_accuracy(
             num_right += int(is_right.sum())
             num_solved += int((is_right | ~is_asked).all(1).sum())
     return {"token_accuracy": num_right / num_asked, "sequence_accuracy": num_solved / count}
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
 
 
 def _generator(seed: int, index: int, num_samples: int) -> np.random.Generator:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from .inputs_baka import check_positive
+from .configuration_baka import check_integers
 
 DOCUMENTS_AT_A_TIME = 1000  # are tokenized
 
@@ -137,7 +137,7 @@ class WindowDataset(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, documents: Sequence[np.ndarray], context: int, seed: int = 0, num_epochs: int = 1):
-        check_positive(context=context, num_epochs=num_epochs)
+        check_integers(context=context, num_epochs=num_epochs)
         generator = np.random.default_rng(seed)
         order = [index for _ in range(num_epochs) for index in generator.permutation(len(documents))]
         tokens = np.concatenate([documents[index] for index in order])

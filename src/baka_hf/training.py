@@ -35,6 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import logging
 
 from .cache_baka import BakaCache
+from .configuration_baka import check_integers
 from .data import IGNORED, LaneDataset, StreamingLanes
 from .functions_baka import sent_to_host
 from .hub import trainer_card
@@ -106,9 +107,8 @@ class BakaTrainingArguments(MuonArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        chunks = self.chunks_per_backward
-        if chunks is not None and (not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1):
-            raise ValueError(f"`chunks_per_backward` must be an integer of at least 1, got {chunks!r}.")
+        if self.chunks_per_backward is not None:
+            check_integers(chunks_per_backward=self.chunks_per_backward)
 
 
 class BakaTrainer(MuonTrainer):
