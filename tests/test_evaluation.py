@@ -489,9 +489,8 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ):
         with pytest.raises(SystemExit, match=message):
             evaluation.main([str(tmp_path / "model"), *wrong, "--device", "cpu"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"error: --device: .*nowhere"):
         evaluation.main([*arguments[:-1], "nowhere"])
-    assert "--device" in capsys.readouterr().err
     LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path / "llama")

@@ -9,6 +9,7 @@ import torch
 from helpers import CONFIGS, naive_read, random_tokens, tiny_config, tiny_model
 from saving import save_checkpoint
 from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from baka_hf import BakaModel, decoding_graphs_baka, inspect
 from baka_hf.evaluation import evaluate_documents, gain_by_depth
@@ -189,4 +190,14 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     texts[0].write_text("short")
     with pytest.raises(SystemExit, match=r"error: expected `tokens` \[T\] of more than a chunk \(16\)"):
         inspect.main([*map(str, [tmp_path / "model", texts[0]]), "-o", str(tmp_path / "other")])
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path / "llama")
+    for model, wrong, message in (
+        ("model", ["--chunks", "0"], "`chunks` must be an integer of at least 1, got 0"),
+        ("model", ["--device", "nowhere"], "--device: .*nowhere"),
+        ("llama", [], "expected a BakaLLM, got a LlamaForCausalLM"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: {message}"):
+            inspect.main([*map(str, [tmp_path / model, texts[1]]), "-o", str(tmp_path / "other"), *wrong])
     assert not (tmp_path / "other").exists()

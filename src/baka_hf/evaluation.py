@@ -404,6 +404,26 @@ def _count_tokens(documents: Iterable[Any]) -> int | None:
 # python -m baka_hf.evaluation
 
 
+def open_checkpoint(
+    checkpoint: str, device: str, trust_remote_code: bool = False, tokenizer: str | None = None
+) -> tuple[Any, Any]:
+    """A BakaLLM and a tokenizer, its own if none is named, as the command lines ask for them.
+
+    Raises:
+        ValueError: there is no such device, or another model.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {error}") from error
+    if trust_remote_code:
+        import_parts(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    if model.config.model_type != "baka":
+        raise ValueError(f"expected a BakaLLM, got a {type(model).__name__} in {checkpoint}.")
+    return model.to(device), AutoTokenizer.from_pretrained(tokenizer or checkpoint)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m baka_hf.evaluation", description="Scores of a checkpoint on whole documents, memory carried."
@@ -420,18 +440,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run the parts that the checkpoint brings")
     args = parser.parse_args(arguments)
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device: {error}")
-    try:
         check_integers(batch_size=args.batch_size, **({} if args.num_chars is None else {"num_chars": args.num_chars}))
-        if args.trust_remote_code:
-            import_parts(args.checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(args.checkpoint)
-        if model.config.model_type != "baka":
-            raise ValueError(f"expected a BakaLLM, got a {type(model).__name__} in {args.checkpoint}.")
-        model = model.to(args.device)
-        tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+        model, tokenizer = open_checkpoint(args.checkpoint, args.device, args.trust_remote_code)
         first = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
         print(
             f"{'text':<32}{'documents':>10}{'tokens':>11}{'nats per token':>16}{'perplexity':>12}{'bits per byte':>15}"

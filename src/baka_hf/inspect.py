@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .evaluation import evaluate_documents, gain_by_depth, in_eval_mode
-from .parts import import_parts
+from .configuration_baka import check_integers
+from .evaluation import evaluate_documents, gain_by_depth, in_eval_mode, open_checkpoint
 from .plots import COLOURS, draw_gains, finish, slide
 from .stream_baka import slot_names
 
@@ -221,10 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trust_remote_code", action="store_true", help="run the parts that the checkpoint brings")
     args = parser.parse_args(arguments)
     try:
-        if args.trust_remote_code:
-            import_parts(args.checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(args.checkpoint).to(args.device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.checkpoint)
+        check_integers(chunks=args.chunks)
+        model, tokenizer = open_checkpoint(args.checkpoint, args.device, args.trust_remote_code, args.tokenizer)
         most = args.chunks * model.config.chunk_size + 1
         documents = [
             torch.tensor(tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False).input_ids[:most])
