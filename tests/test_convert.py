@@ -222,6 +222,7 @@ def with_another_rope(**rope: Any) -> Any:
         (source, dict(value_residual=True), "the source decides, got value_residual"),
         (source, dict(memory_update="none"), "`memory_update` must be one of"),
         (source, dict(chunk_sizes=5), "no field `chunk_sizes`"),
+        (source, dict(bogus=1, rope_theta=2.0), "expected fields of BakaConfig, got bogus, rope_theta"),
     ],
 )
 def test_what_is_refused(make: Callable[[], Any], fields: dict[str, Any], message: str) -> None:
@@ -255,8 +256,14 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert AutoTokenizer.from_pretrained(target).chat_template == "{{ messages[0].content }}"
     weights = LlamaForCausalLM.from_pretrained(folder / "source", dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in weights.items())
-    too_long = [*command[:1], f"{target}2", "--chunk_size", "99"]
-    for arguments, message in ((command, "must not be there yet"), (too_long, "99")):
+    other = [*command[:1], f"{target}2", "--chunk_size"]
+    for arguments, message in (
+        (command, "must not be there yet"),
+        ([*other, "99"], "99"),
+        ([*other, "9", "--fields", "[1]"], r"--fields: expected an object .*, got \[1\]"),
+        ([*other, "9", "--fields", '{"chunk_size": 8}'], "without chunk_size and num_memory_tokens, got"),
+        ([*other, "9", "--dtype", "foo"], "--dtype: expected auto or a dtype of PyTorch's, got 'foo'"),
+    ):
         with pytest.raises(SystemExit, match=message):
             main(arguments)
     assert not (folder / "target2").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import contents, logits_of, random_tokens, rows_out_of_phase, tiny_config, tiny_model
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from baka_hf import (
     BakaCache,
@@ -63,6 +63,7 @@ TEXTS: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
     "no rows": (dict(input_ids=ones(0, 2)), ("at least one row and one token", "(0, 2)")),
     "no embeddings": (dict(inputs_embeds=torch.zeros(2, 0, 12)), ("at least one row and one token", "(2, 0, 12)")),
     "float token ids": (dict(input_ids=torch.ones(2, 3)), ("integers of shape [batch, length]", "torch.float32")),
+    "complex token ids": (dict(input_ids=ones(2, 3) * 1j), ("integers of shape [batch, length]", "torch.complex64")),
     "bool token ids": (dict(input_ids=ones(2, 3).bool()), ("integers of shape [batch, length]", "torch.bool")),
     "token ids without a batch": (dict(input_ids=ones(3)), ("[batch, length]", "(3,)")),
     "three-dimensional token ids": (dict(input_ids=ones(2, 3, 1)), ("[batch, length]", "(2, 3, 1)")),
@@ -302,6 +303,10 @@ def test_generate_from_a_wrong_text(model: BakaForCausalLM, cache: BakaCache) ->
     tokens = torch.tensor([[3, 19], [0, 1]])
     refused(generation(model, cache, tokens), "from 0 to 18", "got 19")
     refused(lambda: model.generate(tokens, max_new_tokens=2), "from 0 to 18", "got 19")
+    for wrong in (ones(3), ones(1, 2, 3), torch.ones(2, 3)):
+        said = f"expected `input_ids` to be integers of shape [batch, length], got {wrong.dtype} of shape"
+        refused(generation(model, cache, wrong), said, str(tuple(wrong.shape)))
+        refused(lambda wrong=wrong: model.generate(input_ids=wrong, max_new_tokens=2), said)
 
 
 def test_beam_search_from_a_wrong_text(model: BakaForCausalLM, cache: BakaCache) -> None:
@@ -427,6 +432,16 @@ def test_a_state_that_is_not_to_be_used(model: BakaForCausalLM, cache: BakaCache
     """With `use_cache=False` a state would go forward all the same: forward refuses it as generate does."""
     refused(lambda: model(ones(2, 3), cache=cache, use_cache=False), "no state with `use_cache=False`")
     refused(generation(model, cache, ones(2, 3), use_cache=False), "`use_cache=False`")
+    asked = GenerationConfig(use_cache=False, max_new_tokens=3)
+    refused(lambda: model.generate(ones(2, 3), cache=cache, generation_config=asked), "`use_cache=False`")
+
+
+def test_a_state_beside_a_configuration_without(model: BakaForCausalLM, cache: BakaCache) -> None:
+    """A state that is given is used, also where the configuration says no, as after a Trainer was made."""
+    expected = generation(model, cache.clone(), ones(2, 3))()
+    model.config.use_cache = model.generation_config.use_cache = False
+    state = cache.clone()
+    assert torch.equal(generation(model, state, ones(2, 3))(), expected) and state.get_seq_length() > 13
 
 
 def test_traces(model: BakaForCausalLM) -> None:

@@ -193,6 +193,9 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path / "llama")
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: --output: expected a folder, got the file .*file"):
+        inspect.main([*map(str, [tmp_path / "model", texts[1]]), "-o", str(tmp_path / "file")])
     for model, wrong, message in (
         ("model", ["--chunks", "0"], "`chunks` must be an integer of at least 1, got 0"),
         ("model", ["--device", "nowhere"], "--device: .*nowhere"),

@@ -24,6 +24,38 @@ def test_losses_without_logits_ignore_another_index(name: str, ignored: int, num
     assert_close(model(tokens, **options, skip_logits=True).loss, model(tokens, **options).loss, **EXACT)
 
 
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("ignored", [-100, 5])
+@pytest.mark.parametrize("side", ["left", "right", "within"])
+def test_padding_predicts_nothing(side: str, ignored: int, skips: bool) -> None:
+    """The loss of padded rows is the mean over the tokens of each read alone, from a state too."""
+    model, lengths = tiny_model(tiny_config()), (3, 11, 8)
+    rows = [random_tokens(model.config, length, seed=length) for length in lengths]
+    rows = [row.where(row != ignored, 6) for row in rows]
+    tokens, mask = torch.zeros(2, 3, 11, dtype=torch.int64)
+    for row, text in enumerate(rows):
+        where = {"left": slice(11 - len(text), None), "right": slice(len(text))}.get(side)
+        columns = torch.arange(11)[where] if where else torch.tensor([*range(2), *range(13 - len(text), 11)])
+        tokens[row, columns], mask[row, columns] = text, 1
+    labels = tokens.masked_fill(mask == 0, ignored)
+    options = dict(skip_logits=skips, ignore_index=ignored)
+    found = model(tokens, attention_mask=mask, labels=labels, **options).loss
+    losses = [F.cross_entropy(model(text[None]).logits[0, :-1], text[1:], reduction="none") for text in rows]
+    if side == "within":  # the token after a gap has nobody to predict it
+        losses = [torch.cat([loss[:1], loss[2:]]) if len(loss) < 10 else loss for loss in losses]
+    assert_close(found, torch.cat(losses).mean().float(), **EXACT)
+    shifted = F.pad(labels, (0, 1), value=ignored)[:, 1:]
+    assert_close(model(tokens, attention_mask=mask, shift_labels=shifted, **options).loss, found, **EXACT)
+    if side == "left":
+        cache = model.new_cache(3)
+        model(tokens, attention_mask=mask, cache=cache)
+        more = torch.cat([torch.ones_like(mask), mask], dim=1)
+        again = [
+            model(tokens, attention_mask=m, labels=labels, cache=cache.clone(), **options).loss for m in (mask, more)
+        ]
+        assert_close(*again, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("piece", [3, 7, 4096])
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 @pytest.mark.parametrize("number", [None, 5, torch.tensor(11.0)], ids=str)

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -803,6 +804,17 @@ def test_runs_with_other_chunks_are_drawn_over_tokens(tmp_path: Path) -> None:
         write_result(tmp_path / "r.db", a_result(run_id=run_id, model={"chunk_size": chunk_size}))
     main([str(tmp_path / "r.db"), "plot", "--kind", "depth", "-o", str(tmp_path / "depth.svg")])
     assert "tokens in the chunks read before" in (tmp_path / "depth.svg").read_text()
+
+
+def test_too_many_lines(tmp_path: Path) -> None:
+    """More than can be told apart are refused, and nothing is left."""
+    for number in range(15):
+        write_result(tmp_path / "r.db", a_result(run_id=f"run {number}"))
+    for runs, is_drawn in ((range(15), False), (range(14), True)):
+        named = ["--runs", *(f"run {number}" for number in runs)]
+        with nullcontext() if is_drawn else pytest.raises(SystemExit, match="at most 14 lines to draw, got 15"):
+            main([str(tmp_path / "r.db"), "plot", "--kind", "depth", *named, "-o", str(tmp_path / "many.png")])
+        assert (tmp_path / "many.png").exists() is is_drawn
 
 
 @pytest.mark.parametrize(

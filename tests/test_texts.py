@@ -27,6 +27,15 @@ def folder(tmp_path: Path) -> Path:
 def test_lines_and_files_are_documents(folder: Path) -> None:
     assert read_documents(str(folder / "lines.jsonl.xz")) == LINES
     assert read_documents(str(folder / "whole.txt")) == ["first\nsecond\n"]
+    for line, message in (
+        ('{"txt": "a"}', 'line 2: expected an object with a "text", got .*txt'),
+        ("[1]", 'line 2: expected an object with a "text"'),
+        ("{", 'line 2: expected an object with a "text"'),
+        ('{"text": 3}', 'line 2: expected "text" to be a string, got 3'),
+    ):
+        (folder / "wrong.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
+        with pytest.raises(ValueError, match=message):
+            read_documents(str(folder / "wrong.jsonl"))
 
 
 @pytest.mark.parametrize("tokenizer", ["tokenizer.json", "tokenizer.json.xz"])

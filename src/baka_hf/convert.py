@@ -189,6 +189,8 @@ def _configure(source: Any, weights: Mapping[str, torch.Tensor], given: dict[str
     if decided := said.keys() & given.keys():
         raise ValueError(f"expected no field that the source decides, got {', '.join(sorted(decided))}.")
     config = BakaConfig(**said | DEFAULTS | given)
+    if unknown := [name for name in given if not hasattr(BakaConfig, name)]:
+        raise ValueError(f"expected fields of BakaConfig, got {', '.join(unknown)}.")
     config._name_or_path = source._name_or_path
     window = getattr(source, "sliding_window", None) or source.max_position_embeddings
     seen, most = 2 * config.stream_length, min(window, source.max_position_embeddings)
@@ -216,9 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.target.exists():
         sys.exit(f"error: TARGET must not be there yet, got {args.target}.")
     try:
+        sizes = dict(chunk_size=args.chunk_size, num_memory_tokens=args.num_memory_tokens)
+        if not isinstance(args.fields, dict) or sizes.keys() & args.fields.keys():
+            raise ValueError(
+                f"--fields: expected an object of fields without {' and '.join(sizes)}, got {args.fields!r}."
+            )
+        if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+            raise ValueError(f"--dtype: expected auto or a dtype of PyTorch's, got {args.dtype!r}.")
         source = AutoModelForCausalLM.from_pretrained(args.source, dtype=args.dtype)
         tokenizer = AutoTokenizer.from_pretrained(args.source)
-        sizes = dict(chunk_size=args.chunk_size, num_memory_tokens=args.num_memory_tokens)
         model = add_memory(source, **sizes, **args.fields)
         model.save_pretrained(args.target)
         tokenizer.save_pretrained(args.target)

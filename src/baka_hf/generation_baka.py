@@ -12,7 +12,7 @@ from transformers.generation import GenerationMixin
 from .cache_baka import BakaCache
 from .calls_baka import CACHE_NAME
 from .history_baka import hash_tokens
-from .inputs_baka import check_cache, check_tensors, either_name, positions_of, state_among
+from .inputs_baka import check_cache, check_ids, check_tensors, either_name, positions_of, state_among
 from .state_files_baka import OPENING
 from .stopping_baka import stopping_late
 
@@ -122,9 +122,14 @@ class BakaGenerationMixin(GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         given = kwargs | ({"inputs": args[0]} if args else {})
         check_tensors(**{name: given.get(name) for name in ("inputs", "input_ids", "attention_mask", "inputs_embeds")})
+        for name in ("inputs", "input_ids"):
+            if given.get(name) is not None:
+                check_ids(given[name])
         state = state_among((), kwargs)
         if state is None:
             return super().generate(*args, **kwargs)
+        if len(args) < 2 and kwargs.get("generation_config") is None and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = True  # whatever the configuration says, which Trainer changes
         # All or nothing, as a call is.
         draft, before = state.draft(), state.__dict__
         try:

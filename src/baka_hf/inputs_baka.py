@@ -40,6 +40,15 @@ def check_tensors(**arguments: Any) -> None:
             raise ValueError(f"expected `{name}` to be a tensor, got {type(value).__name__}.")
 
 
+def check_ids(input_ids: torch.Tensor) -> None:
+    is_integer = not (input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool)
+    if input_ids.ndim != 2 or not is_integer:
+        raise ValueError(
+            f"expected `input_ids` to be integers of shape [batch, length], got {input_ids.dtype} "
+            f"of shape {tuple(input_ids.shape)}."
+        )
+
+
 def check_text(
     config: BakaConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
 ) -> tuple[int, int]:
@@ -52,11 +61,7 @@ def check_text(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("expected exactly one of `input_ids` and `inputs_embeds`.")
     if input_ids is not None:
-        if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(
-                f"expected `input_ids` to be integers of shape [batch, length], got {input_ids.dtype} "
-                f"of shape {tuple(input_ids.shape)}."
-            )
+        check_ids(input_ids)
         shape = input_ids.shape
     else:
         assert inputs_embeds is not None

@@ -221,6 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         check_integers(chunks=args.chunks)
+        if args.output.exists() and not args.output.is_dir():
+            raise ValueError(f"--output: expected a folder, got the file {args.output}.")
         model, tokenizer = open_checkpoint(args.checkpoint, args.device, args.trust_remote_code, args.tokenizer)
         most = args.chunks * model.config.chunk_size + 1
         documents = [

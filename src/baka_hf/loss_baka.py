@@ -137,6 +137,19 @@ def _cross_entropy(
     return loss, gradient.to(logits.dtype)
 
 
+def without_padding(
+    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, mask: torch.Tensor, ignored: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both [B, L], `ignored` where padding would have to predict them: `mask` [B, … + L] is 0 there."""
+    if labels is not None:
+        is_padding = mask[:, -labels.shape[1] :].to(labels.device) == 0
+        labels = labels.masked_fill(nn.functional.pad(is_padding[:, :-1], (1, 0)), ignored)
+    if shift_labels is not None:
+        is_padding = mask[:, -shift_labels.shape[1] :].to(shift_labels.device) == 0
+        shift_labels = shift_labels.masked_fill(is_padding, ignored)
+    return labels, shift_labels
+
+
 class BakaHead(nn.Linear):
     """The head of a language model: logits, or the summed loss with no more than `LOSS_PIECE` rows of them at a time.
 

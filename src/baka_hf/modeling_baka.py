@@ -43,7 +43,7 @@ from .inputs_baka import (
     state_among,
 )
 from .layers_baka import BakaDecoderLayer, BakaPauseDropout
-from .loss_baka import IGNORED, BakaHead, loss_by_pieces, share_of_batch
+from .loss_baka import IGNORED, BakaHead, loss_by_pieces, share_of_batch, without_padding
 from .memory_baka import MEMORY_UPDATES, BakaMemoryUpdate, Memory, check_updated, memory_held
 from .parts_baka import is_registered
 from .reading_baka import Reading
@@ -430,7 +430,8 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
             logits_to_keep: only compute logits of the last so many positions (0: all), or of a 1-D tensor of positions.
             skip_logits: compute the loss alone, piece by piece: [B, L, vocab_size] never exists and `logits` is None.
             kwargs: among them `shift_labels` [B, L] int64, the target of each position itself, which counts instead of
-                `labels`: so the last position of a call can have one.
+                `labels`: so the last position of a call can have one. Where `attention_mask` is 0 nothing is read, and
+                nothing predicted: the first token after padding has no loss.
 
         Returns:
             `loss` (if there are labels; in training with `associative_write_cost` times `write_strength`), `logits`
@@ -482,6 +483,11 @@ class BakaForCausalLM(BakaPreTrainedModel, BakaGenerationMixin):
                 **kwargs,
             )
             hidden_states, cache = outputs.last_hidden_state, getattr(outputs, CACHE_NAME)
+        if attention_mask is not None:
+            ignored = kwargs.get("ignore_index", IGNORED)
+            labels, shift_labels = without_padding(labels, shift_labels, attention_mask, ignored)
+            if shift_labels is not None:
+                kwargs["shift_labels"] = shift_labels
         logits = loss = None
         if skip_logits:
             targets = shift_labels

@@ -399,6 +399,7 @@ def _as_text(value: Any) -> Any:
 
 POINTS_BY_DEPTH = 40  # about as many as a line with dots can show
 POINTS_OF_TRAINING = 150
+MOST_LINES = 14  # of a picture: each colour twice
 
 
 def plot(results: Sequence[Result], kind: str, path: str | os.PathLike, baseline: str | None = None) -> None:
@@ -406,7 +407,8 @@ def plot(results: Sequence[Result], kind: str, path: str | os.PathLike, baseline
     `differences` ("gain"), 16:9.
 
     Raises:
-        ValueError: there is nothing to draw, or "runs" has results of several data sets or splits.
+        ValueError: there is nothing to draw, or more lines than can be told apart, or "runs" has results of
+            several data sets or splits.
         ModuleNotFoundError: matplotlib is not installed.
     """
     figure, (axes,) = slide(f"{'gain' if kind == 'gain' else 'loss'} (nats per token)")
@@ -418,6 +420,8 @@ def plot(results: Sequence[Result], kind: str, path: str | os.PathLike, baseline
         _draw_runs(axes, results)
     else:
         _draw_differences(axes, results, baseline)
+    if (count := len(axes.get_legend_handles_labels()[1])) > MOST_LINES:
+        raise ValueError(f"expected at most {MOST_LINES} lines to draw, got {count}: choose runs and a data set.")
     finish(figure)
     figure.savefig(path)
 

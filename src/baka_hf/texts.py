@@ -7,6 +7,7 @@ lanes = LaneDataset(tokens.documents["train"], num_lanes=8, chunk_size=512)
 import json
 import lzma
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,26 @@ def encode(tokenizer: Any, texts: Sequence[str], at_a_time: int) -> Iterator[Any
 
 
 def read_documents(path: str) -> list[str]:
-    """The documents in a file: the "text" of each line of a .jsonl, or else all of it; .xz is unpacked."""
+    """The documents in a file: the "text" of each line of a .jsonl, or else all of it; .xz is unpacked.
+
+    Raises:
+        ValueError: a line of a .jsonl is something else.
+    """
     open_file: Any = lzma.open if path.endswith(".xz") else open
     with open_file(path, "rt", encoding="utf-8") as file:
         if path.removesuffix(".xz").endswith(".jsonl"):
-            return [json.loads(line)["text"] for line in file]
+            return [_text_in(line, f"{path}, line {number}") for number, line in enumerate(file, 1)]
         return [file.read()]
+
+
+def _text_in(line: str, place: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f'{place}: expected an object with a "text", got {reprlib.repr(line)}.') from error
+    if not isinstance(text, str):
+        raise ValueError(f'{place}: expected "text" to be a string, got {reprlib.repr(text)}.')
+    return text
 
 
 def _tokenized(
