@@ -429,7 +429,7 @@ def test_what_a_batcher_refuses() -> None:
         (dict(state=model.new_cache(2)), "expected a state of batch size 1, got one of 2"),
         (dict(state=other), "expected chunk_size=5, got 7"),
         (dict(state=torn), "between two calls"),
-        (dict(state=3), "expected `past_key_values` to be a BakaCache"),
+        (dict(state=3), "expected the state to be a BakaCache"),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):

@@ -280,6 +280,20 @@ def test_a_state_larger_than_the_limit(tmp_path: Path) -> None:
 
 def test_limits_are_above_zero(tmp_path: Path) -> None:
     model = tiny_model(tiny_config())
-    for limit in (dict(max_age=0), dict(max_bytes=-1), dict(max_age=float("nan"))):
-        with pytest.raises(ValueError, match=r"expected `max_.*` above 0, got"):
+    for limit in (
+        dict(max_age=0),
+        dict(max_bytes=-1),
+        dict(max_age=float("nan")),
+        dict(max_age="1"),
+        dict(max_bytes=True),
+    ):
+        with pytest.raises(ValueError, match=r"expected `max_.*` to be a number above 0, got"):
             StateStore(tmp_path, model, **limit)
+
+
+@pytest.mark.parametrize("user", [3, None, b"ada"])
+def test_names_are_strings(tmp_path: Path, user: Any) -> None:
+    store = StateStore(tmp_path, tiny_model(tiny_config()))
+    for use in (store.load, store.delete, lambda name: store.save(name, read(store.model, 0))):
+        with pytest.raises(ValueError, match=f"expected the user's name to be a string, got {user!r}"):
+            use(user)

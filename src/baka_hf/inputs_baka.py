@@ -136,7 +136,7 @@ def check_kind(cache: BakaCache | None, use_cache: bool | None) -> None:
     """That a state is one, and wanted."""
     if cache is None:
         return
-    check_state("`past_key_values`", cache)
+    check_state("the state", cache)
     if use_cache is False:
         raise ValueError("expected no state with `use_cache=False`: a state can only go forward.")
 

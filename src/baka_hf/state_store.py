@@ -36,20 +36,23 @@ class StateStore:
     With either limit partial files go too, an hour after their writers were killed.
 
     Raises:
-        ValueError: a limit is not above 0, or the model's weights are not whole and plain (`fingerprint_of`).
+        ValueError: a limit is no number above 0, or the model's weights are not whole and plain (`fingerprint_of`).
     """
 
     def __init__(
         self, folder: str | os.PathLike, model: Any, max_age: float | None = None, max_bytes: int | None = None
     ):
         for name, limit in (("max_age", max_age), ("max_bytes", max_bytes)):
-            if limit is not None and not limit > 0:
-                raise ValueError(f"expected `{name}` above 0, got {limit!r}.")
+            is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+            if limit is not None and not (is_number and limit > 0):
+                raise ValueError(f"expected `{name}` to be a number above 0, got {limit!r}.")
         self.folder, self.model, self.max_age, self.max_bytes = Path(folder), model, max_age, max_bytes
         self.fingerprint = fingerprint_of(model)
         self.kind = type(model.new_cache())  # a checkpoint with remote code has its own
 
     def _place(self, user: str) -> Path:
+        if not isinstance(user, str):
+            raise ValueError(f"expected the user's name to be a string, got {user!r}.")
         # A hash, because a name may hold what a file system does not take, or a way out of the folder.
         return self.folder / sha256(user.encode()).hexdigest()
 
@@ -57,8 +60,8 @@ class StateStore:
         """Keep a state (`BakaCache`) in the place of the user's last one, and delete what is beyond the limits.
 
         Raises:
-            ValueError: it is no state, or of another configuration, takes more than `max_bytes`, or cannot be saved
-                (`BakaCache.save_pretrained`). The user's last one is still there.
+            ValueError: `user` is no string; or it is no state, or of another configuration, takes more than
+                `max_bytes`, or cannot be saved (`BakaCache.save_pretrained`). The user's last one is still there.
             FileNotFoundError: there is no place for its folder, or others go on taking it away.
         """
         if getattr(state, "signature", None) is None:
@@ -83,7 +86,7 @@ class StateStore:
         """The user's state, on the model's device and in its dtype; None if there is none.
 
         Raises:
-            ValueError: it was read by other weights, or is damaged.
+            ValueError: `user` is no string, or the state was read by other weights or is damaged.
         """
         self.evict()
         file = self._place(user) / CACHE_FILE
